@@ -1,0 +1,117 @@
+"""What a user can choose. Strings are accepted at the door and parsed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+from hf_fastpath.packing import GROUP_SIZES
+
+
+class WeightFormat(enum.Enum):
+    """How the weights of the linear layers are stored."""
+
+    W4A16 = "w4a16"
+
+
+class KVFormat(enum.Enum):
+    """How the KV cache that ``generate()`` makes by default is stored."""
+
+    STATIC = "static"
+    INT8 = "int8"
+
+
+class ScaleSearch(enum.Enum):
+    """How the scale (and zero point) of each group of weights is chosen."""
+
+    ABSMAX = "absmax"
+    MSE = "mse"
+
+
+def _parse_enum(field: str, value: Any, kind: type[enum.Enum], optional: bool) -> enum.Enum | None:
+    allowed = [repr(member.value) for member in kind] + (["None"] if optional else [])
+    if isinstance(value, kind) or (value is None and optional):
+        return value
+    if isinstance(value, str):
+        for member in kind:
+            if member.value == value.lower():
+                return member
+    raise ValueError(f"FastpathConfig.{field}={value!r}: allowed are {', '.join(allowed)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FastpathConfig:
+    """What :func:`hf_fastpath.patch_model` does to a model. Immutable; a bad value raises ValueError.
+
+    Args:
+        weights: ``"w4a16"`` stores every supported linear layer as int4 groups (15 levels or 16 with zero points) with
+            16-bit scales; None leaves the weights as they are.
+        group_size: consecutive input features that share a scale: 128, 64 or 32. A layer whose in_features is not a
+            multiple of it takes the next smaller size that divides.
+        zero_points: give every group an integer zero point (asymmetric int4): 0.06 more bits a weight at group 128,
+            and less error.
+        scale_search: ``"mse"`` searches the scale that minimizes the weights' squared error; ``"absmax"`` is plain
+            rounding to the largest value.
+        kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
+            precision, preallocated), or None for transformers' own DynamicCache.
+        skip_modules: names of linear layers to leave alone, matched against each dotted component of a module's name
+            (``"lm_head"``, ``"down_proj"``) or a whole dotted name.
+        keep_original: keep the original float weights on the CPU, so that ``unpatch_model`` restores them exactly.
+        progress: show a progress bar while quantizing.
+    """
+
+    weights: WeightFormat | None = WeightFormat.W4A16
+    group_size: int = 128
+    zero_points: bool = True
+    scale_search: ScaleSearch = ScaleSearch.MSE
+    kv_cache: KVFormat | None = KVFormat.INT8
+    skip_modules: tuple[str, ...] = ("lm_head",)
+    keep_original: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        parse = {
+            "weights": _parse_enum("weights", self.weights, WeightFormat, optional=True),
+            "scale_search": _parse_enum("scale_search", self.scale_search, ScaleSearch, optional=False),
+            "kv_cache": _parse_enum("kv_cache", self.kv_cache, KVFormat, optional=True),
+            "skip_modules": self._parse_skip_modules(),
+        }
+        for field, value in parse.items():
+            object.__setattr__(self, field, value)
+        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+            raise ValueError(
+                f"FastpathConfig.group_size={self.group_size!r}: allowed are {', '.join(map(str, GROUP_SIZES))}"
+            )
+        for field in ("zero_points", "keep_original", "progress"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"FastpathConfig.{field}={getattr(self, field)!r}: allowed are True, False")
+
+    def _parse_skip_modules(self) -> tuple[str, ...]:
+        names = self.skip_modules
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"FastpathConfig.skip_modules={names!r}: allowed is a list or tuple of module names, "
+                'such as ("lm_head", "down_proj")'
+            )
+        return tuple(names)
+
+    @classmethod
+    def build(cls, config: FastpathConfig | dict[str, Any] | None, overrides: dict[str, Any]) -> FastpathConfig:
+        """``config`` (or the defaults) with ``overrides`` on top; unknown names raise ValueError with the known ones."""
+        if config is None:
+            config = cls()
+        elif isinstance(config, dict):
+            config, overrides = cls(), {**config, **overrides}
+        elif not isinstance(config, cls):
+            raise ValueError(f"config must be a FastpathConfig, a dict or None, got {type(config).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(overrides) - set(known))
+        if unknown:
+            raise ValueError(f"FastpathConfig has no {', '.join(map(repr, unknown))}: allowed are {', '.join(known)}")
+        return dataclasses.replace(config, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``FastpathConfig(**config.to_dict()) == config``."""
+        plain = dataclasses.asdict(self)
+        return {name: value.value if isinstance(value, enum.Enum) else value for name, value in plain.items()}

@@ -1,0 +1,18 @@
+"""The operators, one file each: schema, reference (which is the CPU implementation), fake, wrapper."""
+
+from hf_fastpath.ops._library import NAMESPACE, SCHEMAS
+from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
+from hf_fastpath.ops.kv_int8_append import kv_int8_append
+from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
+from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
+from hf_fastpath.ops.w4a16_linear import w4a16_linear
+
+__all__ = [
+    "NAMESPACE",
+    "SCHEMAS",
+    "attn_decode_int8",
+    "kv_int8_append",
+    "kv_int8_dequantize",
+    "w4a16_dequantize",
+    "w4a16_linear",
+]

@@ -1,0 +1,93 @@
+"""Attention of one new token a row over an int8 KV cache, which is read as int8 (never expanded as a whole).
+
+Split over the sequence with a running maximum (Dao et al., "FlashAttention", 2022; "Flash-Decoding", 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_fastpath.ops import _library
+
+# The CPU implementation expands this many tokens at a time: 1,024 tokens of a head stay in a core's L2 cache.
+TILE_TOKENS = 1024
+
+SCHEMA = (
+    "attn_decode_int8(Tensor query, Tensor k_data, Tensor k_scale, Tensor v_data, Tensor v_scale, Tensor? mask, "
+    "int length, float scaling) -> Tensor"
+)
+
+
+def attn_decode_int8_reference(
+    query: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Computed in float32, tile by tile; a row whose tokens are all masked gives 0."""
+    batch, heads, dim = query.shape
+    kv_heads = k_data.shape[1]
+    q = query.float().view(batch, kv_heads, heads // kv_heads, dim) * scaling
+    running_max = q.new_full((batch, kv_heads, heads // kv_heads, 1), float("-inf"))
+    running_sum = torch.zeros_like(running_max)
+    out = torch.zeros_like(q)
+    for start in range(0, length, TILE_TOKENS):
+        stop = min(start + TILE_TOKENS, length)
+        scores = q @ k_data[:, :, start:stop].float().transpose(2, 3)
+        scores *= k_scale[:, :, None, start:stop].float()
+        if mask is not None:
+            scores.masked_fill_(~mask[:, None, None, start:stop], float("-inf"))
+        new_max = torch.maximum(running_max, scores.amax(-1, keepdim=True))
+        # While everything so far is masked the maximum is -inf; any finite stand-in gives exp(-inf) = 0.
+        finite_max = new_max.masked_fill(new_max == float("-inf"), 0.0)
+        weights = torch.exp_(scores.sub_(finite_max))
+        rescale = torch.exp(running_max - finite_max)
+        running_sum = running_sum * rescale + weights.sum(-1, keepdim=True)
+        weights *= v_scale[:, :, None, start:stop].float()
+        out = out * rescale + weights @ v_data[:, :, start:stop].float()
+        running_max = new_max
+    out = torch.where(running_sum > 0, out / running_sum, torch.zeros_like(out))
+    return out.view(batch, heads, dim).to(query.dtype)
+
+
+def _fake(
+    query: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: int,
+    scaling: float,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+_op = _library.define(SCHEMA, attn_decode_int8_reference, _fake)
+
+
+def attn_decode_int8(
+    query: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    mask: torch.Tensor | None,
+    length: int,
+    scaling: float,
+) -> torch.Tensor:
+    """``softmax(scaling * q K^T) V`` over the first ``length`` tokens, ``(B, H, D)`` in ``query.dtype``.
+
+    Args:
+        query: ``(B, H, D)`` contiguous; fp16, bf16 (CPU also fp32). H is a multiple of H_kv; head h reads KV head
+            ``h // (H / H_kv)``. On CUDA D is a multiple of 16 up to 256.
+        k_data, v_data: int8 ``(B, H_kv, capacity, D)``; k_scale, v_scale: float16 ``(B, H_kv, capacity)``; contiguous.
+        mask: bool ``(B, >= length)``, last dimension contiguous, True where a token may be attended; None: all.
+
+    Deterministic; how the sequence is split depends on ``length`` alone, so a row's bits do not depend on B.
+    """
+    return _op(query, k_data, k_scale, v_data, v_scale, mask, length, scaling)

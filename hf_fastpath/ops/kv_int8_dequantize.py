@@ -1,0 +1,34 @@
+"""Tokens of an int8 cache back to floats: for prompt chunks after the first, and for attention code that is not ours."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_fastpath.ops import _library
+
+SCHEMA = "kv_int8_dequantize(Tensor data, Tensor scale, Tensor(a!) out) -> ()"
+
+
+def kv_int8_dequantize_reference(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    length = out.shape[2]
+    out.copy_(data[:, :, :length].float() * scale[:, :, :length].float().unsqueeze(-1))
+
+
+def _fake(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    return None
+
+
+_op = _library.define(SCHEMA, kv_int8_dequantize_reference, _fake)
+
+
+def kv_int8_dequantize(data: torch.Tensor, scale: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """The first ``length`` tokens, ``(B, H_kv, length, D)`` in ``dtype`` (fp16, bf16; CPU also fp32).
+
+    Args:
+        data: int8 ``(B, H_kv, capacity, D)``; scale: float16 ``(B, H_kv, capacity)``; both contiguous.
+
+    ``q * scale`` is computed in float32 and rounded once.
+    """
+    out = torch.empty((data.shape[0], data.shape[1], length, data.shape[3]), dtype=dtype, device=data.device)
+    _op(data, scale, out)
+    return out
