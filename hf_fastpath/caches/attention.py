@@ -1,0 +1,61 @@
+"""The attention function ``"fastpath"``: decodes from compressed caches in a kernel, and is sdpa otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_fastpath.caches.int8 import Int8KVLayer
+from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.ops import attn_decode_int8
+
+ATTENTION_NAME = "fastpath"
+
+
+def register_attention() -> None:
+    """Makes ``attn_implementation="fastpath"`` known to transformers. Idempotent."""
+    AttentionInterface.register(ATTENTION_NAME, fastpath_attention)
+    # Without a mask function of its own, transformers would drop the padding mask.
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def fastpath_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention call: query ``(B, H, q, D)``, key and value ``(B, H_kv, kv, D)`` or LazyKV handles.
+
+    Returns ``(B, q, H, D)`` and None (no attention weights, as sdpa).
+    """
+    if type(key) is LazyKV and type(value) is LazyKV:
+        layer = key.layer
+        if isinstance(layer, Int8KVLayer) and _decodable(query, attention_mask, dropout, kwargs):
+            mask = None if attention_mask is None else attention_mask[:, 0, 0]
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            out = attn_decode_int8(query[:, :, 0].contiguous(), *layer.storage, mask, key.shape[2], scale)
+            return out.unsqueeze(1), None
+        key, value = key.expand_now(), value.expand_now()
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _decodable(
+    query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> bool:
+    """One new token a row, and at most a mask over the tokens that all heads share."""
+    if query.shape[2] != 1 or dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        return False
+    if attention_mask is None:
+        return True
+    shared = attention_mask.dim() == 4 and attention_mask.shape[1:3] == (1, 1)
+    return shared and attention_mask.dtype == torch.bool and attention_mask.shape[0] == query.shape[0]

@@ -1,0 +1,211 @@
+"""What every cache format shares: preallocated storage that grows in blocks, and the batch and length operations of
+generate()."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+from hf_fastpath.errors import Unsupported
+from hf_fastpath.packing import ceil_div
+from hf_fastpath.runtime import require_device
+
+BLOCK_TOKENS = 256
+
+
+class FastLayer(CacheLayerMixin):
+    """One layer's keys and values, in ``storage``: tensors of shape ``(B, H_kv, capacity, ...)``.
+
+    Only the first ``get_seq_length()`` tokens mean anything. The length is a host integer, so that nothing here waits
+    for the GPU. A subclass says what is stored (:meth:`allocate`), how tokens are written (:meth:`write`), and what
+    ``update()`` hands to the attention function (:meth:`read`).
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, initial_tokens: int = 0) -> None:
+        # Not super().__init__(): it assigns `keys` and `values`, which are computed here.
+        self.initial_tokens = initial_tokens
+        self.storage: list[torch.Tensor] = []
+        self.is_initialized = False
+        self.length = 0
+
+    @abstractmethod
+    def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
+        """Empty storage for ``capacity`` tokens of the shape, dtype and device of ``key`` and ``value``."""
+
+    @abstractmethod
+    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        """Stores ``(B, H_kv, q, D)`` keys and values as tokens ``start .. start + q``."""
+
+    @abstractmethod
+    def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the attention function gets, ``key`` and ``value`` being the tokens just written."""
+
+    @abstractmethod
+    def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """``"keys"`` or ``"values"`` as a plain tensor ``(B, H_kv, length, D)``."""
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The stored keys as a plain tensor ``(B, H_kv, length, D)``; None before the first update."""
+        return self.expand("keys", self.length, self.dtype) if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The stored values as a plain tensor ``(B, H_kv, length, D)``; None before the first update."""
+        return self.expand("values", self.length, self.dtype) if self.is_initialized else None
+
+    @property
+    def capacity(self) -> int:
+        return self.storage[0].shape[2] if self.storage else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(tensor.nbytes for tensor in self.storage)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        require_device(key_states.device)
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
+        tokens = max(self.initial_tokens, key_states.shape[2], 1)
+        self.storage = self.allocate(key_states, value_states, ceil_div(tokens, BLOCK_TOKENS) * BLOCK_TOKENS)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends ``(B, H_kv, q, D)`` keys and values; returns what the attention function is to use."""
+        empty = self.length == 0
+        if not self.is_initialized or (empty and key_states.shape[0] != self.batch_size):
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(f"the cache holds a batch of {self.batch_size}, but got keys of {key_states.shape[0]}")
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self._reserve(start)
+        self.write(key_states.detach(), value_states.detach(), start)
+        return self.read(key_states, value_states)
+
+    def _reserve(self, used: int) -> None:
+        """Makes room for ``length`` tokens, keeping the first ``used``. Growing by half keeps the copying per token
+        constant however long the cache gets."""
+        if self.length <= self.capacity:
+            return
+        wanted = max(self.length, self.capacity + self.capacity // 2)
+        capacity = ceil_div(wanted, BLOCK_TOKENS) * BLOCK_TOKENS
+        for i, old in enumerate(self.storage):  # one at a time: the extra memory is one tensor's
+            new = old.new_zeros((*old.shape[:2], capacity, *old.shape[3:]))
+            new[:, :, :used] = old[:, :, :used]
+            self.storage[i] = new
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of :meth:`get_max_length` that transformers 5.17 still calls."""
+        return -1
+
+    def offload(self) -> None:
+        self.storage = [tensor.to("cpu", non_blocking=True) for tensor in self.storage]
+
+    def prefetch(self) -> None:
+        self.storage = [tensor.to(self.device, non_blocking=True) for tensor in self.storage]
+
+    def reset(self) -> None:
+        """Forgets every token; the memory stays for the next use."""
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens (the argument is negative or 0, as in transformers 5.23)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass a negative number, how many tokens to remove")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = rows.to(self.device)
+        same_batch = rows.numel() == self.batch_size
+        for i, old in enumerate(self.storage):
+            chosen = old[:, :, : self.length].index_select(0, rows)
+            if not same_batch:
+                self.storage[i] = old.new_zeros((rows.numel(), *old.shape[1:]))
+            self.storage[i][:, :, : self.length] = chosen
+        self.batch_size = rows.numel()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was; the storage stays where it is."""
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, one after the other."""
+        if self.is_initialized:
+            self._select_rows(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows ``indices`` (integers, or a boolean mask over the batch)."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select_rows(indices)
+
+
+class FastCache(Cache):
+    """A transformers Cache whose layers are all of one :class:`FastLayer` format.
+
+    Args:
+        config: the model's config. Every layer must be full attention.
+        max_cache_len: tokens to make room for at once. The cache grows beyond it when it must.
+
+    Raises:
+        Unsupported: the model has other than full-attention layers, or is an encoder-decoder.
+    """
+
+    layer_class: type[FastLayer]
+
+    def __init__(self, config: PreTrainedConfig, *, max_cache_len: int = 0, **layer_options: Any) -> None:
+        config = config.get_text_config(decoder=True)
+        self._check(config)
+        if max_cache_len < 0:
+            raise ValueError(f"max_cache_len={max_cache_len}: must be 0 or more")
+        layers = [self.layer_class(max_cache_len, **layer_options) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=layers)
+        self._kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @classmethod
+    def _check(cls, config: PreTrainedConfig) -> None:
+        if getattr(config, "is_encoder_decoder", False):
+            raise Unsupported(f"{cls.__name__}: encoder-decoder models are not supported")
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if getattr(config, "sliding_window", None) is not None:
+            kinds.add("sliding_attention")
+        if kinds != {"full_attention"}:
+            raise Unsupported(f"{cls.__name__} needs full-attention layers only; this model has {', '.join(sorted(kinds))}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes in all layers, scales included."""
+        if self.layers[0].is_initialized:
+            return sum(t.nbytes // (t.shape[0] * t.shape[2]) for layer in self.layers for t in layer.storage)
+        return len(self.layers) * 2 * self._kv_heads * self.bytes_per_head(self._head_dim)
+
+    def bytes_per_head(self, head_dim: int) -> int:
+        """Bytes of one token's key (or value) of one head."""
+        raise NotImplementedError

@@ -1,0 +1,160 @@
+"""Everything that can be wrong with a model or a configuration, found before anything is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_fastpath.config import FastpathConfig, KVFormat
+from hf_fastpath.errors import Unsupported
+from hf_fastpath.generation import CACHES
+from hf_fastpath.heuristics import attn_decode_int8_supports
+from hf_fastpath.packing import GROUP_SIZES
+from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.quantize import pick_group_size
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPlan:
+    """What will happen to one linear layer: replaced with this group size, or left (None) for this reason."""
+
+    name: str
+    group_size: int | None
+    reason: str
+
+
+def check_model(model: Any, config: FastpathConfig) -> None:
+    """Raises Unsupported when the model as a whole cannot be patched with this configuration."""
+    _check_not_quantized(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise Unsupported("the model has tensors on the meta device: load its weights before patching")
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise Unsupported(
+            f"the model is spread over devices or offloaded by accelerate ({', '.join(devices)}): "
+            "load it on one device, without device_map"
+        )
+    device = tensors[0].device
+    if device.type not in ("cpu", "cuda"):
+        raise Unsupported(f"the model is on {str(device)!r}: allowed are 'cpu' and 'cuda'")
+    needs_16_bit = config.weights is not None or config.kv_cache is KVFormat.INT8
+    if device.type == "cuda" and needs_16_bit and model.dtype not in (torch.float16, torch.bfloat16):
+        raise Unsupported(
+            f"on CUDA a {model.dtype} model can be patched only with weights=None and kv_cache 'static' or None: "
+            "convert it first, model.to(torch.bfloat16)"
+        )
+    _check_cache(model, config, device)
+
+
+def _check_not_quantized(model: Any) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    settings = getattr(model.config, "quantization_config", None)
+    if isinstance(settings, dict):
+        dequantized = settings.get("dequantize", False)
+    else:
+        dequantized = getattr(settings, "dequantize", False)
+    if (quantizer is not None or getattr(model, "is_quantized", False)) and not dequantized:
+        method = getattr(model, "quantization_method", None) or type(quantizer).__name__
+        raise Unsupported(
+            f"the model is already quantized ({getattr(method, 'value', method)}): patch the unquantized checkpoint"
+        )
+
+
+def _check_cache(model: Any, config: FastpathConfig, device: torch.device) -> None:
+    if config.kv_cache is None:
+        return
+    cache = CACHES[config.kv_cache](model.config)  # says no to configurations that it does not fit
+    head_dim = cache._head_dim
+    if config.kv_cache is KVFormat.INT8 and device.type == "cuda" and not attn_decode_int8_supports(head_dim):
+        raise Unsupported(
+            f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}: "
+            "use kv_cache='static'"
+        )
+    if not model._can_set_attn_implementation():
+        raise Unsupported(f"{type(model).__name__} does not let its attention be replaced: use kv_cache=None")
+
+
+def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> list[LinearPlan]:
+    """A plan for every nn.Linear-like module of the model, in order.
+
+    Raises:
+        Unsupported: the group sizes fit none of a layer's shapes.
+        ValueError: a name in skip_modules matches nothing, or a weight holds NaN or infinity.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = _recipe_names(model, recipe)
+    _check_skip_names(model, config)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    missing = targets - linears.keys()
+    plans = [LinearPlan(name, None, f"is a {type(model.get_submodule(name)).__name__}, not a Linear") for name in missing]
+    plans += [_plan_one(name, module, targets, owners, config) for name, module in linears.items()]
+    _check_finite(linears, plans, config)
+    return plans
+
+
+def _recipe_names(model: nn.Module, recipe: Recipe) -> set[str]:
+    layers = model.get_submodule(recipe.decoder_layers)
+    indices = [name for name, _ in layers.named_children()]
+    return {f"{recipe.decoder_layers}.{i}.{linear}" for i in indices for linear in recipe.linears}
+
+
+def _matches(name: str, skip: str) -> bool:
+    return name == skip or skip in name.split(".")
+
+
+def _check_skip_names(model: nn.Module, config: FastpathConfig) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for skip in config.skip_modules:
+        if skip not in FastpathConfig().skip_modules and not any(_matches(name, skip) for name in names):
+            raise ValueError(f"FastpathConfig.skip_modules: {skip!r} matches no module of {type(model).__name__}")
+
+
+def _plan_one(
+    name: str, module: nn.Linear, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig
+) -> LinearPlan:
+    reason = ""
+    shared = owners[id(module.weight)]
+    if config.weights is None:
+        reason = "weights=None"
+    elif any(_matches(name, skip) for skip in config.skip_modules):
+        reason = "in skip_modules"
+    elif name not in targets:
+        reason = "not in the recipe"
+    elif type(module) is not nn.Linear:
+        reason = f"is a {type(module).__name__}, not a plain Linear"
+    elif len(shared) > 1:
+        reason = f"shares its weight with {next(other for other in shared if other != name)}"
+    elif module.weight.dtype not in _FLOAT_DTYPES:
+        reason = f"its weight is {module.weight.dtype}"
+    elif module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        reason = "has hooks, which a new module would lose"
+    if reason:
+        return LinearPlan(name, None, reason)
+    group_size = pick_group_size(module.in_features, config.group_size)
+    if group_size is None:
+        sizes = ", ".join(str(size) for size in GROUP_SIZES if size <= config.group_size)
+        raise Unsupported(
+            f"{name}: in_features {module.in_features} is not a multiple of any int4 group size ({sizes}); "
+            f"add {name.split('.')[-1]!r} to skip_modules to leave it in full precision"
+        )
+    return LinearPlan(name, group_size, "")
+
+
+def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:
+    todo = [plan.name for plan in plans if plan.group_size is not None]
+    for name in tqdm(todo, desc="Checking weights", unit="layer", disable=not (config.progress and todo), leave=False):
+        # A sum is NaN or infinite when any weight is, and takes no memory; a finite float32 overflow cannot happen
+        # with fewer than 2^31 weights below 1e29.
+        weight = linears[name].weight
+        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+            raise ValueError(f"{name}: the weight holds NaN or infinity, which int4 cannot store")

@@ -1,0 +1,88 @@
+"""How generate() and forward() of a model come to use our caches."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.generation import configuration_utils
+
+from hf_fastpath.caches import FastCache, Int8KVCache, StaticKVCache
+from hf_fastpath.caches.attention import register_attention
+from hf_fastpath.config import KVFormat
+
+CACHES: dict[KVFormat, type[FastCache]] = {KVFormat.STATIC: StaticKVCache, KVFormat.INT8: Int8KVCache}
+CACHE_NAMES: dict[str, KVFormat] = {f"fastpath_{fmt.value}": fmt for fmt in CACHES}
+
+# Room made at once for a generate() call that allows many new tokens; most calls stop long before their limit.
+_MAX_PREALLOCATED_TOKENS = 8192
+
+
+def register() -> None:
+    """Makes ``cache_implementation="fastpath_int8"`` (and ``"fastpath_static"``) and
+    ``attn_implementation="fastpath"`` known to transformers, for every model. ``patch_model`` calls it. Idempotent."""
+    register_attention()
+    known = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = (*known, *(name for name in CACHE_NAMES if name not in known))
+    stock = GenerationMixin._prepare_cache_for_generation
+    if hasattr(stock, "_fastpath_wraps"):
+        return
+
+    # An accepted name that no one acts on would silently give a DynamicCache, so the names work on every model.
+    @functools.wraps(stock)
+    def prepare_named_cache(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        kv_format = CACHE_NAMES.get(generation_config.cache_implementation)
+        if kv_format is None or model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return stock(self, generation_config, model_kwargs, *args, **kwargs)
+        model_kwargs["past_key_values"] = _new_cache(self, kv_format, _max_cache_length(args, kwargs))
+        return None
+
+    prepare_named_cache._fastpath_wraps = stock  # type: ignore[attr-defined]
+    GenerationMixin._prepare_cache_for_generation = prepare_named_cache
+
+
+def _max_cache_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The last parameter of ``_prepare_cache_for_generation``, in transformers 5.17 and 5.23 alike."""
+    return int(kwargs.get("max_cache_length", args[-1] if args else 0))
+
+
+def _new_cache(model: Any, kv_format: KVFormat, tokens: int) -> FastCache:
+    return CACHES[kv_format](model.config, max_cache_len=min(tokens, _MAX_PREALLOCATED_TOKENS))
+
+
+def prepare_default_cache(
+    self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Bound to a patched model as ``_prepare_cache_for_generation``: our cache where the user asked for none."""
+    if (
+        generation_config.cache_implementation is None
+        and model_kwargs.get("past_key_values") is None
+        and generation_config.use_cache is not False
+    ):
+        kv_format = self._fastpath.config.kv_cache
+        model_kwargs["past_key_values"] = _new_cache(self, kv_format, _max_cache_length(args, kwargs))
+        return None
+    return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+
+
+def supply_default_cache(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a patched model: a plain ``model(input_ids)`` that would make a DynamicCache gets ours.
+
+    Not while training, and not when gradients are wanted: a cache holds no graph.
+    """
+    use_cache = kwargs.get("use_cache")
+    use_cache = model.config.use_cache if use_cache is None else use_cache
+    passed = kwargs.get("past_key_values") is not None or len(args) > _POSITION_OF_PAST
+    if not use_cache or passed or model.training or torch.is_grad_enabled():
+        return None
+    return args, {**kwargs, "past_key_values": CACHES[model._fastpath.config.kv_cache](model.config)}
+
+
+_POSITION_OF_PAST = 3  # forward(input_ids, attention_mask, position_ids, past_key_values, ...)

@@ -1,0 +1,155 @@
+"""A linear layer whose weight is stored as int4 groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fastpath import heuristics, packing
+from hf_fastpath.heuristics import W4A16Variant
+from hf_fastpath.ops import w4a16_dequantize, w4a16_linear
+from hf_fastpath.quantize import GroupQuantized
+from hf_fastpath.runtime import require_device
+
+
+class W4A16Linear(nn.Module):
+    """``y = x W^T + b`` with W as int4 groups (layout and formula: :mod:`hf_fastpath.packing`).
+
+    Inputs ``(..., in_features)`` in fp16 or bf16, on the CPU also fp32; the output has the input's dtype.
+
+    On CUDA the weight lives in ``qweight``. On the CPU it lives in the layout of torch's own int4 product instead
+    (``cpu_qweight``, made at the first call; never both), which multiplies bf16 activations and accumulates in fp32:
+    fp16 and fp32 inputs are rounded to bf16 for it, and so is ``(8 - zero) * scale``. ``state_dict()`` always holds
+    ``qweight``.
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        *,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("bias", bias)
+        self._cpu_layout: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def from_quantized(cls, quantized: GroupQuantized, bias: torch.Tensor | None) -> W4A16Linear:
+        """Packs a quantized ``(N, K)`` weight."""
+        out_features, in_features = quantized.q.shape
+        zeros = quantized.zero
+        return cls(
+            in_features,
+            out_features,
+            quantized.group_size,
+            qweight=packing.pack_int4(quantized.q),
+            scales=packing.pack_per_group(quantized.scale, 0.0),
+            zeros=None if zeros is None else packing.pack_per_group(zeros, packing.SYMMETRIC_ZERO),
+            bias=None if bias is None else bias.detach().clone(),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        variant = heuristics.w4a16_variant(x.device.type, rows.shape[0])
+        if rows.shape[0] == 0:
+            out = x.new_empty((0, self.out_features))
+        elif variant is W4A16Variant.CPU_INT4PACK:
+            out = self._forward_cpu(rows)
+        else:
+            require_device(x.device)
+            out = self._forward_cuda(rows, variant)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _forward_cuda(self, x: torch.Tensor, variant: W4A16Variant) -> torch.Tensor:
+        n, g = self.out_features, self.group_size
+        if variant is W4A16Variant.CUDA_KERNEL:
+            return w4a16_linear(x, self.qweight, self.scales, self.zeros, self.bias, n, g)
+        weight = w4a16_dequantize(self.qweight, self.scales, self.zeros, self.in_features, n, g)
+        return nn.functional.linear(x, weight, self.bias)
+
+    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        if self._cpu_layout is None:
+            self._to_cpu_layout()
+        assert self._cpu_layout is not None
+        cpu_qweight, scales_and_zeros = self._cpu_layout
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.to(torch.bfloat16).contiguous(), cpu_qweight, self.group_size, scales_and_zeros
+        )
+        out = out[:, : self.out_features]
+        return out.to(x.dtype) if self.bias is None else (out + self.bias).to(x.dtype)
+
+    def _to_cpu_layout(self) -> None:
+        """Moves the codes from ``qweight`` to torch's layout, which differs from one CPU to another."""
+        padded_rows = self.qweight.shape[0] * packing.TILE_ROWS
+        q = packing.unpack_int4(self.qweight, padded_rows, self.in_features)
+        cpu_qweight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 2)
+        scale = packing.unpack_per_group(self.scales, padded_rows).float()
+        # torch's form is (q - 8) * scale + zero.
+        zero = torch.zeros_like(scale)
+        if self.zeros is not None:
+            zero = (packing.SYMMETRIC_ZERO - packing.unpack_per_group(self.zeros, padded_rows).float()) * scale
+        scales_and_zeros = torch.stack((scale, zero), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
+        self._cpu_layout = (cpu_qweight, scales_and_zeros)
+        self.qweight = self.qweight.new_empty((0, *self.qweight.shape[1:]))
+
+    def canonical_qweight(self) -> torch.Tensor:
+        """``qweight`` in the documented layout, whichever layout the module holds at present."""
+        if self._cpu_layout is None:
+            return self.qweight
+        cpu_qweight, scales_and_zeros = self._cpu_layout
+        # Multiplying the identity with scale 1 and zero 0 gives q - 8, exactly.
+        ones = torch.ones_like(scales_and_zeros)
+        ones[..., 1] = 0
+        identity = torch.eye(self.in_features, dtype=torch.bfloat16)
+        q = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, cpu_qweight, self.group_size, ones)
+        return packing.pack_int4((q.t() + packing.SYMMETRIC_ZERO).to(torch.uint8))
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """The float weight ``(out_features, in_features)`` in the dtype of ``scales``."""
+        qweight = self.canonical_qweight()
+        if qweight.is_cuda:
+            require_device(qweight.device)
+        return w4a16_dequantize(
+            qweight, self.scales, self.zeros, self.in_features, self.out_features, self.group_size
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this module holds now, in whichever layout."""
+        held = [*self.buffers(), *(self._cpu_layout or ())]
+        return sum(tensor.nbytes for tensor in held)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> W4A16Linear:
+        if self._cpu_layout is not None:
+            self.qweight, self._cpu_layout = self.canonical_qweight(), None
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+        destination[prefix + "qweight"] = self.canonical_qweight()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if prefix + "qweight" in state_dict and self._cpu_layout is not None:
+            self.qweight, self._cpu_layout = self.canonical_qweight(), None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        zeros = "zero points" if self.zeros is not None else "symmetric"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, int4 group {self.group_size} {zeros}, {bias=}"

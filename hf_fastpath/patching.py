@@ -1,0 +1,224 @@
+"""patch_model and unpatch_model: check everything, then apply a family's recipe, keeping what it takes to undo it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_fastpath import generation
+from hf_fastpath.caches.attention import ATTENTION_NAME
+from hf_fastpath.checks import LinearPlan, check_model, plan_linears
+from hf_fastpath.config import FastpathConfig, KVFormat
+from hf_fastpath.errors import Unsupported
+from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.patches import find_recipe
+from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.quantize import quantize_int4
+from hf_fastpath.report import LEFT, FastpathReport, ReportRow
+from hf_fastpath.runtime import require_device
+
+STATE = "_fastpath"
+
+
+@dataclasses.dataclass
+class PatchState:
+    """What a patched model carries, as ``model._fastpath``: enough to undo the patch and to report it."""
+
+    config: FastpathConfig
+    recipe: Recipe
+    attn_implementation: str | None
+    replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
+    report: FastpathReport
+
+
+def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = None, **overrides: Any) -> Any:
+    """Makes a loaded transformers model run on int4 weights and a compressed KV cache, in place.
+
+    ``generate()`` and ``model(...)`` stay what they were for the caller. The original float weights are freed one layer
+    at a time while the int4 ones are made, unless ``keep_original=True``.
+
+    Args:
+        model: a transformers model of a supported family, on the CPU or on one CUDA GPU, not quantized.
+        config: a :class:`FastpathConfig` or a dict of its fields; ``overrides`` are single fields on top.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: a bad configuration value, or weights that hold NaN or infinity.
+        Unsupported: this model cannot be patched; the message says why and what is possible.
+            In both cases the model is as it was.
+    """
+    config = FastpathConfig.build(config, overrides)
+    if hasattr(model, STATE):
+        raise Unsupported("this model is already patched by hf_fastpath: call unpatch_model(model) first")
+    recipe = find_recipe(model)
+    check_model(model, config)
+    plans = plan_linears(model, recipe, config)
+    require_device(model.device)
+    generation.register()
+
+    before = _weight_bytes(model)
+    replaced = _replace_linears(model, plans, config)
+    state = PatchState(config, recipe, model.config._attn_implementation, replaced, FastpathReport("", (), ()))
+    state.report = _build_report(model, state, plans, before)
+    setattr(model, STATE, state)
+    if config.kv_cache is not None:
+        model.set_attn_implementation(ATTENTION_NAME)
+        model._prepare_cache_for_generation = types.MethodType(generation.prepare_default_cache, model)
+        model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
+    if replaced:
+        model.save_pretrained = types.MethodType(_refuse_to_save, model)
+    return model
+
+
+def unpatch_model(model: Any, *, dequantize: bool = False) -> Any:
+    """Undoes :func:`patch_model`, in place.
+
+    With originals kept (``keep_original=True``) the model is the same modules and tensors as before, on its present
+    device, and its logits are bit-identical.
+
+    Args:
+        dequantize: where originals were not kept, put in plain linear layers that hold the int4 weights' values.
+
+    Raises:
+        Unsupported: the model is not patched, or the original weights were not kept and ``dequantize`` is False; the
+            model is left as it was.
+    """
+    state = _state(model)
+    gone = [name for name, original in state.replaced.items() if original is None]
+    if gone and not dequantize:
+        raise Unsupported(
+            f"the original weights of {len(gone)} linear layers ({gone[0]}, ...) were not kept, so they cannot be restored: "
+            "load the model again, patch with keep_original=True next time, or call unpatch_model(model, dequantize=True) "
+            "for plain linear layers with the int4 weights' values"
+        )
+    for name, original in state.replaced.items():
+        packed = model.get_submodule(name)
+        restored = _plain_linear(packed) if original is None else original.to(packed.scales.device)
+        model.set_submodule(name, restored)
+    if state.config.kv_cache is not None:
+        model.set_attn_implementation(state.attn_implementation)
+        del model._prepare_cache_for_generation
+        _remove_forward_pre_hook(model, generation.supply_default_cache)
+    if state.replaced:
+        del model.save_pretrained
+    delattr(model, STATE)
+    return model
+
+
+def fastpath_report(model: Any) -> FastpathReport:
+    """What :func:`patch_model` did to every module, and why; ``print`` it.
+
+    Raises:
+        Unsupported: the model is not patched.
+    """
+    return _state(model).report
+
+
+def _state(model: Any) -> PatchState:
+    state = getattr(model, STATE, None)
+    if state is None:
+        raise Unsupported(f"this {type(model).__name__} is not patched by hf_fastpath")
+    return state
+
+
+def _replace_linears(model: Any, plans: list[LinearPlan], config: FastpathConfig) -> dict[str, nn.Linear | None]:
+    """Quantizes and swaps layer by layer; only one layer exists in both forms at a time."""
+    todo = [plan for plan in plans if plan.group_size is not None]
+    replaced: dict[str, nn.Linear | None] = {}
+    for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
+        original = model.get_submodule(plan.name)
+        assert plan.group_size is not None
+        quantized = quantize_int4(
+            original.weight, plan.group_size, zero_points=config.zero_points, search=config.scale_search
+        )
+        packed = W4A16Linear.from_quantized(quantized, original.bias)
+        packed.train(original.training)
+        model.set_submodule(plan.name, packed)
+        replaced[plan.name] = original.to("cpu") if config.keep_original else None
+    if todo and torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+    return replaced
+
+
+def _plain_linear(packed: W4A16Linear) -> nn.Linear:
+    weight = packed.dequantized_weight()
+    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if packed.bias is not None:
+        linear.bias = nn.Parameter(packed.bias.detach().clone())
+    return linear.train(packed.training)
+
+
+def _remove_forward_pre_hook(model: nn.Module, hook: Any) -> None:
+    for key in [key for key, value in model._forward_pre_hooks.items() if value is hook]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _refuse_to_save(self: Any, *args: Any, **kwargs: Any) -> None:
+    raise Unsupported(
+        "saving a model with packed int4 weights is not supported yet: a checkpoint written now could not be loaded. "
+        "Save the original model and patch it after loading, or unpatch_model(model) first"
+    )
+
+
+def _weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each module's own parameters and buffers; a tied tensor counts where it is met first."""
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, W4A16Linear):
+            sizes[name] = module.nbytes
+            continue
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own:
+            sizes[name] = sum(tensor.nbytes for tensor in own if id(tensor) not in seen)
+            seen.update(id(tensor) for tensor in own)
+    return sizes
+
+
+def _build_report(
+    model: nn.Module, state: PatchState, plans: list[LinearPlan], before: dict[str, int]
+) -> FastpathReport:
+    after, planned = _weight_bytes(model), {plan.name: plan for plan in plans}
+    rows = []
+    for name, size in before.items():
+        module = model.get_submodule(name)
+        if isinstance(module, W4A16Linear):
+            kind, action = "Linear", f"int4 g{module.group_size}" + ("" if module.zeros is None else " + zeros")
+            reason = ""
+        else:
+            kind, action = type(module).__name__, LEFT
+            reason = planned[name].reason if name in planned else "not a linear layer of the recipe"
+            if size == 0:
+                reason = "its tensor is tied to one counted above; " + reason
+        rows.append(ReportRow(name, kind, action, reason, size, after[name]))
+    return FastpathReport(f"{type(model).__name__}, recipe {state.recipe.family!r}", tuple(rows), _notes(model, state))
+
+
+def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
+    device = model.device
+    kv_cache = state.config.kv_cache
+    if kv_cache is None:
+        cache = "KV cache and attention: transformers' own"
+    else:
+        cache = (
+            f"KV cache: {kv_cache.value} by default in generate() and model(...); "
+            f"attention: {ATTENTION_NAME} instead of {state.attn_implementation}"
+        )
+    if device.type == "cuda":
+        runs = f"Runs on {torch.cuda.get_device_name(device)}"
+    else:
+        runs = "Runs on the CPU: torch's int4 product"
+        runs += ", int8 attention by its reference implementation" if kv_cache is KVFormat.INT8 else ""
+    originals = "kept in CPU memory" if state.config.keep_original else "freed"
+    return (cache, runs, f"Original weights of replaced layers: {originals}")
