@@ -1,0 +1,62 @@
+// Integers to 16-bit floats without conversion instructions: an integer below 2^m in the low mantissa bits of the power
+// of two whose last place is 1 is that power plus the integer; one exact subtraction leaves the integer.
+#pragma once
+
+#include "dtype.cuh"
+
+namespace hf_fastpath {
+
+// (a & mask) | bits and (a & mask) ^ bits, one instruction each.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
+template <typename Pair>
+__device__ __forceinline__ Pair as_pair(uint32_t bits) {
+  return *reinterpret_cast<Pair*>(&bits);
+}
+template <typename Pair>
+__device__ __forceinline__ uint32_t as_bits(Pair pair) {
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+// The float whose last place is 1 and whose low mantissa bits hold a nibble: 1024 in fp16, 128 in bf16.
+template <typename T>
+constexpr uint32_t kIntegerBase = 0;
+template <>
+constexpr uint32_t kIntegerBase<__half> = 0x64006400;
+template <>
+constexpr uint32_t kIntegerBase<__nv_bfloat16> = 0x43004300;
+
+// A zero point as the pair that int4_fragment subtracts.
+template <typename T>
+__device__ __forceinline__ uint32_t zero_pair(uint32_t zero) {
+  return kIntegerBase<T> | zero | (zero << 16);
+}
+
+// A packed word (packing.py) to the A fragment of q - zero, exactly. zero_lo, zero_hi: zero_pair() of rows g and g + 8.
+template <typename T>
+__device__ __forceinline__ void int4_fragment(uint32_t word, uint32_t zero_lo, uint32_t zero_hi, uint32_t (&a)[4]) {
+  using P = typename Pair<T>::type;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const P biased = as_pair<P>(and_or(word >> (4 * i), 0x000f000f, kIntegerBase<T>));
+    a[i] = as_bits(__hsub2(biased, as_pair<P>(i % 2 ? zero_hi : zero_lo)));
+  }
+}
+
+// Bytes 0 and 2 of a word, as signed integers, to a pair of fp16; shift the word by 8 for bytes 1 and 3. Flipping the
+// sign bit adds 128, so 1024 + 128 is subtracted.
+__device__ __forceinline__ uint32_t int8_pair(uint32_t word) {
+  const uint32_t biased = and_xor(word, 0x00ff00ff, 0x64806480);
+  return as_bits(__hsub2(as_pair<__half2>(biased), as_pair<__half2>(0x64806480)));
+}
+
+}  // namespace hf_fastpath

@@ -1,0 +1,33 @@
+// Warp reductions. Butterfly order: every lane ends with the same bits, in every run.
+#pragma once
+
+namespace hf_fastpath {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The maximum that keeps a NaN, as torch.amax does.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+__device__ __forceinline__ float warp_max_nan(float v) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) v = max_nan(v, __shfl_xor_sync(kFullWarp, v, offset));
+  return v;
+}
+
+// Over the lanes that share t = lane % 4.
+__device__ __forceinline__ float max_over_g(float v) {
+#pragma unroll
+  for (int offset = 16; offset >= 4; offset /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, offset));
+  return v;
+}
+__device__ __forceinline__ float sum_over_g(float v) {
+#pragma unroll
+  for (int offset = 16; offset >= 4; offset /= 2) v += __shfl_xor_sync(kFullWarp, v, offset);
+  return v;
+}
+
+}  // namespace hf_fastpath

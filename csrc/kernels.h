@@ -1,0 +1,85 @@
+// The host entry points of the kernels. Raw pointers, sizes and a stream: kernels do not know torch.
+// Every launcher returns the error of its launch (cudaGetLastError), so that nothing fails silently. The packed int4
+// layout is described in hf_fastpath/packing.py.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hf_fastpath {
+
+enum class Dtype { kFloat16, kBFloat16 };
+
+// ---- w4a16_linear.cu ------------------------------------------------------------------------------------------------
+struct W4A16LinearArgs {
+  const void* x;  // (m, k), rows x_row_stride elements apart, aligned to one element only
+  int64_t x_row_stride;
+  const void* qweight;   // (ceil(n/16), ceil(k/64), 32, 4) int32, 16-byte aligned
+  const void* scales;    // (ceil(n/16), k/group, 16), 4-byte aligned
+  const uint8_t* zeros;  // like scales, 2-byte aligned; nullptr: symmetric
+  const void* bias;      // (n,) or nullptr
+  void* y;               // (m, n) contiguous
+  int m, n, k;
+  int group_size;  // 32, 64, 128
+};
+constexpr int kMaxLinearRows = 16;
+cudaError_t launch_w4a16_linear(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
+// ---- w4a16_dequantize.cu --------------------------------------------------------------------------------------------
+struct W4A16DequantizeArgs {
+  const void* qweight;
+  const void* scales;
+  const uint8_t* zeros;
+  void* out;  // (n, k) contiguous, 16-byte aligned
+  int n, k, group_size;
+};
+cudaError_t launch_w4a16_dequantize(const W4A16DequantizeArgs& args, Dtype dtype, cudaStream_t stream);
+
+// ---- kv_int8.cu -----------------------------------------------------------------------------------------------------
+// One of the two halves of an append: (batch, heads, tokens, dim) floats to int8 and one fp16 scale a token and head.
+struct KvAppendSide {
+  const void* input;
+  int64_t stride_batch, stride_head, stride_token;  // elements; the last dimension is contiguous
+  int8_t* data;                                     // (batch, heads, capacity, dim) contiguous
+  void* scale;                                      // (batch, heads, capacity) fp16 contiguous
+};
+struct KvAppendArgs {
+  KvAppendSide sides[2];  // keys, values
+  int batch, heads, tokens, dim;
+  int64_t capacity, start;
+};
+constexpr int kMaxKvDim = 256;
+cudaError_t launch_kv_int8_append(const KvAppendArgs& args, Dtype dtype, cudaStream_t stream);
+
+struct KvDequantizeArgs {
+  const int8_t* data;  // (pairs, capacity, dim), pairs = batch * heads
+  const void* scale;   // (pairs, capacity) fp16
+  void* out;           // (pairs, length, dim)
+  int64_t pairs, capacity, length;
+  int dim;
+};
+cudaError_t launch_kv_int8_dequantize(const KvDequantizeArgs& args, Dtype dtype, cudaStream_t stream);
+
+// ---- attn_decode_int8.cu --------------------------------------------------------------------------------------------
+struct AttnDecodeArgs {
+  const void* query;  // (batch, heads, dim)
+  const int8_t* k_data;
+  const void* k_scale;
+  const int8_t* v_data;
+  const void* v_scale;
+  const uint8_t* mask;  // (batch, >= length) of 0 and 1, or nullptr
+  int64_t mask_row_stride;
+  void* out;       // (batch, heads, dim)
+  float* scratch;  // attn_decode_scratch_floats() floats, or nullptr when that is 0
+  int batch, heads, kv_heads, dim;
+  int64_t capacity, length;
+  float scaling;
+};
+// How many pieces a sequence is cut into: a function of its length alone, so that a row's bits do not depend on its
+// neighbours in the batch.
+int attn_decode_splits(int64_t length);
+int64_t attn_decode_scratch_floats(int64_t batch, int64_t heads, int64_t dim, int64_t length);
+cudaError_t launch_attn_decode_int8(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+
+}  // namespace hf_fastpath
