@@ -172,8 +172,8 @@ def _run_ninja(ninja: Path, folder: Path, progress: bool) -> None:
         tail = "".join(output[-ERROR_LINES:]).strip()
         raise RuntimeError(
             f"compiling the CUDA kernels failed:\n{tail}\n"
-            f"`{ninja} -C {folder}` repeats it. The kernels need the CUDA toolkit 12.8 or newer and a C++ compiler that it "
-            "supports; HF_FASTPATH_CUDA_ARCHS chooses the architectures."
+            f"`{ninja} -C {folder}` repeats it. The kernels need the CUDA toolkit 12.8 or newer and a C++ compiler "
+            "that it supports; HF_FASTPATH_CUDA_ARCHS chooses the architectures."
         )
 
 
