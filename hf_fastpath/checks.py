@@ -71,7 +71,7 @@ def _check_cache(model: Any, config: FastpathConfig, device: torch.device) -> No
     if config.kv_cache is None:
         return
     cache = CACHES[config.kv_cache](model.config)  # says no to configurations that it does not fit
-    head_dim = cache._head_dim
+    head_dim = cache.head_dim
     if config.kv_cache is KVFormat.INT8 and device.type == "cuda" and not attn_decode_int8_supports(head_dim):
         raise Unsupported(
             f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}: "
@@ -96,7 +96,9 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     missing = targets - linears.keys()
-    plans = [LinearPlan(name, None, f"is a {type(model.get_submodule(name)).__name__}, not a Linear") for name in missing]
+    plans = [
+        LinearPlan(name, None, f"is a {type(model.get_submodule(name)).__name__}, not a Linear") for name in missing
+    ]
     plans += [_plan_one(name, module, targets, owners, config) for name, module in linears.items()]
     _check_finite(linears, plans, config)
     return plans
@@ -153,8 +155,6 @@ def _plan_one(
 def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:
     todo = [plan.name for plan in plans if plan.group_size is not None]
     for name in tqdm(todo, desc="Checking weights", unit="layer", disable=not (config.progress and todo), leave=False):
-        # A sum is NaN or infinite when any weight is, and takes no memory; a finite float32 overflow cannot happen
-        # with fewer than 2^31 weights below 1e29.
-        weight = linears[name].weight
-        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+        # A sum is NaN or infinite when any weight is, and takes no memory; in float64 it cannot overflow.
+        if not bool(torch.isfinite(linears[name].weight.detach().sum(dtype=torch.float64))):
             raise ValueError(f"{name}: the weight holds NaN or infinity, which int4 cannot store")

@@ -27,6 +27,7 @@ class ScaleSearch(enum.Enum):
 
     ABSMAX = "absmax"
     MSE = "mse"
+    ACTIVATION = "activation"
 
 
 def _parse_enum(field: str, value: Any, kind: type[enum.Enum], optional: bool) -> enum.Enum | None:
@@ -45,14 +46,15 @@ class FastpathConfig:
     """What :func:`hf_fastpath.patch_model` does to a model. Immutable; a bad value raises ValueError.
 
     Args:
-        weights: ``"w4a16"`` stores every supported linear layer as int4 groups (15 levels or 16 with zero points) with
-            16-bit scales; None leaves the weights as they are.
+        weights: ``"w4a16"`` stores every supported linear layer as int4 groups with 16-bit
+            scales; None leaves the weights as they are.
         group_size: consecutive input features that share a scale: 128, 64 or 32. A layer whose in_features is not a
             multiple of it takes the next smaller size that divides.
         zero_points: give every group an integer zero point (asymmetric int4): 0.06 more bits a weight at group 128,
             and less error.
-        scale_search: ``"mse"`` searches the scale that minimizes the weights' squared error; ``"absmax"`` is plain
-            rounding to the largest value.
+        scale_search: ``"activation"`` searches scales and zero points that minimize the error of the layer's output,
+            its input channels weighted by how strongly random tokens drive them (no data needed; a second or so);
+            ``"mse"`` minimizes the error of the weights alone; ``"absmax"`` is plain rounding to the largest value.
         kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
             precision, preallocated), or None for transformers' own DynamicCache.
         skip_modules: names of linear layers to leave alone, matched against each dotted component of a module's name
@@ -64,7 +66,7 @@ class FastpathConfig:
     weights: WeightFormat | None = WeightFormat.W4A16
     group_size: int = 128
     zero_points: bool = True
-    scale_search: ScaleSearch = ScaleSearch.MSE
+    scale_search: ScaleSearch = ScaleSearch.ACTIVATION
     kv_cache: KVFormat | None = KVFormat.INT8
     skip_modules: tuple[str, ...] = ("lm_head",)
     keep_original: bool = False
@@ -89,7 +91,7 @@ class FastpathConfig:
 
     def _parse_skip_modules(self) -> tuple[str, ...]:
         names = self.skip_modules
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"FastpathConfig.skip_modules={names!r}: allowed is a list or tuple of module names, "
                 'such as ("lm_head", "down_proj")'
@@ -98,11 +100,12 @@ class FastpathConfig:
 
     @classmethod
     def build(cls, config: FastpathConfig | dict[str, Any] | None, overrides: dict[str, Any]) -> FastpathConfig:
-        """``config`` (or the defaults) with ``overrides`` on top; unknown names raise ValueError with the known ones."""
+        """``config`` (or the defaults) with ``overrides`` on top; unknown names raise ValueError."""
         if config is None:
             config = cls()
         elif isinstance(config, dict):
-            config, overrides = cls(), {**config, **overrides}
+            overrides = {**config, **overrides}
+            config = cls()
         elif not isinstance(config, cls):
             raise ValueError(f"config must be a FastpathConfig, a dict or None, got {type(config).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]

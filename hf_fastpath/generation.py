@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationMixin
 from transformers.generation import configuration_utils
 
@@ -20,14 +19,18 @@ CACHE_NAMES: dict[str, KVFormat] = {f"fastpath_{fmt.value}": fmt for fmt in CACH
 # Room made at once for a generate() call that allows many new tokens; most calls stop long before their limit.
 _MAX_PREALLOCATED_TOKENS = 8192
 
+_POSITION_OF_PAST = 3  # forward(input_ids, attention_mask, position_ids, past_key_values, ...)
+
 
 def register() -> None:
     """Makes ``cache_implementation="fastpath_int8"`` (and ``"fastpath_static"``) and
     ``attn_implementation="fastpath"`` known to transformers, for every model. ``patch_model`` calls it. Idempotent."""
     register_attention()
-    known = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
-    configuration_utils.ALL_CACHE_IMPLEMENTATIONS = (*known, *(name for name in CACHE_NAMES if name not in known))
-    stock = GenerationMixin._prepare_cache_for_generation
+    settings: Any = configuration_utils
+    known = settings.ALL_CACHE_IMPLEMENTATIONS
+    settings.ALL_CACHE_IMPLEMENTATIONS = (*known, *(name for name in CACHE_NAMES if name not in known))
+    mixin: Any = GenerationMixin
+    stock = mixin._prepare_cache_for_generation
     if hasattr(stock, "_fastpath_wraps"):
         return
 
@@ -43,7 +46,7 @@ def register() -> None:
         return None
 
     prepare_named_cache._fastpath_wraps = stock  # type: ignore[attr-defined]
-    GenerationMixin._prepare_cache_for_generation = prepare_named_cache
+    mixin._prepare_cache_for_generation = prepare_named_cache
 
 
 def _max_cache_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -71,7 +74,7 @@ def prepare_default_cache(
 
 
 def supply_default_cache(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a patched model: a plain ``model(input_ids)`` that would make a DynamicCache gets ours.
 
@@ -83,6 +86,3 @@ def supply_default_cache(
     if not use_cache or passed or model.training or torch.is_grad_enabled():
         return None
     return args, {**kwargs, "past_key_values": CACHES[model._fastpath.config.kv_cache](model.config)}
-
-
-_POSITION_OF_PAST = 3  # forward(input_ids, attention_mask, position_ids, past_key_values, ...)

@@ -12,9 +12,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_fastpath import generation
+from hf_fastpath.activations import input_energy
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import LinearPlan, check_model, plan_linears
-from hf_fastpath.config import FastpathConfig, KVFormat
+from hf_fastpath.config import FastpathConfig, KVFormat, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.patches import find_recipe
@@ -95,13 +96,13 @@ def unpatch_model(model: Any, *, dequantize: bool = False) -> Any:
     gone = [name for name, original in state.replaced.items() if original is None]
     if gone and not dequantize:
         raise Unsupported(
-            f"the original weights of {len(gone)} linear layers ({gone[0]}, ...) were not kept, so they cannot be restored: "
-            "load the model again, patch with keep_original=True next time, or call unpatch_model(model, dequantize=True) "
-            "for plain linear layers with the int4 weights' values"
+            f"the original weights of {len(gone)} linear layers ({gone[0]}, ...) were not kept, so they cannot be "
+            "restored: load the model again and patch it with keep_original=True, or call "
+            "unpatch_model(model, dequantize=True) for plain linear layers with the int4 weights' values"
         )
     for name, original in state.replaced.items():
         packed = model.get_submodule(name)
-        restored = _plain_linear(packed) if original is None else original.to(packed.scales.device)
+        restored = _plain_linear(packed, model.dtype) if original is None else original.to(packed.scales.device)
         model.set_submodule(name, restored)
     if state.config.kv_cache is not None:
         model.set_attn_implementation(state.attn_implementation)
@@ -132,12 +133,19 @@ def _state(model: Any) -> PatchState:
 def _replace_linears(model: Any, plans: list[LinearPlan], config: FastpathConfig) -> dict[str, nn.Linear | None]:
     """Quantizes and swaps layer by layer; only one layer exists in both forms at a time."""
     todo = [plan for plan in plans if plan.group_size is not None]
+    energy: dict[str, torch.Tensor] = {}
+    if todo and config.scale_search is ScaleSearch.ACTIVATION:
+        energy = input_energy(model, [plan.name for plan in todo])
     replaced: dict[str, nn.Linear | None] = {}
     for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
-        original = model.get_submodule(plan.name)
         assert plan.group_size is not None
+        original = model.get_submodule(plan.name)
         quantized = quantize_int4(
-            original.weight, plan.group_size, zero_points=config.zero_points, search=config.scale_search
+            original.weight,
+            plan.group_size,
+            zero_points=config.zero_points,
+            search=config.scale_search,
+            importance=energy.get(plan.name),
         )
         packed = W4A16Linear.from_quantized(quantized, original.bias)
         packed.train(original.training)
@@ -149,8 +157,8 @@ def _replace_linears(model: Any, plans: list[LinearPlan], config: FastpathConfig
     return replaced
 
 
-def _plain_linear(packed: W4A16Linear) -> nn.Linear:
-    weight = packed.dequantized_weight()
+def _plain_linear(packed: W4A16Linear, dtype: torch.dtype) -> nn.Linear:
+    weight = packed.dequantized_weight().to(dtype)
     linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight)
     if packed.bias is not None:

@@ -51,7 +51,15 @@ class FastpathReport:
     def __str__(self) -> str:
         header = ("module", "count", "kind", "action", "MB before", "MB after", "why")
         lines = [
-            (name, str(count), row.kind, row.action, _megabytes(row.bytes_before), _megabytes(row.bytes_after), row.reason)
+            (
+                name,
+                str(count),
+                row.kind,
+                row.action,
+                _megabytes(row.bytes_before),
+                _megabytes(row.bytes_after),
+                row.reason,
+            )
             for name, count, row in self.grouped()
         ]
         total = ("total", str(len(self.rows)), "", "", _megabytes(self.bytes_before), _megabytes(self.bytes_after), "")
@@ -68,7 +76,9 @@ def _format_table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> list
     numeric = {i for i, name in enumerate(header) if name == "count" or name.startswith("MB")}
 
     def row(cells: tuple[str, ...]) -> str:
-        padded = [c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        padded = [
+            c.rjust(w) if i in numeric else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return "  ".join(padded).rstrip()
 
     return [row(header), "  ".join("-" * w for w in widths), *(row(line) for line in lines)]

@@ -1,8 +1,7 @@
 """Llama: RMSNorm, rotary grouped-query attention, SwiGLU."""
 
-from transformers import LlamaForCausalLM
-
 from hf_fastpath.patches.recipe import Recipe
+from transformers import LlamaForCausalLM
 
 RECIPE = Recipe(
     family="llama",

@@ -43,8 +43,9 @@ def fastpath_attention(
         if isinstance(layer, Int8KVLayer) and _decodable(query, attention_mask, dropout, kwargs):
             mask = None if attention_mask is None else attention_mask[:, 0, 0]
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out = attn_decode_int8(query[:, :, 0].contiguous(), *layer.storage, mask, key.shape[2], scale)
-            return out.unsqueeze(1), None
+            k_data, k_scale, v_data, v_scale = layer.storage
+            q = query[:, :, 0].contiguous()
+            return attn_decode_int8(q, k_data, k_scale, v_data, v_scale, mask, key.shape[2], scale).unsqueeze(1), None
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

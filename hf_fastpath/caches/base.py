@@ -4,7 +4,7 @@ generate()."""
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -51,6 +51,11 @@ class FastLayer(CacheLayerMixin):
     @abstractmethod
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         """``"keys"`` or ``"values"`` as a plain tensor ``(B, H_kv, length, D)``."""
+
+    @classmethod
+    @abstractmethod
+    def bytes_per_head(cls, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that the key (or value) of one token and head takes in a model of this dtype."""
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -179,10 +184,11 @@ class FastCache(Cache):
         self._check(config)
         if max_cache_len < 0:
             raise ValueError(f"max_cache_len={max_cache_len}: must be 0 or more")
-        layers = [self.layer_class(max_cache_len, **layer_options) for _ in range(config.num_hidden_layers)]
+        layers: list[Any] = [self.layer_class(max_cache_len, **layer_options) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=layers)
-        self._kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.dtype: torch.dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
 
     @classmethod
     def _check(cls, config: PreTrainedConfig) -> None:
@@ -192,20 +198,22 @@ class FastCache(Cache):
         if getattr(config, "sliding_window", None) is not None:
             kinds.add("sliding_attention")
         if kinds != {"full_attention"}:
-            raise Unsupported(f"{cls.__name__} needs full-attention layers only; this model has {', '.join(sorted(kinds))}")
+            raise Unsupported(
+                f"{cls.__name__} needs full-attention layers only; this model has {', '.join(sorted(kinds))}"
+            )
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self._fast_layers)
+
+    @property
+    def _fast_layers(self) -> list[FastLayer]:
+        return cast(list[FastLayer], self.layers)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes in all layers, scales included."""
-        if self.layers[0].is_initialized:
-            return sum(t.nbytes // (t.shape[0] * t.shape[2]) for layer in self.layers for t in layer.storage)
-        return len(self.layers) * 2 * self._kv_heads * self.bytes_per_head(self._head_dim)
-
-    def bytes_per_head(self, head_dim: int) -> int:
-        """Bytes of one token's key (or value) of one head."""
-        raise NotImplementedError
+        if self._fast_layers[0].is_initialized:
+            return sum(t.nbytes // (t.shape[0] * t.shape[2]) for layer in self._fast_layers for t in layer.storage)
+        return len(self.layers) * 2 * self.kv_heads * self.layer_class.bytes_per_head(self.head_dim, self.dtype)

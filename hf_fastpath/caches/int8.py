@@ -37,7 +37,8 @@ class Int8KVLayer(FastLayer):
         return storage
 
     def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        kv_int8_append(key, value, *self.storage, start)
+        k_data, k_scale, v_data, v_scale = self.storage
+        kv_int8_append(key, value, k_data, k_scale, v_data, v_scale, start)
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fresh_prefill and key.shape[2] == self.length and key.shape[2] > 1:
@@ -45,6 +46,10 @@ class Int8KVLayer(FastLayer):
         shape = (*key.shape[:2], self.length, key.shape[3])
         keys, values = (LazyKV(self, which, shape, key.dtype, key.device) for which in ("keys", "values"))
         return keys, values
+
+    @classmethod
+    def bytes_per_head(cls, head_dim: int, dtype: torch.dtype) -> int:
+        return head_dim + 2
 
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         data, scale = self.storage[:2] if which == "keys" else self.storage[2:]
@@ -54,8 +59,8 @@ class Int8KVLayer(FastLayer):
 class Int8KVCache(FastCache):
     """Keys and values as int8 with one float16 scale a token and head: 0.51 of the bytes of fp16 at head size 128.
 
-    With ``attn_implementation="fastpath"`` (what ``patch_model`` sets) decoding reads the int8 payload in a kernel. With
-    any other implementation, so also on an unpatched model, each layer is expanded when its attention needs it.
+    With ``attn_implementation="fastpath"`` (what ``patch_model`` sets) decoding reads the int8 payload in a kernel.
+    With any other implementation, so also on an unpatched model, each layer is expanded when its attention needs it.
 
     Args:
         config, max_cache_len: see :class:`FastCache`.
@@ -68,6 +73,3 @@ class Int8KVCache(FastCache):
 
     def __init__(self, config: PreTrainedConfig, *, max_cache_len: int = 0, fresh_prefill: bool = True) -> None:
         super().__init__(config, max_cache_len=max_cache_len, fresh_prefill=fresh_prefill)
-
-    def bytes_per_head(self, head_dim: int) -> int:
-        return head_dim + 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers.configuration_utils import PreTrainedConfig
 
 from hf_fastpath.caches.base import FastCache, FastLayer
 
@@ -23,6 +22,10 @@ class StaticKVLayer(FastLayer):
             return key, value  # a whole prompt: the same numbers, and gradients can flow
         return self.storage[0][:, :, : self.length], self.storage[1][:, :, : self.length]
 
+    @classmethod
+    def bytes_per_head(cls, head_dim: int, dtype: torch.dtype) -> int:
+        return head_dim * dtype.itemsize
+
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         return self.storage[0 if which == "keys" else 1][:, :, :length].to(dtype)
 
@@ -35,10 +38,3 @@ class StaticKVCache(FastCache):
     """
 
     layer_class = StaticKVLayer
-
-    def __init__(self, config: PreTrainedConfig, *, max_cache_len: int = 0) -> None:
-        super().__init__(config, max_cache_len=max_cache_len)
-        self._itemsize = (getattr(config, "dtype", None) or torch.get_default_dtype()).itemsize
-
-    def bytes_per_head(self, head_dim: int) -> int:
-        return head_dim * self._itemsize

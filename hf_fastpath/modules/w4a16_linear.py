@@ -125,9 +125,7 @@ class W4A16Linear(nn.Module):
         qweight = self.canonical_qweight()
         if qweight.is_cuda:
             require_device(qweight.device)
-        return w4a16_dequantize(
-            qweight, self.scales, self.zeros, self.in_features, self.out_features, self.group_size
-        )
+        return w4a16_dequantize(qweight, self.scales, self.zeros, self.in_features, self.out_features, self.group_size)
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +139,7 @@ class W4A16Linear(nn.Module):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "qweight"] = self.canonical_qweight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -152,4 +150,5 @@ class W4A16Linear(nn.Module):
     def extra_repr(self) -> str:
         zeros = "zero points" if self.zeros is not None else "symmetric"
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, int4 group {self.group_size} {zeros}, {bias=}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, int4 group {self.group_size} {zeros}, {bias=}"

@@ -1,4 +1,4 @@
-"""Tokens of an int8 cache back to floats: for prompt chunks after the first, and for attention code that is not ours."""
+"""Tokens of an int8 cache back to floats: for later prompt chunks and for attention code that is not ours."""
 
 from __future__ import annotations
 

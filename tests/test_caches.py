@@ -1,0 +1,248 @@
+"""The caches: everything that generate() calls, against the same operations on plain tensors."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig
+
+from hf_fastpath import Int8KVCache, StaticKVCache, Unsupported
+from hf_fastpath.caches import attention, int8
+from hf_fastpath.caches.base import BLOCK_TOKENS
+from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.ops.kv_int8_append import quantize_int8
+from tests.conftest import make_llama
+
+CACHES = [StaticKVCache, Int8KVCache]
+
+
+def random_kv(batch: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = torch.randn(2, batch, 2, tokens, 16, generator=generator)
+    return key, value
+
+
+def stored_form(cache_class: type, x: torch.Tensor) -> torch.Tensor:
+    """What a cache of this class gives back for x."""
+    if cache_class is StaticKVCache:
+        return x
+    q, scale = quantize_int8(x)
+    return q.float() * scale.float().unsqueeze(-1)
+
+
+class Mirror:
+    """A cache of the class under test beside a DynamicCache that holds what the cache should give back."""
+
+    def __init__(self, cache_class: type, batch: int = 3) -> None:
+        config = make_llama().config
+        self.kind, self.cache, self.expected = cache_class, cache_class(config), DynamicCache(config=config)
+        self.batch, self.seed = batch, 0
+
+    def append(self, tokens: int) -> None:
+        for layer in range(2):
+            self.seed += 1
+            key, value = random_kv(self.batch, tokens, self.seed)
+            self.cache.update(key, value, layer)
+            self.expected.update(stored_form(self.kind, key), stored_form(self.kind, value), layer)
+
+    def check(self) -> None:
+        for got, want in zip(self.cache.layers, self.expected.layers, strict=True):
+            assert torch.equal(got.keys, want.keys)
+            assert torch.equal(got.values, want.values)
+        assert self.cache.get_seq_length() == self.expected.get_seq_length()
+        assert self.cache.get_mask_sizes(4, 0) == self.expected.get_mask_sizes(4, 0)
+
+
+@pytest.fixture(params=CACHES, ids=lambda kind: kind.__name__)
+def mirror(request: pytest.FixtureRequest) -> Mirror:
+    return Mirror(request.param)
+
+
+def test_append_and_growth(mirror: Mirror) -> None:
+    for tokens in (7, 1, 1, BLOCK_TOKENS, 3 * BLOCK_TOKENS, 1):
+        mirror.append(tokens)
+        mirror.check()
+    assert mirror.cache.layers[0].capacity % BLOCK_TOKENS == 0
+
+
+def test_no_copy_per_token(mirror: Mirror) -> None:
+    mirror.append(5)
+    addresses = [tensor.data_ptr() for tensor in mirror.cache.layers[0].storage]
+    moves = 0
+    for _ in range(2000):
+        mirror.cache.layers[0].update(*random_kv(3, 1))
+        now = [tensor.data_ptr() for tensor in mirror.cache.layers[0].storage]
+        moves, addresses = moves + (now != addresses), now
+    assert moves <= 6  # 256 -> 512 -> 768 -> 1280 -> 2048
+
+
+def test_preallocation_is_one_allocation() -> None:
+    cache = StaticKVCache(make_llama().config, max_cache_len=1000)
+    cache.update(*random_kv(1, 5), 0)
+    assert cache.layers[0].capacity == 1024
+
+
+def test_reorder_repeat_select_crop_reset(mirror: Mirror) -> None:
+    mirror.append(6)
+    both = (mirror.cache, mirror.expected)
+    for cache in both:
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+    mirror.check()
+    mirror.append(2)
+    for cache in both:
+        cache.crop(-3)
+    mirror.check()
+    mirror.append(1)
+    for cache in both:
+        cache.batch_repeat_interleave(2)
+    mirror.batch = 6
+    mirror.append(2)
+    mirror.check()
+    for cache in both:
+        cache.batch_select_indices(torch.tensor([5, 1]))
+    mirror.batch = 2
+    mirror.append(1)
+    mirror.check()
+    for cache in both:
+        cache.reset()
+    assert mirror.cache.get_seq_length() == 0
+    mirror.batch = 4  # after a reset a cache may serve another batch
+    mirror.append(3)
+    mirror.check()
+
+
+def test_boolean_selection_and_operations_before_use(mirror: Mirror) -> None:
+    mirror.cache.reset()
+    mirror.cache.crop(-1)
+    mirror.cache.reorder_cache(torch.tensor([1, 0, 2]))
+    mirror.cache.batch_repeat_interleave(2)
+    mirror.append(3)
+    for cache in (mirror.cache, mirror.expected):
+        cache.batch_select_indices(torch.tensor([True, False, True]))
+    mirror.check()
+
+
+def test_copies_are_independent_and_caches_can_be_saved(mirror: Mirror) -> None:
+    mirror.append(4)
+    other = copy.deepcopy(mirror.cache)
+    other.layers[0].update(*random_kv(3, 1), 0)
+    mirror.check()
+    file = io.BytesIO()
+    torch.save(mirror.cache, file)
+    file.seek(0)
+    mirror.cache = torch.load(file, weights_only=False)
+    mirror.append(1)
+    mirror.check()
+
+
+def test_mistakes_are_named(mirror: Mirror) -> None:
+    mirror.append(4)
+    with pytest.raises(ValueError, match="holds a batch of 3, but got keys of 2"):
+        mirror.cache.update(*random_kv(2, 1), 0)
+    with pytest.raises(ValueError, match="pass a negative number"):
+        mirror.cache.crop(2)
+    mirror.check()
+    with pytest.raises(ValueError, match="max_cache_len=-1"):
+        mirror.kind(make_llama().config, max_cache_len=-1)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_sliding_window_models_are_refused(kind: type) -> None:
+    with pytest.raises(Unsupported, match="sliding_attention"):
+        kind(MistralConfig(sliding_window=32, num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
+def test_int8_bytes_are_at_most_053_of_fp16(head_dim: int) -> None:
+    config = make_llama(head_dim=head_dim).config
+    caches = {kind: kind(config, max_cache_len=512) for kind in CACHES}
+    for cache in caches.values():
+        before = cache.bytes_per_token
+        for layer in range(2):
+            cache.update(*torch.randn(2, 3, 2, 512, head_dim).half(), layer)
+        if isinstance(cache, Int8KVCache):
+            assert before == cache.bytes_per_token  # known before any token
+        assert cache.nbytes == 3 * 512 * cache.bytes_per_token
+    assert {tensor.dtype for tensor in caches[Int8KVCache].layers[0].storage} == {torch.int8, torch.float16}
+    ratio = caches[Int8KVCache].nbytes / caches[StaticKVCache].nbytes
+    assert ratio <= (0.53 if head_dim >= 64 else 0.53 + 1 / 96)
+
+
+def test_int8_hands_out_handles_that_expand_only_when_computed_with(count_calls: Callable[..., Any]) -> None:
+    expansions = count_calls(int8, "kv_int8_dequantize")
+    cache = Int8KVCache(make_llama().config)
+    key, value = random_kv(2, 5)
+    assert cache.update(key, value, 0)[0] is key  # the first prompt chunk attends to its own unrounded keys
+    keys, values = cache.update(*random_kv(2, 1), 0)
+    assert type(keys) is LazyKV
+    assert keys.shape == values.shape == (2, 2, 6, 16)
+    assert not expansions
+    assert torch.equal(keys * 1, cache.layers[0].keys)
+    assert len(expansions) == 2  # one for the product, one for the property
+    assert "LazyKV(keys" in repr(keys)
+    strict = Int8KVCache(make_llama().config, fresh_prefill=False)
+    assert type(strict.update(key, value, 0)[0]) is LazyKV
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_decoding_never_expands_the_cache(padding: bool, count_calls: Callable[..., Any], padded: Any) -> None:
+    model = make_llama()
+    model.set_attn_implementation("sdpa")
+    expansions = count_calls(int8, "kv_int8_dequantize")
+    kernel_calls = count_calls(attention, "attn_decode_int8")
+    inputs = padded if padding else {"input_ids": padded["input_ids"].clamp(min=2)}
+
+    def generate() -> torch.Tensor:
+        return model.generate(**inputs, past_key_values=Int8KVCache(model.config), max_new_tokens=6, do_sample=False)
+
+    plain = generate()
+    assert len(expansions) >= 2 * 2 * 5  # sdpa: keys and values of two layers in each of the five decode steps
+    assert not kernel_calls
+    expansions.clear()
+    attention.register_attention()
+    model.set_attn_implementation("fastpath")
+    assert torch.equal(generate(), plain)
+    assert not expansions
+    assert len(kernel_calls) == 2 * 5
+    assert (kernel_calls[0][5] is not None) == padding
+
+
+def test_one_strict_forward_is_token_by_token_decoding() -> None:
+    model = make_llama()
+    attention.register_attention()
+    model.set_attn_implementation("fastpath")
+    ids = torch.randint(2, 199, (1, 40))
+    with torch.no_grad():
+        whole = model(ids, past_key_values=Int8KVCache(model.config, fresh_prefill=False)).logits
+        cache = Int8KVCache(model.config)
+        steps = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40)], 1)
+        exact = model(ids, use_cache=False).logits
+        chunks_cache = Int8KVCache(model.config, fresh_prefill=False)
+        chunks = torch.cat([model(part, past_key_values=chunks_cache).logits for part in ids.split(16, 1)], 1)
+    assert float((whole - steps).abs().max()) < 1e-3 * float(whole.abs().max())
+    assert float((whole - chunks).abs().max()) < 1e-3 * float(whole.abs().max())
+    difference = float((whole - exact).abs().max() / whole.abs().max())
+    assert 1e-3 < difference < 0.2  # the cache's own error is in there, and is small
+
+
+def test_other_masks_and_softcap_take_the_expanding_path(count_calls: Callable[..., Any]) -> None:
+    query = torch.randn(1, 4, 1, 16)
+    cache = Int8KVCache(make_llama().config)
+    cache.update(*random_kv(1, 6), 0)
+    keys, values = cache.update(*random_kv(1, 1), 0)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    calls = count_calls(attention, "attn_decode_int8")
+    additive = torch.zeros(1, 1, 1, 7)
+    per_head = torch.ones(1, 4, 1, 7, dtype=torch.bool)
+    plain = attention.fastpath_attention(module, query, keys, values, None)[0]
+    assert len(calls) == 1
+    for mask in (additive, per_head):
+        got = attention.fastpath_attention(module, query, keys, values, mask)[0]
+        torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1

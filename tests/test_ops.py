@@ -1,0 +1,168 @@
+"""Each op's reference (which is the CPU op) against float64, and torch's own checks of schema and fake."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_fastpath import ops, packing
+from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8_reference
+from hf_fastpath.ops.kv_int8_append import quantize_int8
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def packed_weight(n: int, k: int, group: int, zeros: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scale = (torch.rand(n, k // group) * 0.01 + 0.001).to(dtype)
+    zero = torch.randint(0, 16, (n, k // group), dtype=torch.uint8) if zeros else None
+    stored_zero = None if zero is None else packing.pack_per_group(zero, 8)
+    exact_zero = torch.full_like(scale, 8).double() if zero is None else zero.double()
+    exact = (q.double() - exact_zero.repeat_interleave(group, 1)) * scale.double().repeat_interleave(group, 1)
+    return packing.pack_int4(q), packing.pack_per_group(scale, 0.0), stored_zero, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 32, 32), (17, 96, 32), (100, 576, 64), (48, 256, 128)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_w4a16_linear(n: int, k: int, group: int, zeros: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(n + k)
+    qweight, scales, stored_zero, exact = packed_weight(n, k, group, zeros, dtype)
+    x, bias = torch.randn(3, 2 * k, dtype=dtype)[:, 1 : k + 1], torch.randn(n, dtype=dtype)
+    got = ops.w4a16_linear(x, qweight, scales, stored_zero, bias, n, group)
+    # The dequantized weight is rounded to 16 bit once, the result once: each relative 2^-8 (bf16) at the most.
+    tolerance = 2 * torch.finfo(dtype).eps
+    assert relative_error(got, x.double() @ exact.T + bias.double()) < tolerance
+    exact[0, 0] += 20 * exact.abs().max()  # a planted fault of one weight is seen
+    assert relative_error(got, x.double() @ exact.T + bias.double()) > tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_quantization(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(2, 3, 5, 48) * torch.logspace(-3, 3, 5)[:, None]).to(dtype)
+    x[0, 0, 0] = 0
+    q, scale = quantize_int8(x)
+    assert q.dtype == torch.int8
+    assert scale.dtype == torch.float16
+    assert not q[0, 0, 0].any()
+    back = q.double() * scale.double().unsqueeze(-1)
+    # Half a step; where fp16 rounded the scale down by 2^-11, the largest value (127 steps) clips by 0.06 of a step;
+    # scales below fp16's smallest normal number (6.1e-5) are rounded to a multiple of 6e-8 instead.
+    step = scale.double().clamp(min=6.1e-5).unsqueeze(-1)
+    assert bool(((back - x.double()).abs() <= step * (0.5 + 127 * 2**-11)).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_writes_its_tokens_and_no_others(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    key, value = (torch.randn(2, 4, 3, 32, dtype=dtype).transpose(1, 2) for _ in range(2))  # strided, as in a model
+    storage = [torch.full((2, 3, 9, 32), 99, dtype=torch.int8), torch.full((2, 3, 9), 99.0, dtype=torch.float16)]
+    storage += [tensor.clone() for tensor in storage]
+    ops.kv_int8_append(key, value, *storage, 2)
+    for new, data, scale in ((key, *storage[:2]), (value, *storage[2:])):
+        q, s = quantize_int8(new)
+        assert torch.equal(data[:, :, 2:6], q)
+        assert torch.equal(scale[:, :, 2:6], s)
+        untouched = [0, 1, 6, 7, 8]
+        assert bool((data[:, :, untouched] == 99).all())
+        assert bool((scale[:, :, untouched] == 99).all())
+
+
+def int8_cache(batch: int, kv_heads: int, capacity: int, length: int, dim: int) -> list[torch.Tensor]:
+    """A cache whose tokens beyond ``length`` are poison: whoever reads them gets NaN."""
+    storage = []
+    for _ in range(2):
+        data = torch.randint(-127, 128, (batch, kv_heads, capacity, dim), dtype=torch.int8)
+        scale = (torch.rand(batch, kv_heads, capacity) * 0.02 + 0.001).half()
+        scale[:, :, length:] = float("nan")
+        storage += [data, scale]
+    return storage
+
+
+def exact_attention(
+    query: torch.Tensor, storage: list[torch.Tensor], mask: torch.Tensor | None, length: int, scaling: float
+) -> torch.Tensor:
+    k, v = (
+        (data.double() * scale.double().unsqueeze(-1))[:, :, :length].repeat_interleave(
+            query.shape[1] // data.shape[1], 1
+        )
+        for data, scale in (storage[:2], storage[2:])
+    )
+    scores = (query.double().unsqueeze(2) @ k.transpose(2, 3)).squeeze(2) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, :length], float("-inf"))
+    return (scores.softmax(-1).nan_to_num(0).unsqueeze(2) @ v).squeeze(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 48), (9, 3, 64), (8, 1, 80), (7, 1, 40)])
+@pytest.mark.parametrize("length", [1, 63, 1024, 1025, 2100])
+def test_decode_attention(heads: int, kv_heads: int, dim: int, length: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(length + dim)
+    query = torch.randn(2, heads, dim).to(dtype)
+    storage = int8_cache(2, kv_heads, length + 5, length, dim)
+    mask = torch.rand(2, length + 3) > 0.3
+    mask[:, 0] = True
+    for chosen in (None, mask):
+        got = ops.attn_decode_int8(query, *storage, chosen, length, dim**-0.5)
+        exact = exact_attention(query, storage, chosen, length, dim**-0.5)
+        # Computed in float32 and rounded once to the query's dtype.
+        assert relative_error(got, exact) < max(torch.finfo(dtype).eps, 2e-5)
+
+
+def test_decode_attention_of_a_fully_masked_row_is_zero() -> None:
+    storage = int8_cache(2, 2, 40, 40, 32)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1] = False
+    got = ops.attn_decode_int8(torch.randn(2, 4, 32), *storage, mask, 40, 0.2)
+    assert bool(got[0].any())
+    assert not bool(got[1].any())
+
+
+def test_decode_attention_never_expands_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attn_decode_int8_reference.__globals__, "TILE_TOKENS", 16)
+    storage = int8_cache(1, 1, 64, 64, 32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype.is_floating_point:
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        attn_decode_int8_reference(torch.randn(1, 2, 32), *storage, None, 64, 0.2)
+    assert largest == 16 * 32
+
+
+def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
+    torch.manual_seed(0)
+    qweight, scales, zero, _ = packed_weight(20, 64, 32, True, torch.bfloat16)
+    cache = int8_cache(2, 2, 16, 16, 32)
+    new = torch.randn(2, 2, 3, 32)
+    return [
+        ("w4a16_linear", (torch.randn(3, 64).bfloat16(), qweight, scales, zero, None, 20, 32)),
+        ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
+        ("kv_int8_append", (new, new.clone(), *cache, 4)),
+        ("kv_int8_dequantize", (*cache[:2], torch.empty(2, 2, 10, 32))),
+        ("attn_decode_int8", (torch.randn(2, 4, 32), *cache, None, 16, 0.2)),
+    ]
+
+
+def test_every_op_is_checked_below() -> None:
+    assert {name for name, _ in op_inputs()} == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize(("name", "args"), op_inputs(), ids=lambda value: value if isinstance(value, str) else "")
+def test_schema_and_fake_agree_with_the_reference(name: str, args: tuple[Any, ...]) -> None:
+    op = getattr(getattr(torch.ops, ops.NAMESPACE), name).default
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

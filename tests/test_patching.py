@@ -1,0 +1,298 @@
+"""patch_model, unpatch_model, fastpath_report: what they change, what they restore, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from hf_fastpath import FastpathConfig, Int8KVCache, Unsupported, fastpath_report, patch_model, patching, unpatch_model
+from hf_fastpath.modules import W4A16Linear
+from tests.conftest import make_llama
+
+QUIET = {"progress": False}
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """Everything about a model that a failed or undone patch must leave alone."""
+    return {
+        "modules": [(name, type(module), id(module)) for name, module in model.named_modules()],
+        "tensors": {name: (id(value), value._version) for name, value in model.named_parameters()},
+        "attention": model.config._attn_implementation,
+        "attributes": sorted(model.__dict__),
+        "hooks": len(model._forward_pre_hooks) + len(model._forward_pre_hooks_with_kwargs),
+        "generation": model.generation_config.to_dict(),
+        "training": model.training,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patching_replaces_the_recipe_and_stays_close(dtype: torch.dtype, prompt: torch.Tensor) -> None:
+    model = make_llama(dtype, initializer_range=0.05)
+    before = logits(model, prompt).float()
+    assert patch_model(model, **QUIET) is model
+    packed = {name for name, module in model.named_modules() if isinstance(module, W4A16Linear)}
+    assert len(packed) == 2 * 7
+    assert type(model.lm_head) is nn.Linear
+    after = logits(model, prompt).float()
+    relative = float((after - before).norm() / before.norm())
+    assert 1e-3 < relative < 0.3  # int4 of random weights: a tenth an error of each layer, and not nothing
+
+
+def test_unpatching_restores_modules_and_bits(prompt: torch.Tensor) -> None:
+    model = make_llama()
+    before, state = logits(model, prompt), fingerprint(model)
+    patch_model(model, keep_original=True, **QUIET)
+    assert not torch.equal(logits(model, prompt), before)
+    assert unpatch_model(model) is model
+    assert fingerprint(model) == state
+    assert torch.equal(logits(model, prompt), before)
+    patch_model(model, **QUIET)  # and it can be patched again
+
+
+def test_unpatching_without_originals_says_so_and_can_dequantize(prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(attention_bias=True), **QUIET)
+    patched, state = logits(model, prompt), fingerprint(model)
+    with pytest.raises(Unsupported, match=r"14 linear layers .*were not kept.*keep_original=True"):
+        unpatch_model(model)
+    assert fingerprint(model) == state
+    unpatch_model(model, dequantize=True)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert model.model.layers[0].self_attn.q_proj.bias is not None
+    # The CPU's int4 product rounds activations to bf16 in every layer; the plain float32 layer does not.
+    torch.testing.assert_close(logits(model, prompt), patched, rtol=0.05, atol=0.05 * float(patched.abs().max()))
+
+
+def test_weights_none_leaves_every_module(prompt: torch.Tensor) -> None:
+    model = make_llama()
+    before, state = logits(model, prompt), fingerprint(model)
+    patch_model(model, weights=None, kv_cache="static")
+    assert fingerprint(model)["modules"] == state["modules"]
+    assert torch.equal(logits(model, prompt), before)
+    unpatch_model(model)
+    assert fingerprint(model) == state
+
+
+def test_kv_cache_none_leaves_attention_alone(prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(), kv_cache=None, **QUIET)
+    assert model.config._attn_implementation == "sdpa"
+    assert type(model(prompt).past_key_values).__name__ == "DynamicCache"
+    unpatch_model(model, dequantize=True)
+
+
+def test_groups_fall_to_what_divides() -> None:
+    model = patch_model(make_llama(hidden_size=192, intermediate_size=256), **QUIET)
+    layer = model.model.layers[0]
+    assert layer.mlp.gate_proj.group_size == 64
+    assert layer.mlp.down_proj.group_size == 128
+    assert layer.self_attn.o_proj.group_size == 64
+    model = patch_model(make_llama(), group_size=32, zero_points=False, **QUIET)
+    assert model.model.layers[0].mlp.gate_proj.group_size == 32
+    assert model.model.layers[0].mlp.gate_proj.zeros is None
+
+
+def test_originals_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama(num_hidden_layers=3)
+    originals = [weakref.ref(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    alive = []
+    quantize = patching.quantize_int4
+
+    def counting(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in originals))
+        return quantize(weight, *args, **kwargs)
+
+    monkeypatch.setattr(patching, "quantize_int4", counting)
+    patch_model(model, **QUIET)
+    assert alive == list(range(21, 0, -1))
+    assert not any(ref() is not None for ref in originals)
+
+
+def test_skip_modules_and_report() -> None:
+    model = patch_model(make_llama(), skip_modules=("lm_head", "down_proj", "model.layers.1.mlp.up_proj"), **QUIET)
+    report = fastpath_report(model)
+    rows = {row.name: row for row in report.rows}
+    assert rows["model.layers.0.mlp.down_proj"].action == "left"
+    assert rows["model.layers.0.mlp.down_proj"].reason == "in skip_modules"
+    assert rows["model.layers.1.mlp.up_proj"].action == "left"
+    assert rows["model.layers.0.mlp.up_proj"].action == "int4 g64 + zeros"
+    assert set(rows) == {
+        name
+        for name, module in model.named_modules()
+        if list(module.parameters(recurse=False)) or list(module.buffers(recurse=False))
+    }
+    packed = model.model.layers[0].mlp.up_proj
+    assert rows["model.layers.0.mlp.up_proj"].bytes_after == packed.nbytes
+    assert rows["model.layers.0.mlp.up_proj"].bytes_before == 96 * 64 * 4
+    text = str(report)
+    for part in ("model.layers.*.mlp.gate_proj", "in skip_modules", "total", "int8 by default", "freed"):
+        assert part in text
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_report_counts_tied_tensors_once(tied: bool) -> None:
+    model = make_llama(tie_word_embeddings=tied)
+    total = sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    patch_model(model, **QUIET)
+    report = fastpath_report(model)
+    assert report.bytes_before == total
+    assert report.bytes_after < total
+    assert ("tied" in {row.name: row for row in report.rows}["lm_head"].reason) == tied
+
+
+def with_wrapped_linear(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    class Wrapped(nn.Linear):
+        pass
+
+    model.model.layers[0].mlp.up_proj.__class__ = Wrapped
+    return model
+
+
+def with_hook(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_shared_weight(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(with_wrapped_linear, "is a Wrapped"), (with_hook, "has hooks"), (with_shared_weight, "shares its weight with")],
+)
+def test_layers_that_cannot_be_replaced_are_left_and_named(change: Callable[..., Any], reason: str) -> None:
+    model = patch_model(change(make_llama()), **QUIET)
+    row = {row.name: row for row in fastpath_report(model).rows}["model.layers.0.mlp.up_proj"]
+    assert row.action == "left"
+    assert reason in row.reason
+    assert not isinstance(model.model.layers[0].mlp.up_proj, W4A16Linear)
+
+
+def already_patched() -> Any:
+    return patch_model(make_llama(), **QUIET)
+
+
+def quantized_elsewhere() -> Any:
+    model = make_llama()
+    model.is_quantized, model.hf_quantizer = True, object()
+    return model
+
+
+def nan_weight() -> Any:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    return model
+
+
+def offloaded() -> Any:
+    model = make_llama()
+    model.model.layers[0]._hf_hook = object()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "overrides", "message"),
+    [
+        (already_patched, {}, "already patched"),
+        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)), {}, "GPT2LMHeadModel is not a supported"),
+        (lambda: make_llama().model, {}, "LlamaModel is not a supported model: supported are LlamaForCausalLM"),
+        (lambda: make_llama().to("meta"), {}, "meta device"),
+        (quantized_elsewhere, {}, "already quantized"),
+        (offloaded, {}, "device_map"),
+        (lambda: make_llama(hidden_size=100), {}, "in_features 100 is not a multiple of any int4 group size"),
+        (lambda: make_llama(intermediate_size=64, hidden_size=48), {"group_size": 32}, "skip_modules to leave"),
+        (nan_weight, {}, "model.layers.1.mlp.up_proj: the weight holds NaN"),
+        (make_llama, {"skip_modules": ("lm_head", "dwon_proj")}, "'dwon_proj' matches no module"),
+        (make_llama, {"kv_cache": "int3"}, "allowed are 'static', 'int8', None"),
+        (make_llama, {"bits": 4}, "has no 'bits'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals_are_clear_and_leave_the_model_alone(
+    build: Callable[[], Any], overrides: dict[str, Any], message: str
+) -> None:
+    model = build()
+    state = fingerprint(model) if hasattr(model, "generation_config") else None
+    with pytest.raises(ValueError, match=message):
+        patch_model(model, **QUIET, **overrides)
+    if state is not None:
+        assert fingerprint(model) == state
+
+
+def test_activations_that_overflow_are_refused() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(1e38)
+    state = fingerprint(model)
+    with pytest.raises(ValueError, match="not finite on random tokens"):
+        patch_model(model, **QUIET)
+    assert fingerprint(model) == state
+
+
+def test_unpatched_models_have_no_report() -> None:
+    for call in (fastpath_report, unpatch_model):
+        with pytest.raises(Unsupported, match="LlamaForCausalLM is not patched"):
+            call(make_llama())
+
+
+def test_saving_packed_weights_is_refused(tmp_path: Any, prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(), keep_original=True, **QUIET)
+    with pytest.raises(Unsupported, match="not supported yet"):
+        model.save_pretrained(tmp_path)
+    unpatch_model(model).save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, prompt), logits(model, prompt))
+    assert again.config._attn_implementation == "sdpa"
+
+
+def test_a_deep_copy_is_a_patched_model_of_its_own(prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(), keep_original=True, **QUIET)
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    twin = copy.deepcopy(model)
+    unpatch_model(model)
+    assert torch.equal(twin.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+    unpatch_model(twin)
+    assert torch.equal(logits(twin, prompt), logits(model, prompt))
+
+
+def test_plain_forward_fills_our_cache_except_when_asked_otherwise(prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(), **QUIET)
+    with torch.no_grad():
+        assert isinstance(model(prompt).past_key_values, Int8KVCache)
+        assert isinstance(model(input_ids=prompt, use_cache=True).past_key_values, Int8KVCache)
+        assert model(prompt, use_cache=False).past_key_values is None
+        cache = Int8KVCache(model.config)
+        assert model(prompt, past_key_values=cache).past_key_values is cache
+        assert model(prompt, None, None, cache).past_key_values is cache
+    assert not isinstance(model(prompt).past_key_values, Int8KVCache)  # gradients wanted: a cache holds no graph
+    model.train()
+    with torch.no_grad():
+        assert not isinstance(model(prompt).past_key_values, Int8KVCache)
+
+
+def test_gradients_flow_in_lossless_mode(prompt: torch.Tensor) -> None:
+    stock, model = make_llama(), patch_model(make_llama(), weights=None, kv_cache="static")
+    for each in (stock, model):
+        each(prompt, labels=prompt).loss.backward()
+    for (name, expected), (_, got) in zip(stock.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(got.grad, expected.grad), name
+
+
+def test_configs_as_object_dict_and_overrides() -> None:
+    model = patch_model(make_llama(), FastpathConfig(group_size=32, progress=False), kv_cache=None)
+    assert model._fastpath.config == FastpathConfig(group_size=32, progress=False, kv_cache=None)
+    model = patch_model(make_llama(), {"weights": None, "kv_cache": "int8"})
+    assert model._fastpath.config.weights is None
