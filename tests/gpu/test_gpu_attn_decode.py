@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -32,9 +33,8 @@ class Case:
         return attn_decode_int8(self.query, *cache, mask=self.mask, length=self.length, scaling=self.scaling)
 
     def rows(self, rows: slice) -> Case:
-        tensors = (self.query, self.k_data, self.k_scale, self.v_data, self.v_scale)
-        mask = None if self.mask is None else self.mask[rows]
-        return Case(*(t[rows].contiguous() for t in tensors), length=self.length, mask=mask, scaling=self.scaling)
+        fields = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{name: value.contiguous() for name, value in fields.items()})
 
     def check(self, out: torch.Tensor) -> None:
         """Against float64, element by element and as a whole.
@@ -86,14 +86,17 @@ def make_case(
 ) -> Case:
     """Random integers and scales; beyond ``length`` 127 and NaN, which must not reach the result."""
     shape = (batch, kv_heads, length + extra)
-    sides = []
-    for size in (3.0, 2.0):
+
+    def side(size: float) -> tuple[torch.Tensor, torch.Tensor]:
         data = torch.randint(-127, 128, (*shape, dim), generator=rng, dtype=torch.int8)
         scale = ((torch.rand(shape, generator=rng) + 0.2) * size / 127).half()
         data[:, :, length:], scale[:, :, length:] = 127, float("nan")
-        sides += [data.to(DEVICE), scale.to(DEVICE)]
+        return data.to(DEVICE), scale.to(DEVICE)
+
+    k_data, k_scale = side(3.0)
+    v_data, v_scale = side(2.0)
     query = (randn(rng, batch, heads, dim) * sharpness).to(dtype)
-    return Case(query, *sides, length=length, scaling=dim**-0.5)
+    return Case(query, k_data, k_scale, v_data, v_scale, length, scaling=dim**-0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,204 @@
+"""Times the GPU ops against what torch has: ``python -m hf_fastpath.eval.bench_ops --out FILE``.
+
+Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays it,
+and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
+
+op            linear or attn_decode
+impl          hf_fastpath_int4, tinygemm_int4, cublas_bf16; hf_fastpath_int8, sdpa_bf16
+m, k, n       rows of x, in and out features (linear)
+batch, tokens, heads, kv_heads, dim (attn_decode)
+bytes         what one call must move: each input read once, each output written once
+us_p20, us_p50, us_p80   microseconds a call, over the replays
+gb_s          bytes over us_p50
+limit_us      bytes over the rate of a large device copy, measured in the same run (copy_gb_s)
+copy_gb_s, gpu, torch, commit
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hf_fastpath.build import load_library
+from hf_fastpath.ops import attn_decode_int8, w4a16_linear
+
+COLUMNS = (
+    ["op", "impl", "m", "k", "n", "batch", "tokens", "heads", "kv_heads", "dim", "bytes"]
+    + ["us_p20", "us_p50", "us_p80", "gb_s", "limit_us", "copy_gb_s", "gpu", "torch", "commit"]
+)  # fmt: skip
+LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
+    (4096, 28672),
+    (4096, 14336),
+    (14336, 4096),
+    (4096, 6144),
+    (4096, 4096),
+    (2048, 14336),
+    (2048, 6144),
+    (2048, 2048),
+]
+GROUP = 128
+HEADS, KV_HEADS, DIM = 32, 8, 128
+ROTATE_BYTES = 300_000_000  # five times the L2 of an H200
+REPLAYS = 60
+
+Call = Callable[[], Any]
+Row = dict[str, Any]
+
+
+def measure(calls: list[Call]) -> list[float]:
+    """Microseconds a call, one number for each replay of a graph of all calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(5):
+        graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    for start, stop in events:
+        start.record()
+        graph.replay()
+        stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) * 1000 / len(calls) for start, stop in events]
+
+
+def result(op: str, impl: str, size: Row, moved: int, make: Callable[[], Call]) -> Row:
+    """Measures one implementation; ``make`` builds a call with inputs of its own."""
+    calls = [make() for _ in range(max(2, math.ceil(ROTATE_BYTES / moved)))]
+    times = statistics.quantiles(measure(calls), n=10)
+    p20, p50, p80 = (round(times[i], 3) for i in (1, 4, 7))
+    return {"op": op, "impl": impl, **size, "bytes": moved, "us_p20": p20, "us_p50": p50, "us_p80": p80}
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+
+def int4_call(x: torch.Tensor, k: int, n: int) -> Call:
+    q = torch.randint(-(2**31), 2**31, (n // 16, k // 64, 32, 4), dtype=torch.int32, device="cuda")
+    scales = torch.rand(n // 16, k // GROUP, 16, device="cuda").bfloat16()
+    return lambda: w4a16_linear(x, q, scales, None, None, n, GROUP)
+
+
+def tinygemm_call(x: torch.Tensor, k: int, n: int) -> Call:
+    q = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
+    scales = bf16(k // GROUP, n, 2)
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, scales)
+
+
+def cublas_call(x: torch.Tensor, k: int, n: int) -> Call:
+    w = bf16(n, k)
+    return lambda: F.linear(x, w)
+
+
+def linear_rows() -> Iterator[Row]:
+    for k, n in LINEAR_SHAPES:
+        for m in (1, 16):
+            x = bf16(m, k)
+            size = {"m": m, "k": k, "n": n}
+            ends = 2 * m * (k + n)
+            groups = n * k // GROUP
+            for impl, moved, make in (
+                ("hf_fastpath_int4", n * k // 2 + 2 * groups, int4_call),
+                ("tinygemm_int4", n * k // 2 + 4 * groups, tinygemm_call),
+                ("cublas_bf16", 2 * n * k, cublas_call),
+            ):
+                yield result("linear", impl, size, moved + ends, lambda make=make, x=x, k=k, n=n: make(x, k, n))  # type: ignore[misc]
+
+
+def int8_attention_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
+    shape = (batch, KV_HEADS, tokens)
+    k, v = (torch.randint(-127, 128, (*shape, DIM), dtype=torch.int8, device="cuda") for _ in range(2))
+    k_scale, v_scale = (torch.rand(shape, device="cuda").half() / 64 for _ in range(2))
+    return lambda: attn_decode_int8(query, k, k_scale, v, v_scale, None, tokens, DIM**-0.5)
+
+
+def sdpa_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
+    k, v = bf16(batch, KV_HEADS, tokens, DIM), bf16(batch, KV_HEADS, tokens, DIM)
+    q = query.unsqueeze(2)
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def attention_rows() -> Iterator[Row]:
+    for batch in (1, 8):
+        for tokens in (1024, 4096, 32768):
+            query = bf16(batch, HEADS, DIM)
+            size = {"batch": batch, "tokens": tokens, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
+            rows = 2 * batch * KV_HEADS * tokens
+            ends = 4 * batch * HEADS * DIM
+            for impl, moved, make in (
+                ("hf_fastpath_int8", rows * (DIM + 2), int8_attention_call),
+                ("sdpa_bf16", rows * DIM * 2, sdpa_call),
+            ):
+                yield result(
+                    "attn_decode",
+                    impl,
+                    size,
+                    moved + ends,
+                    lambda make=make, q=query, b=batch, t=tokens: make(q, b, t),  # type: ignore[misc]
+                )
+
+
+def copy_rate() -> float:
+    """GB/s of a large device copy, bytes read plus bytes written: what memory-bound code can reach."""
+    source = torch.randint(0, 256, (1_000_000_000,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(measure([lambda: target.copy_(source)])) / 1000
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of the checkout that ``folder`` belongs to, "unknown" outside one."""
+    command = ["git", "-C", str(folder.resolve()), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the GPU ops; see the top of the file for the columns.")
+    parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
+    parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
+    arguments = parser.parse_args()
+    loaded = load_library()
+    if not loaded.loaded:
+        raise SystemExit(f"bench_ops: {loaded.reason}")
+    torch.manual_seed(0)
+    rate = copy_rate()
+    machine = {
+        "copy_gb_s": round(rate),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": arguments.commit or commit_of(Path(__file__).parent),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for rows in (linear_rows(), attention_rows()):
+            for row in rows:
+                row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
+                row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
+                writer.writerow(row | machine)
+                size = " ".join(f"{name}={row[name]}" for name in COLUMNS[2:8] if name in row)
+                print(f"{row['impl']:18} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
