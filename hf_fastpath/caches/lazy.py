@@ -42,11 +42,11 @@ class LazyKV(torch.Tensor):
         """The plain tensor this handle stands for, newly allocated."""
         return self.layer.expand(self.which, self.shape[2], self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         def plain(value: Any) -> Any:
