@@ -1,4 +1,4 @@
-"""Small models and helpers that the tests share."""
+"""Fixtures that the tests share."""
 
 from __future__ import annotations
 
@@ -7,29 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import make_llama
+from transformers import LlamaForCausalLM
 
 torch.set_num_threads(2)
-
-
-def make_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A two-layer Llama with grouped-query attention and weights wide enough that its logits differ by position."""
-    settings: dict[str, Any] = {
-        "vocab_size": 199,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    } | overrides
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval()
 
 
 @pytest.fixture

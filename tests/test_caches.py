@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make_llama
 from transformers import DynamicCache, MistralConfig
 
 from hf_fastpath import Int8KVCache, StaticKVCache, Unsupported
@@ -16,7 +17,6 @@ from hf_fastpath.caches import attention, int8
 from hf_fastpath.caches.base import BLOCK_TOKENS
 from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.ops.kv_int8_append import quantize_int8
-from tests.conftest import make_llama
 
 CACHES = [StaticKVCache, Int8KVCache]
 

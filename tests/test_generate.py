@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make_llama
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_fastpath import Int8KVCache, StaticKVCache, patch_model, register
-from tests.conftest import make_llama
 
 LOSSLESS = {"weights": None, "kv_cache": "static"}
 INT8_KV = {"weights": None, "kv_cache": "int8"}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_fastpath import FastpathConfig, Int8KVCache, Unsupported, fastpath_report, patch_model, patching, unpatch_model
 from hf_fastpath.modules import W4A16Linear
-from tests.conftest import make_llama
 
 QUIET = {"progress": False}
 
