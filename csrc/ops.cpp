@@ -14,6 +14,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -74,12 +75,17 @@ struct Check {
   }
 };
 
+// torch's C functions return 0 for success. (The headers' own check has another name in every torch.)
+void require_success(AOTITorchError code, const char* what) {
+  if (code != 0) throw std::runtime_error(std::string("hf_fastpath: torch failed to ") + what);
+}
+
 // Makes a tensor's device current, and gives torch's current stream there.
 class Launch {
  public:
   explicit Launch(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
     if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("hf_fastpath: this torch was built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, reinterpret_cast<void**>(&stream_)));
+    require_success(aoti_torch_get_current_cuda_stream(device_, reinterpret_cast<void**>(&stream_)), "give its stream");
   }
   cudaStream_t stream() const { return stream_; }
 
@@ -91,9 +97,9 @@ class Launch {
                          : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                          : aoti_torch_dtype_float32();
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                           strides.data(), code, aoti_torch_device_type_cuda(), device_,
-                                                           &handle));
+    require_success(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), code,
+                                             aoti_torch_device_type_cuda(), device_, &handle),
+                    "allocate a tensor");
     return Tensor(handle);
   }
 

@@ -1,7 +1,7 @@
 """Times the GPU ops against what torch has: ``python -m hf_fastpath.eval.bench_ops --out FILE``.
 
-Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays it,
-and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
+Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays
+it, and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
 
 op            linear or attn_decode
 impl          hf_fastpath_int4, tinygemm_int4, cublas_bf16; hf_fastpath_int8, sdpa_bf16
@@ -32,9 +32,9 @@ from hf_fastpath.build import load_library
 from hf_fastpath.ops import attn_decode_int8, w4a16_linear
 
 COLUMNS = (
-    ["op", "impl", "m", "k", "n", "batch", "tokens", "heads", "kv_heads", "dim", "bytes"]
-    + ["us_p20", "us_p50", "us_p80", "gb_s", "limit_us", "copy_gb_s", "gpu", "torch", "commit"]
-)  # fmt: skip
+    *("op", "impl", "m", "k", "n", "batch", "tokens", "heads", "kv_heads", "dim", "bytes"),
+    *("us_p20", "us_p50", "us_p80", "gb_s", "limit_us", "copy_gb_s", "gpu", "torch", "commit"),
+)
 LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
     (4096, 28672),
     (4096, 14336),

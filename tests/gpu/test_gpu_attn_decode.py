@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -33,8 +33,11 @@ class Case:
         return attn_decode_int8(self.query, *cache, mask=self.mask, length=self.length, scaling=self.scaling)
 
     def rows(self, rows: slice) -> Case:
-        fields = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **{name: value.contiguous() for name, value in fields.items()})
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value[rows].contiguous())
+        return part
 
     def check(self, out: torch.Tensor) -> None:
         """Against float64, element by element and as a whole.
