@@ -1,6 +1,6 @@
 """Attention of one new token a row over an int8 KV cache, which is read as int8 (never expanded as a whole).
 
-Split over the sequence with a running maximum (Dao et al., "FlashAttention", 2022; "Flash-Decoding", 2023).
+The kernel splits the sequence and combines the parts by their maxima and sums ("Flash-Decoding", Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -28,29 +28,22 @@ def attn_decode_int8_reference(
     length: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Computed in float32, tile by tile; a row whose tokens are all masked gives 0."""
+    """Computed in float32; keys and values are expanded tile by tile. A row whose tokens are all masked gives 0."""
     batch, heads, dim = query.shape
     kv_heads = k_data.shape[1]
+    tiles = [slice(start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)]
     q = query.float().view(batch, kv_heads, heads // kv_heads, dim) * scaling
-    running_max = q.new_full((batch, kv_heads, heads // kv_heads, 1), float("-inf"))
-    running_sum = torch.zeros_like(running_max)
-    out = torch.zeros_like(q)
-    for start in range(0, length, TILE_TOKENS):
-        stop = min(start + TILE_TOKENS, length)
-        scores = q @ k_data[:, :, start:stop].float().transpose(2, 3)
-        scores *= k_scale[:, :, None, start:stop].float()
-        if mask is not None:
-            scores.masked_fill_(~mask[:, None, None, start:stop], float("-inf"))
-        new_max = torch.maximum(running_max, scores.amax(-1, keepdim=True))
-        # While everything so far is masked the maximum is -inf; any finite stand-in gives exp(-inf) = 0.
-        finite_max = new_max.masked_fill(new_max == float("-inf"), 0.0)
-        weights = torch.exp_(scores.sub_(finite_max))
-        rescale = torch.exp(running_max - finite_max)
-        running_sum = running_sum * rescale + weights.sum(-1, keepdim=True)
-        weights *= v_scale[:, :, None, start:stop].float()
-        out = out * rescale + weights @ v_data[:, :, start:stop].float()
-        running_max = new_max
-    out = torch.where(running_sum > 0, out / running_sum, torch.zeros_like(out))
+    scores = torch.cat([q @ k_data[:, :, tile].float().transpose(2, 3) for tile in tiles], dim=-1)
+    scores *= k_scale[:, :, None, :length].float()
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:
+        mask = mask[:, None, None, :length]
+        weights = scores.masked_fill_(~mask, float("-inf")).softmax(-1)
+        weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)  # softmax of nothing is NaN
+    weights *= v_scale[:, :, None, :length].float()
+    out = sum(weights[..., tile] @ v_data[:, :, tile].float() for tile in tiles)
+    assert isinstance(out, torch.Tensor)  # length is at least 1
     return out.view(batch, heads, dim).to(query.dtype)
 
 

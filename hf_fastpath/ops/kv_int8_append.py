@@ -23,8 +23,8 @@ def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = x.float()
     scale = (wide.abs().amax(-1) / INT8_MAX).to(torch.float16)
     divisor = scale.float().unsqueeze(-1)
-    q = torch.where(divisor > 0, (wide / divisor).round(), torch.zeros_like(wide))
-    return q.clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), scale
+    q = (wide / divisor).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return q.masked_fill_(divisor == 0, 0).to(torch.int8), scale
 
 
 def kv_int8_append_reference(
@@ -36,9 +36,9 @@ def kv_int8_append_reference(
     v_scale: torch.Tensor,
     start: int,
 ) -> None:
-    stop = start + key.shape[2]
+    tokens = slice(start, start + key.shape[2])
     for new, data, scale in ((key, k_data, k_scale), (value, v_data, v_scale)):
-        data[:, :, start:stop], scale[:, :, start:stop] = quantize_int8(new)
+        data[:, :, tokens], scale[:, :, tokens] = quantize_int8(new)
 
 
 def _fake(
