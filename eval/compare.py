@@ -1,0 +1,145 @@
+"""One model measured as it came and as patched: speed, memory and perplexity of each variant, and their table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import DynamicCache
+
+from hf_fastpath import FastpathConfig, Int8KVCache, StaticKVCache
+from hf_fastpath.config import KVFormat
+from hf_fastpath.eval.measure import cache_bytes_per_token, decode_rate, weight_bytes
+from hf_fastpath.eval.perplexity import Perplexity, perplexity
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured: ``token_ids`` for the perplexity; ``prompt`` (generate()'s inputs) for the speed, or None."""
+
+    token_ids: torch.Tensor
+    window: int
+    max_windows: int | None = None
+    prompt: dict[str, torch.Tensor] | None = None
+    new_tokens: int = 32
+    runs: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The numbers of one variant."""
+
+    title: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    perplexity: Perplexity
+    tokens_per_s: float | None = None
+
+    def to_dict(self, stock: Measured) -> dict[str, Any]:
+        """Plain JSON types, with the changes from ``stock``."""
+        change, error = self.perplexity.change_from(stock.perplexity)
+        return {
+            "variant": self.title,
+            "decode_tokens_per_s": self.tokens_per_s,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "perplexity": self.perplexity.ppl,
+            "perplexity_tokens": self.perplexity.tokens,
+            "perplexity_change": change,
+            "perplexity_change_standard_error": error,
+            "top1_agreement": self.perplexity.top1_agreement(stock.perplexity),
+        }
+
+
+def describe(config: FastpathConfig | None) -> str:
+    """A column's title, such as ``"W4A16 + INT8 KV"``; None is the model as it came."""
+    if config is None:
+        return "stock"
+    parts = [config.weights.value.upper()] if config.weights else []
+    parts += [f"{config.kv_cache.value.upper()} KV"] if config.kv_cache else []
+    return " + ".join(parts) + (" only" if len(parts) == 1 else "") if parts else "patched, nothing changed"
+
+
+def variants(config: FastpathConfig) -> list[FastpathConfig]:
+    """What to compare with the stock model: ``config``, and before it the cache format alone where it has more."""
+    cache_alone = dataclasses.replace(config, weights=None)
+    return [cache_alone, config] if config.weights and config.kv_cache else [config]
+
+
+def empty_cache(model: Any, kv_cache: KVFormat | None) -> Any:
+    """A cache in which every token, the prompt's too, is read back as it is stored."""
+    if kv_cache is KVFormat.INT8:
+        return Int8KVCache(model.config, fresh_prefill=False)
+    return StaticKVCache(model.config) if kv_cache is KVFormat.STATIC else DynamicCache(config=model.config)
+
+
+def measure(model: Any, config: FastpathConfig | None, settings: Settings, console: Console) -> Measured:
+    """Measures ``model`` as it stands; ``config`` is what it was patched with, None for a stock model."""
+    title = describe(config)
+    kv_cache = config.kv_cache if config else None
+    rate = None
+    if settings.prompt is not None:
+        with bar(console, f"{title}: decode speed") as step:
+            rate = decode_rate(model, settings.prompt, settings.new_tokens, settings.runs, step)
+    with bar(console, f"{title}: perplexity") as step:
+        result = perplexity(
+            model,
+            settings.token_ids,
+            settings.window,
+            max_windows=settings.max_windows,
+            cache_factory=lambda: empty_cache(model, kv_cache),
+            progress=step,
+        )
+    kv_bytes = cache_bytes_per_token(model, empty_cache(model, kv_cache))
+    # The weights come last: on the CPU a packed layer takes its final layout at its first use.
+    return Measured(title, weight_bytes(model), kv_bytes, result, rate)
+
+
+@contextmanager
+def bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields what to call with (done, total)."""
+    columns = (TextColumn("{task.description:40}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total, refresh=True)
+
+
+def table(results: list[Measured], title: str, caption: str) -> Table:
+    """Metrics down, variants across (the first is the reference), each with its change."""
+    stock = results[0]
+    out = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    out.add_column("")
+    for result in results:
+        out.add_column(result.title, justify="right")
+    if stock.tokens_per_s is not None:
+        cells = [_cell(f"{r.tokens_per_s:.1f}", r.tokens_per_s, stock.tokens_per_s) for r in results]
+        out.add_row("decode, tokens/s", *cells)
+    cells = [_cell(f"{r.weight_bytes / 1e6:.1f}", r.weight_bytes, stock.weight_bytes) for r in results]
+    out.add_row("weights, MB", *cells)
+    cells = [_cell(f"{r.kv_bytes_per_token:,}", r.kv_bytes_per_token, stock.kv_bytes_per_token) for r in results]
+    out.add_row("KV cache, bytes/token", *cells)
+    out.add_row("perplexity", *(_perplexity_cell(r, stock) for r in results))
+    agreement = [f"{r.perplexity.top1_agreement(stock.perplexity):.1%}" for r in results[1:]]
+    out.add_row("same best token as stock", "", *agreement)
+    return out
+
+
+def _cell(text: str, value: float | None, stock: float | None) -> str:
+    if value is None or stock is None or value is stock:
+        return f"{text}\n"
+    return f"{text}\n{value / stock - 1:+.1%}"
+
+
+def _perplexity_cell(result: Measured, stock: Measured) -> str:
+    text = f"{result.perplexity.ppl:.3f}\n"
+    if result is stock:
+        return text
+    change, error = result.perplexity.change_from(stock.perplexity)
+    return f"{text}{change:+.2%} ± {error:.2%}"

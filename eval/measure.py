@@ -1,0 +1,74 @@
+"""Speed and memory of a model as it stands: decode rate, bytes of its weights, bytes of its cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they are stored now, tied ones counted once.
+
+    A module with ``nbytes`` counts itself: a packed layer knows in which layout it holds its weight.
+    """
+    seen: set[int] = set()
+    total = 0
+    for module in model.modules():
+        packed = getattr(module, "nbytes", None)
+        if isinstance(packed, int):
+            total += packed
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                total += tensor.nbytes
+    return total
+
+
+@torch.inference_mode()
+def cache_bytes_per_token(model: Any, cache: Any) -> int:
+    """Bytes that one token of one sequence takes in ``cache`` (empty), measured by filling it with two tokens."""
+    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    if isinstance(cache, DynamicCache):
+        layers: list[Any] = cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // ids.shape[1]
+    return int(cache.bytes_per_token)
+
+
+@torch.inference_mode()
+def decode_rate(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    new_tokens: int,
+    runs: int = 3,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Greedy decode tokens per second with the standard generate(), the prompt's own pass left out.
+
+    The median of ``runs``, after a warm-up; each run is the time of ``new_tokens`` new tokens less the time of one.
+    ``progress`` is called with (runs done, runs in all), the warm-up among them.
+    """
+    if new_tokens < 2 or runs < 1:
+        raise ValueError(f"new_tokens={new_tokens}, runs={runs}: allowed are new_tokens >= 2 and runs >= 1")
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(**inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter() - start
+
+    seconds(2)
+    times = []
+    for done in range(runs):
+        progress(done + 1, runs + 1)
+        times.append(seconds(new_tokens) - seconds(1))
+    progress(runs + 1, runs + 1)
+    return (new_tokens - 1) / statistics.median(times)

@@ -1,0 +1,186 @@
+"""``hf-fastpath``: the command line. Each command parses its options and calls what does the work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_fastpath import FastpathConfig, __version__
+
+app = typer.Typer(
+    help="int4 weights and int8 KV caches for transformers models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str | None, typer.Option("--model", metavar="PATH_OR_ID", help="Default: SmolLM2-135M-Instruct.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", help="What to ask the model.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32.")]
+Weights = Annotated[str, typer.Option("--weights", help="w4a16 or none.")]
+KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, static or none.")]
+GroupSize = Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 128, 64 or 32.")]
+ZeroPoints = Annotated[bool, typer.Option("--zero-points/--no-zero-points", help="Asymmetric int4.")]
+Search = Annotated[str | None, typer.Option("--scale-search", help="How scales are chosen (see FastpathConfig).")]
+Text = Annotated[
+    Path | None, typer.Option("--text", help="UTF-8 text for the perplexity. Default: WikiText-2's start.")
+]
+Window = Annotated[int, typer.Option("--window", help="Tokens in one forward pass of the perplexity.")]
+MaxWindows = Annotated[int, typer.Option("--max-windows", help="Windows to measure; 0 is all of the text.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
+
+
+def _config(weights: str, kv_cache: str, group_size: int, zero_points: bool, search: str | None) -> FastpathConfig:
+    fields: dict[str, Any] = {"group_size": group_size, "zero_points": zero_points}
+    fields["weights"] = None if weights.lower() == "none" else weights
+    fields["kv_cache"] = None if kv_cache.lower() == "none" else kv_cache
+    if search is not None:
+        fields["scale_search"] = search
+    return FastpathConfig(**fields)
+
+
+def _text_options(text: Path | None, window: int, max_windows: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"window": window, "max_windows": max_windows or None}
+    return {**options, "text": text} if text else options
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    prompt: Prompt = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of a speed run.")] = 32,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    weights: Weights = "w4a16",
+    kv_cache: KVCache = "int8",
+    group_size: GroupSize = 128,
+    zero_points: ZeroPoints = True,
+    scale_search: Search = None,
+    text: Text = None,
+    window: Window = 1024,
+    max_windows: MaxWindows = 8,
+    json: Json = None,
+) -> None:
+    """Stock against patched on a real model: speed, memory, perplexity, and a generation to read."""
+    from hf_fastpath.eval import demo as job
+
+    config = _config(weights, kv_cache, group_size, zero_points, scale_search)
+    speed: dict[str, Any] = {"prompt": prompt or job.PROMPT, "new_tokens": max_new_tokens}
+    request = job.Request(config, model, device, dtype, **speed, **_text_options(text, window, max_windows), json=json)
+    job.run(request, Console())
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = None,
+    text: Text = None,
+    window: Window = 1024,
+    max_windows: MaxWindows = 0,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    weights: Weights = "w4a16",
+    kv_cache: KVCache = "int8",
+    group_size: GroupSize = 128,
+    zero_points: ZeroPoints = True,
+    scale_search: Search = None,
+    json: Json = None,
+) -> None:
+    """Perplexity of a text, stock against patched, with the quantized cache in the loop."""
+    from hf_fastpath.eval import demo as job
+
+    config = _config(weights, kv_cache, group_size, zero_points, scale_search)
+    options = _text_options(text, window, max_windows)
+    request = job.Request(config, model, device, dtype, new_tokens=0, **options, json=json)
+    job.run(request, Console())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask the model.")],
+    model: Model = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="For a temperature above 0.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    weights: Weights = "w4a16",
+    kv_cache: KVCache = "int8",
+    group_size: GroupSize = 128,
+    zero_points: ZeroPoints = True,
+    scale_search: Search = None,
+    report: Annotated[bool, typer.Option("--report", help="Say what was patched and what was left.")] = False,
+) -> None:
+    """Streams a patched model's answer."""
+    import torch
+
+    from hf_fastpath import fastpath_report, patch_model
+    from hf_fastpath.eval import demo as job
+
+    console = Console()
+    config = _config(weights, kv_cache, group_size, zero_points, scale_search)
+    loaded = job.load_with_status(model, device, dtype, console)
+    patch_model(loaded.model, config)
+    if report:
+        print(fastpath_report(loaded.model))
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    job.stream(loaded, prompt, console, max_new_tokens=max_new_tokens, **sampling)
+
+
+@app.command()
+def info() -> None:
+    """What was found on this machine, what runs where, and what to do about what is missing."""
+    from hf_fastpath import info as facts
+
+    console = Console()
+    found = Table("", "found", "what to do", title=f"hf_fastpath {__version__}", title_justify="left")
+    for item in facts.findings():
+        found.add_row(item.name, item.value, item.advice)
+    where = Table("op", "on the CPU", "on a GPU", title="What runs where", title_justify="left")
+    for op in facts.placements():
+        where.add_row(op.op, op.cpu, op.cuda)
+    console.print(found)
+    console.print(where)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-fastpath {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The entry point: a mistake or something unsupported is one line on stderr and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        app()
+    except ValueError as error:  # Unsupported is one
+        print(f"hf-fastpath: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
