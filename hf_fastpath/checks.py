@@ -29,6 +29,11 @@ class LinearPlan:
     reason: str
 
 
+def needs_kernels(config: FastpathConfig) -> bool:
+    """Whether a model patched like this runs ops of ours, which on CUDA are kernels for 16-bit models."""
+    return config.weights is not None or config.kv_cache is KVFormat.INT8
+
+
 def check_model(model: Any, config: FastpathConfig) -> None:
     """Raises Unsupported when the model as a whole cannot be patched with this configuration."""
     _check_not_quantized(model)
@@ -44,8 +49,7 @@ def check_model(model: Any, config: FastpathConfig) -> None:
     device = tensors[0].device
     if device.type not in ("cpu", "cuda"):
         raise Unsupported(f"the model is on {str(device)!r}: allowed are 'cpu' and 'cuda'")
-    needs_16_bit = config.weights is not None or config.kv_cache is KVFormat.INT8
-    if device.type == "cuda" and needs_16_bit and model.dtype not in (torch.float16, torch.bfloat16):
+    if device.type == "cuda" and needs_kernels(config) and model.dtype not in (torch.float16, torch.bfloat16):
         raise Unsupported(
             f"on CUDA a {model.dtype} model can be patched only with weights=None and kv_cache 'static' or None: "
             "convert it first, model.to(torch.bfloat16)"
@@ -96,9 +100,7 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     missing = targets - linears.keys()
-    plans = [
-        LinearPlan(name, None, f"is a {type(model.get_submodule(name)).__name__}, not a Linear") for name in missing
-    ]
+    plans = [LinearPlan(name, None, f"is a {_type_name(model.get_submodule(name))}, not a Linear") for name in missing]
     plans += [_plan_one(name, module, targets, owners, config) for name, module in linears.items()]
     _check_finite(linears, plans, config)
     return plans
@@ -108,6 +110,10 @@ def _recipe_names(model: nn.Module, recipe: Recipe) -> set[str]:
     layers = model.get_submodule(recipe.decoder_layers)
     indices = [name for name, _ in layers.named_children()]
     return {f"{recipe.decoder_layers}.{i}.{linear}" for i in indices for linear in recipe.linears}
+
+
+def _type_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _matches(name: str, skip: str) -> bool:
@@ -133,7 +139,7 @@ def _plan_one(
     elif name not in targets:
         reason = "not in the recipe"
     elif type(module) is not nn.Linear:
-        reason = f"is a {type(module).__name__}, not a plain Linear"
+        reason = f"is a {_type_name(module)}, not a plain Linear"
     elif len(shared) > 1:
         reason = f"shares its weight with {next(other for other in shared if other != name)}"
     elif module.weight.dtype not in _FLOAT_DTYPES:

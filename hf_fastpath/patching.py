@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hf_fastpath import generation
 from hf_fastpath.activations import input_energy
 from hf_fastpath.caches.attention import ATTENTION_NAME
-from hf_fastpath.checks import LinearPlan, check_model, plan_linears
+from hf_fastpath.checks import LinearPlan, check_model, needs_kernels, plan_linears
 from hf_fastpath.config import FastpathConfig, KVFormat, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.modules import W4A16Linear
@@ -62,7 +62,8 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     recipe = find_recipe(model)
     check_model(model, config)
     plans = plan_linears(model, recipe, config)
-    require_device(model.device)
+    if needs_kernels(config):
+        require_device(model.device)
     generation.register()
 
     before = _weight_bytes(model)
@@ -135,7 +136,7 @@ def _replace_linears(model: Any, plans: list[LinearPlan], config: FastpathConfig
     todo = [plan for plan in plans if plan.group_size is not None]
     energy: dict[str, torch.Tensor] = {}
     if todo and config.scale_search is ScaleSearch.ACTIVATION:
-        energy = input_energy(model, [plan.name for plan in todo])
+        energy = input_energy(model, [plan.name for plan in todo], progress=config.progress)
     replaced: dict[str, nn.Linear | None] = {}
     for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
         assert plan.group_size is not None

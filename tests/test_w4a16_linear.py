@@ -88,3 +88,15 @@ def test_variants() -> None:
     assert w4a16_variant("cpu", 1) is w4a16_variant("cpu", 1000) is W4A16Variant.CPU_INT4PACK
     assert w4a16_variant("cuda", 1) is w4a16_variant("cuda", 16) is W4A16Variant.CUDA_KERNEL
     assert w4a16_variant("cuda", 17) is W4A16Variant.CUDA_DEQUANTIZE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_flow_to_the_input(dtype: torch.dtype) -> None:
+    layer = make(100, 96, 32, True, True, dtype)
+    plain = nn.Linear(96, 100, dtype=dtype)
+    plain.load_state_dict({"weight": layer.dequantized_weight().to(dtype), "bias": layer.bias})
+    layer(torch.randn(1, 96).to(dtype))  # the layout that decoding left behind must not matter
+    x = torch.randn(3, 96, dtype=dtype, requires_grad=True)
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    (got,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert torch.equal(got, expected)

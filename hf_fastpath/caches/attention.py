@@ -53,7 +53,9 @@ def fastpath_attention(
 def _decodable(
     query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
 ) -> bool:
-    """One new token a row, and at most a mask over the tokens that all heads share."""
+    """One new token a row, no gradient wanted, and at most a mask over the tokens that all heads share."""
+    if query.requires_grad and torch.is_grad_enabled():
+        return False
     if query.shape[2] != 1 or dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         return False
     if attention_mask is None:

@@ -12,7 +12,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.packing import ceil_div
-from hf_fastpath.runtime import require_device
 
 BLOCK_TOKENS = 256
 
@@ -77,7 +76,6 @@ class FastLayer(CacheLayerMixin):
         return sum(tensor.nbytes for tensor in self.storage)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        require_device(key_states.device)
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         tokens = max(self.initial_tokens, key_states.shape[2], 1)
         self.storage = self.allocate(key_states, value_states, ceil_div(tokens, BLOCK_TOKENS) * BLOCK_TOKENS)
@@ -86,7 +84,10 @@ class FastLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends ``(B, H_kv, q, D)`` keys and values; returns what the attention function is to use."""
+        """Appends ``(B, H_kv, q, D)`` keys and values; returns what the attention function is to use.
+
+        What is stored holds no graph: gradients do not flow to earlier calls.
+        """
         empty = self.length == 0
         if not self.is_initialized or (empty and key_states.shape[0] != self.batch_size):
             self.lazy_initialization(key_states, value_states)

@@ -10,6 +10,7 @@ from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_int8_supports
 from hf_fastpath.ops import kv_int8_append, kv_int8_dequantize
+from hf_fastpath.runtime import require_device
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -22,6 +23,7 @@ class Int8KVLayer(FastLayer):
         self.fresh_prefill = fresh_prefill
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
+        require_device(key.device)
         if key.is_cuda and key.dtype not in _CUDA_DTYPES:
             raise Unsupported(f"the int8 KV cache on CUDA needs a float16 or bfloat16 model, not {key.dtype}")
         if key.is_cuda and not attn_decode_int8_supports(key.shape[3]):

@@ -22,7 +22,7 @@ class W4A16Linear(nn.Module):
     On CUDA the weight lives in ``qweight``. On the CPU it lives in the layout of torch's own int4 product instead
     (``cpu_qweight``, made at the first call; never both), which multiplies bf16 activations and accumulates in fp32:
     fp16 and fp32 inputs are rounded to bf16 for it, and so is ``(8 - zero) * scale``. ``state_dict()`` always holds
-    ``qweight``.
+    ``qweight``. Where gradients are wanted they flow to the input; the weight itself is frozen.
     """
 
     qweight: torch.Tensor
@@ -65,6 +65,9 @@ class W4A16Linear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            # The packed products have no gradient; the expanded weight gives x its exact one.
+            return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features)
         variant = heuristics.w4a16_variant(x.device.type, rows.shape[0])
         if rows.shape[0] == 0:
