@@ -173,6 +173,14 @@ def test_scales_that_differ_widely(dtype: torch.dtype) -> None:
     assert (case.run() == 0).all()
 
 
+def test_a_query_that_starts_anywhere_gives_the_same_bits() -> None:
+    case = make_case(generator(11), 2, 8, 2, 80, 300, torch.bfloat16)
+    expected = case.run()
+    buffer = torch.zeros(case.query.numel() + 1, dtype=torch.bfloat16, device=DEVICE)
+    case.query = buffer[1:].view(case.query.shape).copy_(case.query)
+    assert torch.equal(case.run(), expected)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e4])
 def test_queries_of_any_size(size: float) -> None:
     case = make_case(generator(6), 2, 8, 2, 128, 300, torch.bfloat16)
