@@ -62,25 +62,16 @@ __device__ __forceinline__ void load_query(Query<kPaddedDim>& q, const T* heads,
                                            int lane) {
   constexpr int kKBlocks = Shape<kPaddedDim>::kKBlocks;
   const int g = lane / 4, t = lane % 4;
-  const bool aligned = reinterpret_cast<uintptr_t>(heads) % 16 == 0;  // a contiguous slice may start anywhere
   float values[kKBlocks][16];
   float largest = 0.0f;
 #pragma unroll
   for (int block = 0; block < kKBlocks; ++block) {
     const int first = block * 64 + t * 16;
     const bool exists = g < head_count && first < dim;
-    const T* source = heads + static_cast<int64_t>(g) * dim + first;
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      uint4 bits = make_uint4(0, 0, 0, 0);
-      if (exists) bits = aligned ? load_8x16bit<true>(source + 8 * part) : load_8x16bit<false>(source + 8 * part);
-      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float value = bits_to_float<T>(words[i / 2] >> (16 * (i % 2)));
-        values[block][8 * part + i] = value;
-        largest = fmaxf(largest, fabsf(value));
-      }
+    for (int i = 0; i < 16; ++i) {
+      values[block][i] = exists ? to_float(heads[static_cast<int64_t>(g) * dim + first + i]) : 0.0f;
+      largest = fmaxf(largest, fabsf(values[block][i]));
     }
   }
   largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
@@ -117,41 +108,11 @@ struct ValueTile {
   uint32_t words[Shape<kPaddedDim>::kVBlocks][Shape<kPaddedDim>::kVWords][4];
 };
 
-// What the scores of tokens g and g + 8 need, as loaded: nothing may wait for these loads before the tile is used.
-struct RawScales {
-  __half key[2], value[2];
-  bool present[2];
-};
-
-// A token that is masked or beyond the split is not present and has scales 0: the cache may hold anything there.
+// What the scores of tokens g and g + 8 need. A token that is masked or beyond the split is `absent` and has scales 0:
+// the cache may hold anything there.
 struct TokenScales {
   float key[2], value[2];
   bool present[2];
-};
-
-__device__ __forceinline__ TokenScales convert(const RawScales& raw) {
-  TokenScales s;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    s.present[i] = raw.present[i];
-    s.key[i] = raw.present[i] ? __half2float(raw.key[i]) : 0.0f;
-    s.value[i] = raw.present[i] ? __half2float(raw.value[i]) : 0.0f;
-  }
-  return s;
-}
-
-template <int kPaddedDim>
-struct Tile {
-  KeyTile<kPaddedDim> keys;
-  ValueTile<kPaddedDim> values;
-  RawScales scales;
-};
-
-// One KV head of one row of the batch.
-struct CacheRow {
-  const int8_t *k_data, *v_data;
-  const __half *k_scale, *v_scale;
-  const uint8_t* mask;
 };
 
 template <int kPaddedDim>
@@ -196,26 +157,17 @@ __device__ __forceinline__ void load_values(ValueTile<kPaddedDim>& v, const int8
   }
 }
 
-__device__ __forceinline__ void load_scales(RawScales& s, const CacheRow& cache, int64_t first, int64_t stop,
-                                            int lane) {
+__device__ __forceinline__ TokenScales load_scales(const __half* key_scale, const __half* value_scale,
+                                                   const uint8_t* mask, int64_t first, int64_t stop, int lane) {
+  TokenScales s;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t token = first + lane / 4 + 8 * i;
-    s.present[i] = token < stop;
-    s.key[i] = s.value[i] = __half();
-    if (!s.present[i]) continue;
-    s.key[i] = __ldg(cache.k_scale + token);
-    s.value[i] = __ldg(cache.v_scale + token);
-    if (cache.mask) s.present[i] = __ldg(cache.mask + token) != 0;
+    s.present[i] = token < stop && (mask == nullptr || mask[token]);
+    s.key[i] = s.present[i] ? __half2float(key_scale[token]) : 0.0f;
+    s.value[i] = s.present[i] ? __half2float(value_scale[token]) : 0.0f;
   }
-}
-
-template <int kPaddedDim>
-__device__ __forceinline__ void load_tile(Tile<kPaddedDim>& tile, const CacheRow& cache, int64_t first, int64_t stop,
-                                          int dim, int lane) {
-  load_keys(tile.keys, cache.k_data, first, stop, dim, lane);
-  load_scales(tile.scales, cache, first, stop, lane);
-  load_values(tile.values, cache.v_data, first, stop, dim, lane);
+  return s;
 }
 
 // A warp's running softmax for the lane's two query heads (columns 2t and 2t + 1): maximum score in log2 units, this
@@ -376,25 +328,26 @@ __global__ void __launch_bounds__(kThreads) attn_decode_int8_kernel(const SplitP
   const int head_count = min(kHeadsPerCta, ratio - group * kHeadsPerCta);
   const int64_t first_head = batch * a.heads + kv_head * ratio + group * kHeadsPerCta;
   const int64_t cache_row = (batch * a.kv_heads + kv_head) * a.capacity;
-  const CacheRow cache{
-      a.k_data + cache_row * a.dim, a.v_data + cache_row * a.dim, static_cast<const __half*>(a.k_scale) + cache_row,
-      static_cast<const __half*>(a.v_scale) + cache_row, a.mask ? a.mask + batch * a.mask_row_stride : nullptr};
-  const int64_t stop = min(a.length, (split + 1) * p.split_tokens);
-  int64_t first = split * p.split_tokens + warp * kTileTokens;
-  // The cache is asked for before the query is looked at, and the next tile before this one is worked on.
-  Tile<kPaddedDim> next;
-  load_tile(next, cache, first, stop, a.dim, lane);
+  const int8_t* k_data = a.k_data + cache_row * a.dim;
+  const int8_t* v_data = a.v_data + cache_row * a.dim;
+  const __half* k_scale = static_cast<const __half*>(a.k_scale) + cache_row;
+  const __half* v_scale = static_cast<const __half*>(a.v_scale) + cache_row;
+  const uint8_t* mask = a.mask ? a.mask + batch * a.mask_row_stride : nullptr;
+
   Query<kPaddedDim> query;
   load_query<T>(query, static_cast<const T*>(a.query) + first_head * a.dim, head_count, a.dim, a.scaling, lane);
   Running<kPaddedDim> running;
-  for (; first < stop; first += kWarps * kTileTokens) {
-    const Tile<kPaddedDim> tile = next;
-    load_tile(next, cache, first + kWarps * kTileTokens, stop, a.dim, lane);
+  const int64_t stop = min(a.length, (split + 1) * p.split_tokens);
+  for (int64_t first = split * p.split_tokens + warp * kTileTokens; first < stop; first += kWarps * kTileTokens) {
+    KeyTile<kPaddedDim> keys;
+    ValueTile<kPaddedDim> values;
+    load_keys(keys, k_data, first, stop, a.dim, lane);
+    const TokenScales scales = load_scales(k_scale, v_scale, mask, first, stop, lane);
+    load_values(values, v_data, first, stop, a.dim, lane);
     float scores[4];
-    const TokenScales scales = convert(tile.scales);
-    multiply_keys(scores, tile.keys, query, scales);
+    multiply_keys(scores, keys, query, scales);
     const uint2 weights = update_softmax(running, scores, scales);
-    multiply_values(running, tile.values, weights);
+    multiply_values(running, values, weights);
   }
   share_result(shared, running, warp, lane);
   store_result<T>(shared, p, first_head, head_count, split);

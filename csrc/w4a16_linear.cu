@@ -90,7 +90,7 @@ __device__ __forceinline__ void load_weights(Weights<kGroup, kRowTiles>& w, cons
   constexpr int kGroups = kUnitCols / kGroup;
   const int groups = p.k / kGroup;
   const int first_group = at.unit * kGroups;
-  const int valid = min(kGroups, groups - first_group) * 16;  // <= 0 for a warp that has no unit
+  const int valid = min(kGroups, groups - first_group) * 16;  // <= 0 for an empty unit
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
     // The last block may be one row tile short: it reads that tile twice and stores it once.
@@ -167,12 +167,6 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[kColTiles][4], const 
   }
 }
 
-// Every warp calls this once a row block, from whichever place of its unrolled loop it has come to; a barrier of PTX
-// counts arrivals wherever they come from, which __syncthreads() does not promise.
-__device__ __forceinline__ void cta_barrier() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-
 // Adds the warps' sums in their order, adds the bias, rounds once and stores the block's outputs. `partial` alternates
 // between two buffers, so that one barrier a block is enough.
 template <typename T, int kColTiles, int kRowTiles>
@@ -191,7 +185,7 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kRowTiles][kColT
       }
     }
   }
-  cta_barrier();
+  __syncthreads();
   for (int i = threadIdx.x; i < kRowTiles * kRows * 16; i += kThreads) {
     const int out = i % 16, row = i / 16 % kRows, r = i / (16 * kRows);
     const int column = (block * kRowTiles + r) * 16 + out;
@@ -221,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) w4a16_linear_kernel(cons
   __shared__ float partial[2][kWarps * kWarpFloats];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int units = max(p.units, kWarps);  // a warp without a unit takes an empty one, to join the barriers
+  // A warp without a unit in the last round takes an empty one: all warps meet at every barrier from the same place.
+  const int units = (p.units + kWarps - 1) / kWarps * kWarps;
   const int blocks = (p.row_tiles + kRowTiles - 1) / kRowTiles;
   Cursor now{static_cast<int>(blockIdx.x), warp};
   Cursor ahead = now;
