@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 # Extra arguments: make demo ARGS="--max-new-tokens 64", make test ARGS="-k caches"
 ARGS   ?=
-# A thread that waits for work by spinning starves whatever else runs on the same few cores, the other threads too.
-export OMP_WAIT_POLICY ?= passive
+# OpenMP threads that wait by spinning for long starve whatever else runs on the same few cores, each other too.
+export GOMP_SPINCOUNT ?= 1000
 
 CUDA_SOURCES = $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 # The package in the shape that an install gives it, made of links, for what must work without an install.

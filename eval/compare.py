@@ -111,10 +111,10 @@ def bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total, refresh=True)
 
 
-def table(results: list[Measured], title: str, caption: str) -> Table:
+def table(results: list[Measured], title: str) -> Table:
     """Metrics down, variants across (the first is the reference), each with its change."""
     stock = results[0]
-    out = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     out.add_column("")
     for result in results:
         out.add_column(result.title, justify="right")

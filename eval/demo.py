@@ -52,6 +52,8 @@ def load_with_status(model: str | None, device: str, dtype: str, console: Consol
 
 def run(request: Request, console: Console) -> list[Measured]:
     """Measures and prints; returns the measurements, the stock model's first."""
+    if request.json and not request.json.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {request.json}: its folder does not exist")
     started = time.perf_counter()
     loaded = load_with_status(request.model, request.device, request.dtype, console)
     settings = _settings(loaded, request)
@@ -66,9 +68,9 @@ def run(request: Request, console: Console) -> list[Measured]:
         results.append(compare.measure(loaded.model, config, settings, console))
         if not last:
             unpatch_model(loaded.model)  # only the cache was patched: nothing is lost
-    caption = _caption(loaded, request, settings, results)
     console.print()
-    console.print(compare.table(results, f"{loaded.name}: stock against patched", caption))
+    console.print(compare.table(results, f"{loaded.name}: stock against patched"))
+    console.print(_caption(loaded, request, settings, results), highlight=False)
     console.print(f"Done in {time.perf_counter() - started:.0f} s.", highlight=False)
     if request.json:
         request.json.write_text(json.dumps(_as_json(loaded, request, settings, results), indent=2) + "\n")
