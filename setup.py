@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -54,14 +54,15 @@ class BuildWithKernels(build_py):
             kernels.build_library(library, kernels.cuda_arch_list(), progress=False)
 
 
-class WheelWithKernels(bdist_wheel):
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = bool(missing_for_kernels())
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self):
+        return not missing_for_kernels()
 
+
+class AnyPythonWheel(bdist_wheel):
     def get_tag(self):
         _, _, platform = super().get_tag()
-        return "py3", "none", platform
+        return "py3", "none", platform  # the library knows torch's stable ABI and no Python
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels})
+setup(distclass=PlatformDistribution, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPythonWheel})
