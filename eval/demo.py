@@ -59,7 +59,8 @@ def run(request: Request, console: Console) -> list[Measured]:
     settings = _settings(loaded, request)
     console.print(f"[bold]{loaded.name}[/] on {info.device_name(loaded.model.device)}", highlight=False)
     results = [compare.measure(loaded.model, None, settings, console)]
-    todo = compare.variants(request.config)
+    shown = dataclasses.replace(request.config, progress=request.config.progress and console.is_terminal)
+    todo = compare.variants(shown)
     for index, config in enumerate(todo):
         last = index == len(todo) - 1
         patch_model(loaded.model, config)

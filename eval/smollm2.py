@@ -6,7 +6,9 @@ GGUF takes 15 to 40 s; the converted checkpoint is kept in the user's cache fold
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -62,7 +64,8 @@ def checkpoint(on_convert: Callable[[], None] = lambda: None) -> Path:
         on_convert()
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
         try:
-            _convert(gguf, scratch)
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bars would tear the caller's own
+                _convert(gguf, scratch)
             scratch.rename(target)  # whole or not at all
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
