@@ -8,9 +8,8 @@
 //
 // Precision: int8 is exact in fp16. The query is scaled by a power of two to fp16's upper range, which is exact for
 // values within 2^-28 of its largest. Softmax is fp32. A token's weight p * v_scale is divided by the largest one so
-// far
-// (`unit` below) and rounded to fp16: relative error 2^-11, and what is lost below fp16's range is 2^-25 of the
-// largest.
+// far (`unit` below) and rounded to fp16: relative error 2^-11, and what is lost below fp16's range is 2^-25 of the
+// largest. A sum of weights is 0 only where every token is masked; a NaN in the query makes it, and the result, NaN.
 #include <algorithm>
 
 #include "common/dequant.cuh"
@@ -237,8 +236,7 @@ __device__ __forceinline__ uint2 update_softmax(Running<kPaddedDim>& r, const fl
                     transpose_8x8(pack_floats(weights[2], weights[3], __half())));
 }
 
-// out += V^T p^T. Output tile 2 * word + half: row g is byte 2 * half of the lane group's word, row g + 8 the next
-// byte.
+// out += V^T p^T. Output tile 2 * word + half: row g is byte 2 * half of the lanes' word, row g + 8 the next byte.
 template <int kPaddedDim>
 __device__ __forceinline__ void multiply_values(Running<kPaddedDim>& r, const ValueTile<kPaddedDim>& v, uint2 weights) {
   constexpr int kVWords = Shape<kPaddedDim>::kVWords;
@@ -309,7 +307,7 @@ __device__ __forceinline__ void store_result(const Shared<kPaddedDim>& shared, c
     }
     const int64_t row = first_head + head;
     if (p.splits == 1) {
-      static_cast<T*>(p.a.out)[row * p.a.dim + dim] = from_float<T>(sum > 0.0f ? out / sum : 0.0f);
+      static_cast<T*>(p.a.out)[row * p.a.dim + dim] = from_float<T>(sum != 0.0f ? out / sum : 0.0f);
     } else {
       p.partial[(row * p.splits + split) * p.a.dim + dim] = out;
       if (dim == 0) p.statistics[row * p.splits + split] = make_float2(largest, sum);
@@ -373,7 +371,7 @@ __global__ void __launch_bounds__(kMaxKvDim) attn_combine_kernel(const SplitPara
     out = fmaf(partial[static_cast<int64_t>(s) * p.a.dim], factors[s], out);
     sum = fmaf(statistics[s].y, factors[s], sum);
   }
-  static_cast<T*>(p.a.out)[row * p.a.dim + threadIdx.x] = from_float<T>(sum > 0.0f ? out / sum : 0.0f);
+  static_cast<T*>(p.a.out)[row * p.a.dim + threadIdx.x] = from_float<T>(sum != 0.0f ? out / sum : 0.0f);
 }
 
 // Short sequences are cut finely to fill the GPU, long ones coarsely, since every split costs a partial result.

@@ -126,6 +126,16 @@ def test_decode_attention_of_a_fully_masked_row_is_zero() -> None:
     assert not bool(got[1].any())
 
 
+def test_a_nan_in_a_query_is_not_hidden() -> None:
+    query = torch.randn(2, 4, 32)
+    query[1, 2, 0] = float("nan")
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    for chosen in (None, mask):
+        got = ops.attn_decode_int8(query, *int8_cache(2, 2, 40, 40, 32), chosen, 40, 0.2)
+        assert bool(got[1, 2].isnan().all())
+        assert int(got.isnan().sum()) == 32
+
+
 def test_decode_attention_never_expands_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attn_decode_int8_reference.__globals__, "TILE_TOKENS", 16)
     storage = int8_cache(1, 1, 64, 64, 32)

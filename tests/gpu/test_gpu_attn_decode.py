@@ -248,3 +248,12 @@ def test_bad_arguments_are_refused_in_words() -> None:
     for message, args in cases:
         with pytest.raises(RuntimeError, match=message):
             attn_decode_int8(*args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [40, 1000])
+def test_a_nan_in_a_query_is_not_hidden(length: int) -> None:
+    case = make_case(generator(13), 2, 8, 2, 64, length, torch.bfloat16)
+    case.query[1, 3, 5] = float("nan")
+    out = case.run()
+    assert bool(out[1, 3].isnan().all())
+    assert not bool(out[0].isnan().any())
