@@ -150,8 +150,11 @@ def _library() -> Finding:
 
 
 def library_archs(path: Path) -> list[str]:
-    """Architectures in a compiled library (``sm_90a``, ``compute_89`` for PTX), read from the names inside it."""
-    names = set(re.findall(rb"\bsm_\d{2,3}[af]?\b", path.read_bytes()))
+    """GPU architectures (``sm_90a``) that a library holds code for, from the compiler options recorded beside the code.
+
+    Options with ``-l`` are those of the linking step, which names an architecture of its own.
+    """
+    names = set(re.findall(rb"-arch (sm_\d+[af]?) -m 64 (?!-l)", path.read_bytes()))
     return sorted(name.decode() for name in names)
 
 

@@ -124,5 +124,5 @@ def test_info_knows_the_tested_transformers(monkeypatch: pytest.MonkeyPatch, ver
 
 def test_library_archs_are_read_from_the_file(tmp_path: Path) -> None:
     library = tmp_path / "_kernels.so"
-    library.write_bytes(b"\x7fELF..sm_90a\0..--arch=sm_80\0.sm_90a\0.")
+    library.write_bytes(b"\x7fELF -arch sm_90a -m 64 \0.-arch sm_80 -m 64 \0.sm_61.-arch sm_75 -m 64 -l torch\0")
     assert info.library_archs(library) == ["sm_80", "sm_90a"]
