@@ -128,7 +128,7 @@ def generate(
     console = Console()
     config = _config(weights, kv_cache, group_size, zero_points, scale_search)
     loaded = job.load_with_status(model, device, dtype, console)
-    patch_model(loaded.model, config)
+    patch_model(loaded.model, config, progress=console.is_terminal)
     if report:
         print(fastpath_report(loaded.model))
     torch.manual_seed(seed)
