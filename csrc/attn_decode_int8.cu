@@ -6,15 +6,13 @@
 // columns of both, so that the heads of a group share every byte read. Where a lane's columns of a fragment come from
 // is free as long as both operands agree, so K and V are loaded 16 bytes a lane and never rearranged.
 //
-// Precision: int8 is exact in fp16. The query is rotated as the keys are (hf_fastpath/ops/rotation.py), scaled by a
-// power of two to fp16's upper range and rounded to fp16: relative error 2^-11, down to 2^-28 of its largest. Softmax
-// is fp32. A token's weight p * v_scale is divided by the largest one so far (`unit` below) and rounded to fp16:
-// relative error 2^-11, and what is lost below fp16's range is 2^-25 of the largest. A sum of weights is 0 only where
-// every token is masked; a NaN in the query makes it, and the result, NaN.
+// Precision: int8 is exact in fp16. The query is scaled by a power of two to fp16's upper range, which is exact for
+// values within 2^-28 of its largest. Softmax is fp32. A token's weight p * v_scale is divided by the largest one so
+// far (`unit` below) and rounded to fp16: relative error 2^-11, and what is lost below fp16's range is 2^-25 of the
+// largest. A sum of weights is 0 only where every token is masked; a NaN in the query makes it, and the result, NaN.
 #include <algorithm>
 
 #include "common/dequant.cuh"
-#include "common/hadamard.cuh"
 #include "common/memory.cuh"
 #include "common/mma.cuh"
 #include "common/reduce.cuh"
@@ -50,36 +48,6 @@ struct Shape {
   static constexpr int kOutTiles = kVBlocks * kVWords * 2;  // m16n8 tiles of the output: two a word
 };
 
-// Rotates a head spread over four lanes (t) as load_query() reads it: 16 neighbours a lane and block of 64.
-template <int kBlocks>
-__device__ __forceinline__ void rotate_query(float (&values)[kBlocks][16], int dim, int lane) {
-  const int size = hadamard_block(dim);
-  const float scale = hadamard_scale(size);
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    if (1 < size) hadamard_registers<1>(values[block]);
-    if (2 < size) hadamard_registers<2>(values[block]);
-    if (4 < size) hadamard_registers<4>(values[block]);
-    if (8 < size) hadamard_registers<8>(values[block]);
-    if (16 < size) hadamard_lanes(values[block], 1, lane);
-    if (32 < size) hadamard_lanes(values[block], 2, lane);
-  }
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    float across[kBlocks];
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) across[block] = values[block][i] * scale;
-    if constexpr (kBlocks >= 2) {
-      if (64 < size) hadamard_registers<1>(across);
-    }
-    if constexpr (kBlocks >= 4) {
-      if (128 < size) hadamard_registers<2>(across);
-    }
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) values[block][i] = across[block];
-  }
-}
-
 // Query heads as B fragments in K's order of dimensions, and for the lane's two score columns the factor that takes a
 // product of integers to log2 units.
 template <int kPaddedDim>
@@ -94,6 +62,7 @@ __device__ __forceinline__ void load_query(Query<kPaddedDim>& q, const T* heads,
   constexpr int kKBlocks = Shape<kPaddedDim>::kKBlocks;
   const int g = lane / 4, t = lane % 4;
   float values[kKBlocks][16];
+  float largest = 0.0f;
 #pragma unroll
   for (int block = 0; block < kKBlocks; ++block) {
     const int first = block * 64 + t * 16;
@@ -101,14 +70,8 @@ __device__ __forceinline__ void load_query(Query<kPaddedDim>& q, const T* heads,
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       values[block][i] = exists ? to_float(heads[static_cast<int64_t>(g) * dim + first + i]) : 0.0f;
+      largest = fmaxf(largest, fabsf(values[block][i]));
     }
-  }
-  rotate_query(values, dim, lane);
-  float largest = 0.0f;
-#pragma unroll
-  for (int block = 0; block < kKBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(values[block][i]));
   }
   largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
   largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));

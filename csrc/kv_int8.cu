@@ -1,11 +1,9 @@
 // int8 keys and values with one fp16 scale a token and head: quantize into the cache, and back to floats.
-// For values bit-identical to the references in hf_fastpath/ops/kv_int8_append.py and kv_int8_dequantize.py, hence the
-// explicit IEEE divisions and roundings: they hold whatever the compiler's fast-math flags are. For keys the rotation's
-// sums are in another order than a matrix product's, so a value on the border of two steps may take the other.
+// Bit-identical to the references in hf_fastpath/ops/kv_int8_append.py and kv_int8_dequantize.py, hence the explicit
+// IEEE divisions and roundings: they hold whatever the compiler's fast-math flags are.
 #include <algorithm>
 
 #include "common/dtype.cuh"
-#include "common/hadamard.cuh"
 #include "common/memory.cuh"
 #include "common/reduce.cuh"
 #include "kernels.h"
@@ -20,25 +18,6 @@ constexpr int kPerLane = kMaxKvDim / 32;
 template <bool kVector>
 __device__ __forceinline__ int element(int lane, int i) {
   return kVector ? lane * kPerLane + i : lane + 32 * i;
-}
-
-// Rotates a row of one element an entry of `values`; entries beyond dim are 0 and stay so, since blocks divide dim.
-template <bool kVector>
-__device__ __forceinline__ void rotate_row(float (&values)[kPerLane], int dim, int lane) {
-  static_assert(kPerLane == 8);
-  const int block = hadamard_block(dim);
-  constexpr int kLaneStride = kVector ? kPerLane : 1;  // elements from one lane to the next
-  constexpr int kRegisterStride = kVector ? 1 : 32;    // and from one register to the next
-  if (kRegisterStride < block) hadamard_registers<1>(values);
-  if (2 * kRegisterStride < block) hadamard_registers<2>(values);
-  if (4 * kRegisterStride < block) hadamard_registers<4>(values);
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    if (step * kLaneStride < block) hadamard_lanes(values, step, lane);
-  }
-  const float scale = hadamard_scale(block);
-#pragma unroll
-  for (float& value : values) value *= scale;
 }
 
 template <typename T, bool kVector>
@@ -90,7 +69,6 @@ __global__ void __launch_bounds__(kThreads) kv_int8_append_kernel(const __grid_c
 
   float values[kPerLane];
   load_row<T, kVector>(values, input, p.dim, lane);
-  if (blockIdx.y == 0) rotate_row<kVector>(values, p.dim, lane);
   float largest = 0.0f;
 #pragma unroll
   for (float value : values) largest = max_nan(largest, fabsf(value));

@@ -16,8 +16,8 @@ from hf_fastpath import Int8KVCache, StaticKVCache, Unsupported
 from hf_fastpath.caches import attention, int8
 from hf_fastpath.caches.base import BLOCK_TOKENS
 from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.ops.kv_int8_append import quantize_int8
-from hf_fastpath.ops.rotation import rotate
 
 CACHES = [StaticKVCache, Int8KVCache]
 

@@ -58,8 +58,25 @@ class Clockwork:
 def test_decode_rate_leaves_the_prompt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Clockwork()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: model.now)
-    assert measure.decode_rate(model, {}, new_tokens=9, runs=2) == pytest.approx(4.0)
+    rate = measure.decode_rates(model, {}, new_tokens=9, runs=2)
+    assert (rate.slowest, rate.median, rate.fastest, rate.spread) == pytest.approx((4.0, 4.0, 4.0, 0.0))
     assert model.generated == [2, 9, 1, 9, 1]
+
+
+def test_the_rate_is_the_median_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Clockwork()
+    waits = iter((0.0, 4.0, 0.0, 0.0, 0.0, 2.0, 0.0))  # the warm-up, then pairs of a long and a short run
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: model.now)
+    generate = model.generate
+
+    def slowed(**options: Any) -> None:
+        model.now += next(waits)
+        generate(**options)
+
+    monkeypatch.setattr(model, "generate", slowed)
+    rate = measure.decode_rates(model, {}, new_tokens=9, runs=3)
+    assert (rate.slowest, rate.median, rate.fastest) == pytest.approx((8 / 6, 8 / 4, 8 / 2))
+    assert rate.spread == pytest.approx((8 / 2 - 8 / 6) / 2)
 
 
 @pytest.mark.parametrize(("new_tokens", "runs"), [(1, 1), (8, 0)])

@@ -10,7 +10,6 @@ import torch
 from hf_fastpath import ops, packing
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8_reference
 from hf_fastpath.ops.kv_int8_append import quantize_int8
-from hf_fastpath.ops.rotation import rotate, rotation_matrix
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -67,33 +66,13 @@ def test_append_writes_its_tokens_and_no_others(dtype: torch.dtype) -> None:
     storage = [torch.full((2, 3, 9, 32), 99, dtype=torch.int8), torch.full((2, 3, 9), 99.0, dtype=torch.float16)]
     storage += [tensor.clone() for tensor in storage]
     ops.kv_int8_append(key, value, *storage, 2)
-    for new, data, scale in ((rotate(key.float()), *storage[:2]), (value, *storage[2:])):
+    for new, data, scale in ((key, *storage[:2]), (value, *storage[2:])):
         q, s = quantize_int8(new)
         assert torch.equal(data[:, :, 2:6], q)
         assert torch.equal(scale[:, :, 2:6], s)
         untouched = [0, 1, 6, 7, 8]
         assert bool((data[:, :, untouched] == 99).all())
         assert bool((scale[:, :, untouched] == 99).all())
-
-
-@pytest.mark.parametrize("dim", [1, 40, 48, 64, 96, 128])
-def test_rotation_is_orthonormal_symmetric_and_mixes(dim: int) -> None:
-    matrix = rotation_matrix(dim).double()
-    torch.testing.assert_close(matrix @ matrix, torch.eye(dim).double(), rtol=0, atol=1e-6)
-    assert torch.equal(matrix, matrix.T)
-    assert float(matrix.abs().max()) <= (dim & -dim) ** -0.5 + 1e-7
-
-
-def test_rotation_halves_the_error_of_keys_with_large_channels() -> None:
-    torch.manual_seed(0)
-    keys = torch.randn(1, 1, 500, 64)
-    keys[..., [5, 37]] *= 12
-
-    def error(x: torch.Tensor) -> float:
-        q, scale = quantize_int8(x)
-        return float((q.float() * scale.float().unsqueeze(-1) - x).square().mean().sqrt())
-
-    assert error(rotate(keys)) < 0.5 * error(keys)
 
 
 def int8_cache(batch: int, kv_heads: int, capacity: int, length: int, dim: int) -> list[torch.Tensor]:
@@ -116,7 +95,7 @@ def exact_attention(
         )
         for data, scale in (storage[:2], storage[2:])
     )
-    scores = (rotate(query.double()).unsqueeze(2) @ k.transpose(2, 3)).squeeze(2) * scaling
+    scores = (query.double().unsqueeze(2) @ k.transpose(2, 3)).squeeze(2) * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, :length], float("-inf"))
     return (scores.softmax(-1).nan_to_num(0).unsqueeze(2) @ v).squeeze(2)

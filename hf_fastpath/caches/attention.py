@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_fastpath.caches.int8 import Int8KVLayer
 from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.ops import attn_decode_int8
 
 ATTENTION_NAME = "fastpath"
@@ -44,7 +45,7 @@ def fastpath_attention(
             mask = None if attention_mask is None else attention_mask[:, 0, 0]
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             k_data, k_scale, v_data, v_scale = layer.storage
-            q = query[:, :, 0].contiguous()
+            q = rotate(query[:, :, 0]).contiguous()  # as the stored keys are
             return attn_decode_int8(q, k_data, k_scale, v_data, v_scale, mask, key.shape[2], scale).unsqueeze(1), None
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -7,17 +7,17 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from hf_fastpath.caches.base import FastCache, FastLayer
 from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_int8_supports
 from hf_fastpath.ops import kv_int8_append, kv_int8_dequantize
-from hf_fastpath.ops.rotation import rotate
 from hf_fastpath.runtime import require_device
 
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Int8KVLayer(FastLayer):
-    """``storage``: k_data, k_scale, v_data, v_scale; data int8 ``(B, H_kv, capacity, D)``, scales fp16 without D."""
+    """``storage``: k_data (rotated), k_scale, v_data, v_scale; int8 ``(B, H_kv, capacity, D)``, scales fp16."""
 
     def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True) -> None:
         super().__init__(initial_tokens)
@@ -41,7 +41,7 @@ class Int8KVLayer(FastLayer):
 
     def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
         k_data, k_scale, v_data, v_scale = self.storage
-        kv_int8_append(key, value, k_data, k_scale, v_data, v_scale, start)
+        kv_int8_append(rotate(key), value, k_data, k_scale, v_data, v_scale, start)
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fresh_prefill and key.shape[2] == self.length and key.shape[2] > 1:
@@ -63,7 +63,7 @@ class Int8KVLayer(FastLayer):
 class Int8KVCache(FastCache):
     """Keys and values as int8 with one float16 scale a token and head: 0.51 of the bytes of fp16 at head size 128.
 
-    Keys are stored rotated (:mod:`hf_fastpath.ops.rotation`), which takes no memory and halves their error.
+    Keys are stored rotated (:mod:`hf_fastpath.caches.rotation`), which takes no memory and halves their error.
 
     With ``attn_implementation="fastpath"`` (what ``patch_model`` sets) decoding reads the int8 payload in a kernel.
     With any other implementation, so also on an unpatched model, each layer is expanded when its attention needs it.

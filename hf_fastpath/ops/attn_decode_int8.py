@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.ops import _library
-from hf_fastpath.ops.rotation import rotate
 
 # The CPU implementation expands this many tokens at a time: 1,024 tokens of a head stay in a core's L2 cache.
 TILE_TOKENS = 1024
@@ -33,7 +32,7 @@ def attn_decode_int8_reference(
     batch, heads, dim = query.shape
     kv_heads = k_data.shape[1]
     tiles = [slice(start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)]
-    q = rotate(query.float()).view(batch, kv_heads, heads // kv_heads, dim) * scaling
+    q = query.float().view(batch, kv_heads, heads // kv_heads, dim) * scaling
     scores = torch.cat([q @ k_data[:, :, tile].float().transpose(2, 3) for tile in tiles], dim=-1)
     scores *= k_scale[:, :, None, :length].float()
     if mask is None:
@@ -79,8 +78,7 @@ def attn_decode_int8(
     Args:
         query: ``(B, H, D)`` contiguous; fp16, bf16 (CPU also fp32). H is a multiple of H_kv; head h reads KV head
             ``h // (H / H_kv)``. On CUDA D is a multiple of 16 up to 256.
-        k_data, v_data: int8 ``(B, H_kv, capacity, D)``, keys rotated as ``kv_int8_append`` stores them.
-        k_scale, v_scale: float16 ``(B, H_kv, capacity)``; all four contiguous.
+        k_data, v_data: int8 ``(B, H_kv, capacity, D)``; k_scale, v_scale: float16 ``(B, H_kv, capacity)``; contiguous.
         mask: bool ``(B, >= length)``, last dimension contiguous, True where a token may be attended; None: all.
 
     Deterministic; how the sequence is split depends on ``length`` alone, so a row's bits do not depend on B.

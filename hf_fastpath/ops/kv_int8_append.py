@@ -1,11 +1,10 @@
-"""Rotate new keys, quantize keys and values to int8 with one scale a token and head, and write them into the cache."""
+"""Quantize new keys and values to int8, one scale a token and head, and write them into the cache."""
 
 from __future__ import annotations
 
 import torch
 
 from hf_fastpath.ops import _library
-from hf_fastpath.ops.rotation import rotate
 
 INT8_MAX = 127
 
@@ -38,7 +37,7 @@ def kv_int8_append_reference(
     start: int,
 ) -> None:
     tokens = slice(start, start + key.shape[2])
-    for new, data, scale in ((rotate(key.float()), k_data, k_scale), (value, v_data, v_scale)):
+    for new, data, scale in ((key, k_data, k_scale), (value, v_data, v_scale)):
         data[:, :, tokens], scale[:, :, tokens] = quantize_int8(new)
 
 
@@ -66,7 +65,7 @@ def kv_int8_append(
     v_scale: torch.Tensor,
     start: int,
 ) -> None:
-    """Writes tokens ``start .. start + q`` of the cache; keys in rotated form (:mod:`hf_fastpath.ops.rotation`).
+    """Writes tokens ``start .. start + q`` of the cache.
 
     Args:
         key, value: ``(B, H_kv, q, D)``, any strides with a contiguous last dimension; fp16, bf16 (CPU also fp32).

@@ -27,7 +27,7 @@ def kv_int8_dequantize(data: torch.Tensor, scale: torch.Tensor, length: int, dty
     Args:
         data: int8 ``(B, H_kv, capacity, D)``; scale: float16 ``(B, H_kv, capacity)``; both contiguous.
 
-    ``q * scale`` is computed in float32 and rounded once. What was stored rotated comes back rotated.
+    ``q * scale`` is computed in float32 and rounded once.
     """
     out = torch.empty((data.shape[0], data.shape[1], length, data.shape[3]), dtype=dtype, device=data.device)
     _op(data, scale, out)

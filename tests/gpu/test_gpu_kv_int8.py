@@ -1,4 +1,4 @@
-"""Append and dequantize of the int8 cache on the GPU: the references' bits or the nearest steps, and nothing beside."""
+"""Append and dequantize of the int8 cache on the GPU: the references' bits, and nothing written beside them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,10 @@ from gpu_common import DEVICE, DTYPES, generator, randn
 
 from hf_fastpath.ops import kv_int8_append, kv_int8_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append_reference
-from hf_fastpath.ops.rotation import rotate
 
 pytestmark = pytest.mark.gpu
 
 SENTINEL = 42
-
-
-def check_keys(key: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> None:
-    """Rotated keys against float64: each scale the nearest fp16, each value the nearest step.
-
-    The transform is eight additions deep at the most, each 2^-24 of the largest partial sum: that moves the largest
-    value, hence a scale on the border of two fp16 numbers, and a value on the border of two steps.
-    """
-    exact = rotate(key.double())
-    slack = 8 * 2.0**-24 * exact.abs().sum(-1)
-    assert ((scale.double() - exact.abs().amax(-1) / 127).abs() <= scale.double() * 2.0**-11 + 2.0**-25 + slack).all()
-    ideal = exact / scale.double().unsqueeze(-1).clamp_min(1e-300)
-    ideal = torch.where(scale.unsqueeze(-1) == 0, 0.0, ideal.clamp(-127, 127))
-    beyond = (data.double() - ideal).abs() - 0.5 - (slack / scale.double().clamp_min(1e-300)).unsqueeze(-1)
-    assert (beyond <= 0).all()
 
 
 def append_on_cpu(key: torch.Tensor, value: torch.Tensor, cache: list[torch.Tensor], start: int) -> None:
@@ -53,16 +37,7 @@ class Cache:
     def cpu_copy(self) -> list[torch.Tensor]:
         return [view.cpu().clone() for view in self.views]
 
-    def check(
-        self, expected: list[torch.Tensor], key: torch.Tensor | None = None, start: int = 0, shift: int = 16
-    ) -> None:
-        """Values have the reference's bits; tokens of ``key`` are checked by :func:`check_keys`, the other keys are as
-        they were."""
-        if key is not None:
-            stop = start + key.shape[2]
-            check_keys(key.cpu(), self.k_data.cpu()[:, :, start:stop], self.k_scale.cpu()[:, :, start:stop])
-            for view, want in zip(self.views[:2], expected[:2], strict=True):
-                want[:, :, start:stop] = view.cpu()[:, :, start:stop]
+    def check(self, expected: list[torch.Tensor], shift: int = 16) -> None:
         for view, want in zip(self.views, expected, strict=True):
             assert torch.equal(view.cpu(), want)
         for buffer in self.buffers:
@@ -75,7 +50,9 @@ class Cache:
 @pytest.mark.parametrize(
     ("batch", "heads", "tokens", "start"), [(1, 1, 1, 0), (2, 3, 5, 4), (1, 8, 65, 7), (8, 2, 1, 9)]
 )
-def test_append(batch: int, heads: int, tokens: int, start: int, dim: int, dtype: torch.dtype) -> None:
+def test_append_has_the_references_bits(
+    batch: int, heads: int, tokens: int, start: int, dim: int, dtype: torch.dtype
+) -> None:
     rng = generator(batch, heads, tokens, dim)
     cache = Cache(batch, heads, start + tokens + 3, dim)
     expected = cache.cpu_copy()
@@ -86,7 +63,7 @@ def test_append(batch: int, heads: int, tokens: int, start: int, dim: int, dtype
     )
     cache.append(key, value, start)
     append_on_cpu(key.cpu(), value.cpu(), expected, start)
-    cache.check(expected, key, start)
+    cache.check(expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,7 +77,7 @@ def test_append_of_slices_of_one_projection(dtype: torch.dtype) -> None:
     expected = cache.cpu_copy()
     cache.append(key, value, 2)
     append_on_cpu(key.cpu(), value.cpu(), expected, 2)
-    cache.check(expected, key, 2)
+    cache.check(expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,13 +97,10 @@ def test_append_of_special_values(dtype: torch.dtype) -> None:
     expected = cache.cpu_copy()
     cache.append(key.to(DEVICE), -key.to(DEVICE), 0)
     append_on_cpu(key, -key, expected, 0)
-    for view, want in zip(cache.views[2:], expected[2:], strict=True):
+    for view, want in zip(cache.views, expected, strict=True):
         finite = ~want.isnan()
         assert torch.equal(view.cpu()[finite], want[finite])
         assert view.cpu()[~finite].isnan().all()
-    k_data, k_scale = cache.views[0].cpu(), cache.views[1].cpu()
-    check_keys(key[:, :, :6], k_data[:, :, :6], k_scale[:, :, :6])
-    assert not k_scale[0, 0, 6:8].isfinite().any()  # what is not finite is not hidden
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,12 +131,9 @@ def test_the_comparison_sees_one_wrong_step() -> None:
     key = randn(generator(4), 1, 2, 3, 64, dtype=torch.bfloat16)
     cache.append(key, key, 1)
     append_on_cpu(key.cpu(), key.cpu(), expected, 1)
-    for data in (cache.v_data, cache.k_data):
-        data[0, 1, 2, 63] += 1
-        with pytest.raises(AssertionError):
-            cache.check([tensor.clone() for tensor in expected], key, 1)
-        data[0, 1, 2, 63] -= 1
-    cache.check(expected, key, 1)
+    cache.v_data[0, 1, 2, 63] += 1
+    with pytest.raises(AssertionError):
+        cache.check(expected)
 
 
 def test_bad_arguments_are_refused_in_words() -> None:

@@ -2,7 +2,7 @@
 
 Keys have a few channels much larger than the rest, and one scale a token must cover them. The transform spreads every
 channel over all of them, and since query and key are rotated alike their product is what it was (Ashkboos et al.,
-2024, "QuaRot", section 4). Not an operator of its own: the append and attention kernels do it in registers.
+2024, "QuaRot", section 4).
 """
 
 from __future__ import annotations
