@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from hf_fastpath import FastpathConfig, Int8KVCache, StaticKVCache
 from hf_fastpath.config import KVFormat
-from hf_fastpath.eval.measure import cache_bytes_per_token, decode_rate, weight_bytes
+from hf_fastpath.eval.measure import Rate, cache_bytes_per_token, decode_rates, weight_bytes
 from hf_fastpath.eval.perplexity import Perplexity, perplexity
 
 
@@ -29,7 +29,7 @@ class Settings:
     max_windows: int | None = None
     prompt: dict[str, torch.Tensor] | None = None
     new_tokens: int = 32
-    runs: int = 3
+    runs: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Measured:
     weight_bytes: int
     kv_bytes_per_token: int
     perplexity: Perplexity
-    tokens_per_s: float | None = None
+    decode: Rate | None = None
 
     def to_dict(self, stock: Measured) -> dict[str, Any]:
         """Plain JSON types, with the changes from ``stock``."""
         change, error = self.perplexity.change_from(stock.perplexity)
         return {
             "variant": self.title,
-            "decode_tokens_per_s": self.tokens_per_s,
+            "decode_tokens_per_s": dataclasses.asdict(self.decode) if self.decode else None,
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "perplexity": self.perplexity.ppl,
@@ -87,7 +87,7 @@ def measure(model: Any, config: FastpathConfig | None, settings: Settings, conso
     rate = None
     if settings.prompt is not None:
         with bar(console, f"{title}: decode speed") as step:
-            rate = decode_rate(model, settings.prompt, settings.new_tokens, settings.runs, step)
+            rate = decode_rates(model, settings.prompt, settings.new_tokens, settings.runs, step)
     with bar(console, f"{title}: perplexity") as step:
         result = perplexity(
             model,
@@ -118,9 +118,9 @@ def table(results: list[Measured], title: str) -> Table:
     out.add_column("")
     for result in results:
         out.add_column(result.title, justify="right")
-    if stock.tokens_per_s is not None:
-        cells = [_cell(f"{r.tokens_per_s:.1f}", r.tokens_per_s, stock.tokens_per_s) for r in results]
-        out.add_row("decode, tokens/s", *cells)
+    rates = [result.decode.median for result in results if result.decode]
+    if rates:
+        out.add_row("decode, tokens/s", *(_cell(f"{rate:.1f}", rate, rates[0]) for rate in rates))
     cells = [_cell(f"{r.weight_bytes / 1e6:.1f}", r.weight_bytes, stock.weight_bytes) for r in results]
     out.add_row("weights, MB", *cells)
     cells = [_cell(f"{r.kv_bytes_per_token:,}", r.kv_bytes_per_token, stock.kv_bytes_per_token) for r in results]
@@ -131,8 +131,8 @@ def table(results: list[Measured], title: str) -> Table:
     return out
 
 
-def _cell(text: str, value: float | None, stock: float | None) -> str:
-    if value is None or stock is None or value is stock:
+def _cell(text: str, value: float, stock: float) -> str:
+    if value is stock:
         return f"{text}\n"
     return f"{text}\n{value / stock - 1:+.1%}"
 

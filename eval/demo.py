@@ -108,10 +108,11 @@ def _caption(loaded: Loaded, request: Request, settings: Settings, results: list
         "in the loop; ± is the standard error of the change.",
     ]
     if settings.prompt is not None:
+        spread = max(result.decode.spread for result in results if result.decode)
         length = settings.prompt["input_ids"].shape[1]
         lines.append(
             f"Decode: generate(), greedy, batch 1, {settings.new_tokens} tokens after a prompt of {length}, median of "
-            f"{settings.runs} runs."
+            f"{settings.runs} runs that lie up to {spread:.0%} apart."
         )
     return "\n".join(lines)
 

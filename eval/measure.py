@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Tokens per second: the median run, the slowest and the fastest."""
+
+    median: float
+    slowest: float
+    fastest: float
+
+    @property
+    def spread(self) -> float:
+        """How far the runs lie apart, relative to the median: what to distrust a small difference by."""
+        return (self.fastest - self.slowest) / self.median
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -43,16 +58,16 @@ def cache_bytes_per_token(model: Any, cache: Any) -> int:
 
 
 @torch.inference_mode()
-def decode_rate(
+def decode_rates(
     model: Any,
     inputs: dict[str, torch.Tensor],
     new_tokens: int,
-    runs: int = 3,
+    runs: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
+) -> Rate:
     """Greedy decode tokens per second with the standard generate(), the prompt's own pass left out.
 
-    The median of ``runs``, after a warm-up; each run is the time of ``new_tokens`` new tokens less the time of one.
+    ``runs`` come after a warm-up; each is the time of ``new_tokens`` new tokens less the time of one.
     ``progress`` is called with (runs done, runs in all), the warm-up among them.
     """
     if new_tokens < 2 or runs < 1:
@@ -71,4 +86,10 @@ def decode_rate(
         progress(done + 1, runs + 1)
         times.append(seconds(new_tokens) - seconds(1))
     progress(runs + 1, runs + 1)
-    return (new_tokens - 1) / statistics.median(times)
+    rates = [(new_tokens - 1) / time for time in times]
+    return Rate(statistics.median(rates), min(rates), max(rates))
+
+
+def decode_rate(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, runs: int = 5) -> float:
+    """The median of :func:`decode_rates`."""
+    return decode_rates(model, inputs, new_tokens, runs).median
