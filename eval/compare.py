@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,17 +16,21 @@ from transformers import DynamicCache
 
 from hf_fastpath import FastpathConfig, Int8KVCache, StaticKVCache
 from hf_fastpath.config import KVFormat
-from hf_fastpath.eval.measure import Rate, cache_bytes_per_token, decode_rates, weight_bytes
+from hf_fastpath.eval.measure import Rate, cache_bytes_per_token, decode_rates, float32_parameters, weight_bytes
 from hf_fastpath.eval.perplexity import Perplexity, perplexity
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured: ``token_ids`` for the perplexity; ``prompt`` (generate()'s inputs) for the speed, or None."""
+    """What is measured: ``token_ids`` for the perplexity; ``prompt`` (generate()'s inputs) for the speed, or None.
+
+    ``float32_perplexity``: compute the perplexity in float32, whatever the model's dtype.
+    """
 
     token_ids: torch.Tensor
     window: int
     max_windows: int | None = None
+    float32_perplexity: bool = False
     prompt: dict[str, torch.Tensor] | None = None
     new_tokens: int = 32
     runs: int = 5
@@ -88,7 +92,8 @@ def measure(model: Any, config: FastpathConfig | None, settings: Settings, conso
     if settings.prompt is not None:
         with bar(console, f"{title}: decode speed") as step:
             rate = decode_rates(model, settings.prompt, settings.new_tokens, settings.runs, step)
-    with bar(console, f"{title}: perplexity") as step:
+    precision = float32_parameters(model) if settings.float32_perplexity else nullcontext()
+    with precision, bar(console, f"{title}: perplexity") as step:
         result = perplexity(
             model,
             settings.token_ids,

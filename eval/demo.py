@@ -18,6 +18,9 @@ from hf_fastpath.eval.compare import Measured, Settings
 from hf_fastpath.eval.loading import Loaded, encode_prompt, load
 from hf_fastpath.eval.perplexity import SLICE
 
+# Up to this many, the perplexity is computed in float32 where that is possible: 4 GB.
+_FLOAT32_PARAMETERS = 1_000_000_000
+
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 
@@ -96,7 +99,11 @@ def _settings(loaded: Loaded, request: Request) -> Settings:
     ids = torch.tensor(loaded.tokenizer(text, verbose=False).input_ids)
     limit = getattr(loaded.model.config, "max_position_embeddings", None) or request.window
     prompt = encode_prompt(loaded, request.prompt) if request.new_tokens else None
-    return Settings(ids, min(request.window, limit), request.max_windows, prompt, request.new_tokens)
+    # Rounding to bf16 moves the perplexity by as much as the int8 cache does. Kernels on a GPU are for 16 bits only.
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    float32 = loaded.model.device.type == "cpu" and parameters <= _FLOAT32_PARAMETERS
+    window = min(request.window, limit)
+    return Settings(ids, window, request.max_windows, float32, prompt, request.new_tokens)
 
 
 def _caption(loaded: Loaded, request: Request, settings: Settings, results: list[Measured]) -> str:
@@ -105,7 +112,8 @@ def _caption(loaded: Loaded, request: Request, settings: Settings, results: list
     lines = [
         f"{info.device_name(loaded.model.device)}; {versions}; {request.dtype}.",
         f"Perplexity: {tokens:,} tokens of {request.text.name} in windows of {settings.window}, the quantized cache "
-        "in the loop; ± is the standard error of the change.",
+        f"in the loop, {'float32' if settings.float32_perplexity else request.dtype} arithmetic; ± is the standard "
+        "error of the change.",
     ]
     if settings.prompt is not None:
         spread = max(result.decode.spread for result in results if result.decode)
@@ -125,6 +133,7 @@ def _as_json(loaded: Loaded, request: Request, settings: Settings, results: list
         "dtype": request.dtype,
         "config": request.config.to_dict(),
         "window": settings.window,
+        "perplexity_dtype": "float32" if settings.float32_perplexity else request.dtype,
         "new_tokens": settings.new_tokens,
         "prompt_tokens": settings.prompt["input_ids"].shape[1] if settings.prompt is not None else None,
         "results": [result.to_dict(results[0]) for result in results],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,20 @@ def weight_bytes(model: nn.Module) -> int:
                 seen.add(id(tensor))
                 total += tensor.nbytes
     return total
+
+
+@contextmanager
+def float32_parameters(model: nn.Module) -> Iterator[None]:
+    """Within it the parameters are float32, so that what is measured is not the noise of 16-bit arithmetic; afterwards
+    they are what they were. Buffers stay: packed int4 weights are in none of the two."""
+    dtypes = {parameter: parameter.dtype for parameter in model.parameters()}  # a tied one is there once
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.inference_mode()

@@ -83,3 +83,14 @@ def test_the_rate_is_the_median_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rate_needs_two_tokens_and_a_run(new_tokens: int, runs: int) -> None:
     with pytest.raises(ValueError, match="allowed are"):
         measure.decode_rate(Clockwork(), {}, new_tokens=new_tokens, runs=runs)
+
+
+def test_float32_parameters_are_put_back_bit_for_bit() -> None:
+    model = make_llama(torch.bfloat16, tie_word_embeddings=True)
+    before = {name: (id(value), value.detach().clone()) for name, value in model.named_parameters()}
+    with measure.float32_parameters(model):
+        assert {value.dtype for value in model.parameters()} == {torch.float32}
+        assert model(torch.tensor([[3, 4, 5]])).logits.dtype == torch.float32
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {name: id(value) for name, value in model.named_parameters()} == {n: v[0] for n, v in before.items()}
+    assert all(torch.equal(value, before[name][1]) for name, value in model.named_parameters())
