@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hf_fastpath.patches import llama
-from hf_fastpath.patches.recipe import Recipe
 from torch import nn
 
 from hf_fastpath.errors import Unsupported
+from hf_fastpath.patches import llama
+from hf_fastpath.patches.recipe import Recipe
 
 RECIPES: tuple[Recipe, ...] = (llama.RECIPE,)
 

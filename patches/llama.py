@@ -1,7 +1,8 @@
 """Llama: RMSNorm, rotary grouped-query attention, SwiGLU."""
 
-from hf_fastpath.patches.recipe import Recipe
 from transformers import LlamaForCausalLM
+
+from hf_fastpath.patches.recipe import Recipe
 
 RECIPE = Recipe(
     family="llama",
