@@ -33,7 +33,8 @@ def attn_decode_int8_reference(
     kv_heads = k_data.shape[1]
     tiles = [slice(start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)]
     q = query.float().view(batch, kv_heads, heads // kv_heads, dim) * scaling
-    scores = torch.cat([q @ k_data[:, :, tile].float().transpose(2, 3) for tile in tiles], dim=-1)
+    parts = [q @ k_data[:, :, tile].float().transpose(2, 3) for tile in tiles]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     scores *= k_scale[:, :, None, :length].float()
     if mask is None:
         weights = scores.softmax(-1)
@@ -42,8 +43,9 @@ def attn_decode_int8_reference(
         weights = scores.masked_fill_(~mask, float("-inf")).softmax(-1)
         weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)  # softmax of nothing is NaN
     weights *= v_scale[:, :, None, :length].float()
-    out = sum(weights[..., tile] @ v_data[:, :, tile].float() for tile in tiles)
-    assert isinstance(out, torch.Tensor)  # length is at least 1
+    out = weights[..., tiles[0]] @ v_data[:, :, tiles[0]].float()
+    for tile in tiles[1:]:
+        out += weights[..., tile] @ v_data[:, :, tile].float()
     return out.view(batch, heads, dim).to(query.dtype)
 
 

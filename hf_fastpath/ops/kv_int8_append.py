@@ -36,9 +36,11 @@ def kv_int8_append_reference(
     v_scale: torch.Tensor,
     start: int,
 ) -> None:
-    tokens = slice(start, start + key.shape[2])
-    for new, data, scale in ((key, k_data, k_scale), (value, v_data, v_scale)):
-        data[:, :, tokens], scale[:, :, tokens] = quantize_int8(new)
+    q, scale = quantize_int8(torch.stack((key, value)))  # in one go: for a single token the calls are what costs
+    length = key.shape[2]
+    for i, (stored_q, stored_scale) in enumerate(((k_data, k_scale), (v_data, v_scale))):
+        stored_q.narrow(2, start, length).copy_(q[i])
+        stored_scale.narrow(2, start, length).copy_(scale[i])
 
 
 def _fake(
