@@ -59,7 +59,7 @@ def run(request: Request, console: Console) -> list[Measured]:
         raise ValueError(f"cannot write {request.json}: its folder does not exist")
     started = time.perf_counter()
     loaded = load_with_status(request.model, request.device, request.dtype, console)
-    settings = _settings(loaded, request)
+    settings = perplexity_settings(loaded, request)
     console.print(f"[bold]{loaded.name}[/] on {info.device_name(loaded.model.device)}", highlight=False)
     results = [compare.measure(loaded.model, None, settings, console)]
     shown = dataclasses.replace(request.config, progress=request.config.progress and console.is_terminal)
@@ -90,7 +90,7 @@ def stream(loaded: Loaded, prompt: str, console: Console, **options: Any) -> Non
     console.print()
 
 
-def _settings(loaded: Loaded, request: Request) -> Settings:
+def perplexity_settings(loaded: Loaded, request: Request) -> Settings:
     try:
         text = request.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

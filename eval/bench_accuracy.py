@@ -1,0 +1,119 @@
+"""What each way of choosing int4 scales costs: ``python -m hf_fastpath.eval.bench_accuracy --out FILE``.
+
+Columns of the CSV, one row a configuration of the demo's model (or ``--model``):
+
+model, scale_search, group_size, zero_points   how its weights were quantized; the KV cache is int8
+bits_per_weight      of the quantized layers, scales and zero points included
+patch_s              seconds patch_model took
+ppl, ppl_change, ppl_change_se   perplexity, its relative change from stock and that change's standard error
+top1                 share of tokens with stock's most likely next token
+tokens, dtype, device, torch, transformers, commit
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hf_fastpath import FastpathConfig, fastpath_report, info, patch_model
+from hf_fastpath.eval import compare, demo
+from hf_fastpath.eval.bench_ops import commit_of
+from hf_fastpath.eval.perplexity import Perplexity
+
+COLUMNS = (
+    *("model", "scale_search", "group_size", "zero_points", "bits_per_weight", "patch_s"),
+    *("ppl", "ppl_change", "ppl_change_se", "top1"),
+    *("tokens", "dtype", "device", "torch", "transformers", "commit"),
+)
+SEARCHES = ("absmax", "mse", "activation")
+GROUPS = (128, 64)
+
+Row = dict[str, Any]
+
+
+def bits_per_weight(model: Any) -> float:
+    """Bits stored for each weight of the layers that were quantized."""
+    stored = count = 0
+    for row in fastpath_report(model).rows:
+        if row.action.startswith("int4"):
+            layer = model.get_submodule(row.name)
+            stored += 8 * row.bytes_after
+            count += layer.in_features * layer.out_features
+    return stored / count
+
+
+def configurations(base: FastpathConfig) -> Iterator[FastpathConfig | None]:
+    """None for the stock model, then every search at every size."""
+    yield None
+    for search, group, zeros in itertools.product(SEARCHES, GROUPS, (False, True)):
+        yield dataclasses.replace(base, scale_search=search, group_size=group, zero_points=zeros)  # type: ignore[arg-type]
+
+
+def quantize(model: Any, config: FastpathConfig) -> Row:
+    """Patches the model; the columns that say how."""
+    start = time.perf_counter()
+    patch_model(model, config)
+    return {
+        "scale_search": config.scale_search.value,
+        "group_size": config.group_size,
+        "zero_points": config.zero_points,
+        "patch_s": round(time.perf_counter() - start, 1),
+        "bits_per_weight": round(bits_per_weight(model), 3),
+    }
+
+
+def rows(request: demo.Request, console: Console) -> Iterator[Row]:
+    """One row a configuration, without the machine's columns."""
+    stock: Perplexity | None = None
+    for config in configurations(request.config):
+        loaded = demo.load_with_status(request.model, request.device, request.dtype, console)
+        settings = demo.perplexity_settings(loaded, request)
+        row = {"model": loaded.name} | (quantize(loaded.model, config) if config else {})
+        result = compare.measure(loaded.model, config, settings, console).perplexity
+        stock = stock or result
+        change, error = result.change_from(stock)
+        yield row | {
+            "ppl": round(result.ppl, 4),
+            "ppl_change": round(change, 5),
+            "ppl_change_se": round(error, 5),
+            "top1": round(result.top1_agreement(stock), 4),
+            "tokens": result.tokens,
+            "dtype": "float32" if settings.float32_perplexity else request.dtype,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy of int4 scale searches; see the top of the file.")
+    parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
+    parser.add_argument("--model", help="a local folder or a hub id (default: the demo's model)")
+    parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
+    arguments = parser.parse_args()
+    console = Console()
+    request = demo.Request(FastpathConfig(progress=False), model=arguments.model, device="cpu", new_tokens=0)
+    versions = info.versions()
+    machine = {
+        "device": info.cpu_name(),
+        "torch": versions["torch"],
+        "transformers": versions["transformers"],
+        "commit": arguments.commit or commit_of(Path(__file__).parent),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows(request, console):
+            writer.writerow(row | machine)
+            file.flush()
+            console.print({name: row.get(name) for name in COLUMNS[1:10]})
+
+
+if __name__ == "__main__":
+    main()
