@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -125,21 +125,19 @@ def table(results: list[Measured], title: str) -> Table:
         out.add_column(result.title, justify="right")
     rates = [result.decode.median for result in results if result.decode]
     if rates:
-        out.add_row("decode, tokens/s", *(_cell(f"{rate:.1f}", rate, rates[0]) for rate in rates))
-    cells = [_cell(f"{r.weight_bytes / 1e6:.1f}", r.weight_bytes, stock.weight_bytes) for r in results]
-    out.add_row("weights, MB", *cells)
-    cells = [_cell(f"{r.kv_bytes_per_token:,}", r.kv_bytes_per_token, stock.kv_bytes_per_token) for r in results]
-    out.add_row("KV cache, bytes/token", *cells)
+        out.add_row("decode, tokens/s", *_cells(rates, lambda rate: f"{rate:.1f}"))
+    out.add_row("weights, MB", *_cells([r.weight_bytes for r in results], lambda size: f"{size / 1e6:.1f}"))
+    out.add_row("KV cache, bytes/token", *_cells([r.kv_bytes_per_token for r in results], lambda size: f"{size:,}"))
     out.add_row("perplexity", *(_perplexity_cell(r, stock) for r in results))
     agreement = [f"{r.perplexity.top1_agreement(stock.perplexity):.1%}" for r in results[1:]]
     out.add_row("same best token as stock", "", *agreement)
     return out
 
 
-def _cell(text: str, value: float, stock: float) -> str:
-    if value is stock:
-        return f"{text}\n"
-    return f"{text}\n{value / stock - 1:+.1%}"
+def _cells(values: Sequence[float], write: Callable[[Any], str]) -> list[str]:
+    """A row's cells: the stock model's value, then the others' with their change from it."""
+    stock, *others = values
+    return [f"{write(stock)}\n", *(f"{write(value)}\n{value / stock - 1:+.1%}" for value in others)]
 
 
 def _perplexity_cell(result: Measured, stock: Measured) -> str:

@@ -13,10 +13,12 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from hf_fastpath import FastpathConfig, info, patch_model, unpatch_model
+from hf_fastpath.checks import check_model
 from hf_fastpath.eval import compare
 from hf_fastpath.eval.compare import Measured, Settings
 from hf_fastpath.eval.loading import Loaded, encode_prompt, load
 from hf_fastpath.eval.perplexity import SLICE
+from hf_fastpath.patches import find_recipe
 
 # Up to this many, the perplexity is computed in float32 where that is possible: 4 GB.
 _FLOAT32_PARAMETERS = 1_000_000_000
@@ -59,6 +61,8 @@ def run(request: Request, console: Console) -> list[Measured]:
         raise ValueError(f"cannot write {request.json}: its folder does not exist")
     started = time.perf_counter()
     loaded = load_with_status(request.model, request.device, request.dtype, console)
+    check_model(loaded.model, request.config)  # before minutes of measuring, not after
+    find_recipe(loaded.model)
     settings = perplexity_settings(loaded, request)
     console.print(f"[bold]{loaded.name}[/] on {info.device_name(loaded.model.device)}", highlight=False)
     results = [compare.measure(loaded.model, None, settings, console)]

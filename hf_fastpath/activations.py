@@ -38,17 +38,18 @@ def input_energy(model: Any, names: list[str], *, progress: bool = False) -> dic
 
         return hook
 
-    generator = torch.Generator().manual_seed(_SEED)
-    tokens = torch.randint(model.config.vocab_size, (_SEQUENCES, _TOKENS), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    tokens = torch.randint(model.config.vocab_size, (_SEQUENCES, _TOKENS), generator=generator, device="cpu")
     handles = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     bar = tqdm(total=len(names), desc="Measuring activations", unit="layer", disable=not progress, leave=False)
     try:
         model.eval()
         model.base_model(tokens.to(model.device), use_cache=False)
     finally:
         bar.close()
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
         for handle in handles:
             handle.remove()
     for name, values in energy.items():

@@ -229,7 +229,10 @@ def cache_dir() -> Path:
 
 @functools.cache
 def _nvcc_version(nvcc: Path) -> str:
-    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"{nvcc} does not run ({error}): {NVCC_HINT}") from error
     return text.strip().splitlines()[-1]
 
 

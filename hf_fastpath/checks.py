@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.config import FastpathConfig, KVFormat
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.generation import CACHES
@@ -81,8 +82,13 @@ def _check_cache(model: Any, config: FastpathConfig, device: torch.device) -> No
             f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}: "
             "use kv_cache='static'"
         )
-    if not model._can_set_attn_implementation():
-        raise Unsupported(f"{type(model).__name__} does not let its attention be replaced: use kv_cache=None")
+    if config.kv_cache is KVFormat.INT8 and not model._can_set_attn_implementation():
+        raise Unsupported(f"{type(model).__name__} does not let its attention be replaced: use kv_cache='static'")
+    if config.kv_cache is KVFormat.INT8 and model.config._attn_implementation == ATTENTION_NAME:
+        raise Unsupported(
+            f"the model's attn_implementation is already {ATTENTION_NAME!r}: it was set by hand, or the model shares "
+            "its config object with a patched model; load it with a config of its own and another attn_implementation"
+        )
 
 
 def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> list[LinearPlan]:
@@ -99,8 +105,8 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    missing = targets - linears.keys()
-    plans = [LinearPlan(name, None, f"is a {_type_name(model.get_submodule(name))}, not a Linear") for name in missing]
+    missing = sorted(targets - linears.keys())
+    plans = [LinearPlan(name, None, f"is a {_type_at(model, name)}, not a Linear") for name in missing]
     plans += [_plan_one(name, module, targets, owners, config) for name, module in linears.items()]
     _check_finite(linears, plans, config)
     return plans
@@ -112,12 +118,21 @@ def _recipe_names(model: nn.Module, recipe: Recipe) -> set[str]:
     return {f"{recipe.decoder_layers}.{i}.{linear}" for i in indices for linear in recipe.linears}
 
 
-def _type_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _type_at(model: nn.Module, name: str) -> str:
+    try:
+        return _type_name(model.get_submodule(name))
+    except AttributeError:
+        raise Unsupported(
+            f"this {type(model).__name__} has no {name}: it was changed since it was loaded, and cannot be patched"
+        ) from None
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _matches(name: str, skip: str) -> bool:
-    return name == skip or skip in name.split(".")
+    return name == skip or name.startswith(f"{skip}.") or skip in name.split(".")
 
 
 def _check_skip_names(model: nn.Module, config: FastpathConfig) -> None:
@@ -131,7 +146,7 @@ def _plan_one(
     name: str, module: nn.Linear, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig
 ) -> LinearPlan:
     reason = ""
-    shared = owners[id(module.weight)]
+    shared = owners.get(id(module.weight), [name])
     if config.weights is None:
         reason = "weights=None"
     elif any(_matches(name, skip) for skip in config.skip_modules):
@@ -142,6 +157,10 @@ def _plan_one(
         reason = f"is a {_type_name(module)}, not a plain Linear"
     elif len(shared) > 1:
         reason = f"shares its weight with {next(other for other in shared if other != name)}"
+    elif type(module.weight) is not nn.Parameter:
+        reason = f"its weight is a {_type_name(module.weight)}, not a plain parameter"
+    elif "forward" in vars(module):
+        reason = "its forward was replaced by something else"
     elif module.weight.dtype not in _FLOAT_DTYPES:
         reason = f"its weight is {module.weight.dtype}"
     elif module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
@@ -161,6 +180,6 @@ def _plan_one(
 def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:
     todo = [plan.name for plan in plans if plan.group_size is not None]
     for name in tqdm(todo, desc="Checking weights", unit="layer", disable=not (config.progress and todo), leave=False):
-        # A sum is NaN or infinite when any weight is, and takes no memory; in float64 it cannot overflow.
-        if not bool(torch.isfinite(linears[name].weight.detach().sum(dtype=torch.float64))):
+        low, high = torch.aminmax(linears[name].weight.detach())  # NaN in, NaN out; and it takes no memory
+        if not bool((low.isfinite() & high.isfinite()).item()):
             raise ValueError(f"{name}: the weight holds NaN or infinity, which int4 cannot store")

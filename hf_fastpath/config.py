@@ -81,7 +81,7 @@ class FastpathConfig:
         }
         for field, value in parse.items():
             object.__setattr__(self, field, value)
-        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise ValueError(
                 f"FastpathConfig.group_size={self.group_size!r}: allowed are {', '.join(map(str, GROUP_SIZES))}"
             )

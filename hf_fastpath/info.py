@@ -134,8 +134,18 @@ def _ninja() -> Finding:
     return Finding("ninja", str(ninja)) if ninja else Finding("ninja", "not found", "pip install ninja")
 
 
+def _library_path() -> tuple[Path | None, str]:
+    """The built library if there is one, and what stands in the way of looking for it."""
+    try:
+        return build.library_path(), ""
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
+
+
 def _library() -> Finding:
-    path = build.library_path()
+    path, problem = _library_path()
+    if problem:
+        return Finding("kernel library", "not found", problem)
     if path is None:
         can_build = build.find_nvcc() is not None and build.find_ninja() is not None
         advice = "it is built at the first use of a GPU" if can_build else "see nvcc and ninja above"
@@ -162,7 +172,7 @@ def placements() -> list[OpPlacement]:
     """Where each op runs. Does not load or build the kernels."""
     if not torch.cuda.is_available():
         cuda = "no GPU"
-    elif build.library_path() is not None:
+    elif _library_path()[0] is not None:
         cuda = "CUDA kernel"
     else:
         cuda = "CUDA kernel, once built"

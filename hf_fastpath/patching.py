@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
-import types
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class PatchState:
 
     config: FastpathConfig
     recipe: Recipe
+    dtype: torch.dtype  # the model's, when it was patched
     attn_implementation: str | None
     replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
     report: FastpathReport
@@ -67,24 +68,41 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     generation.register()
 
     before = _weight_bytes(model)
-    replaced = _replace_linears(model, plans, config)
-    state = PatchState(config, recipe, model.config._attn_implementation, replaced, FastpathReport("", (), ()))
+    empty = FastpathReport("", (), ())
+    state = PatchState(config, recipe, model.dtype, model.config._attn_implementation, {}, empty)
+    try:
+        _replace_linears(model, plans, config, state.replaced)
+        _install_cache(model, config)
+    except BaseException as error:
+        _restore(model, state)
+        if state.replaced and not config.keep_original:
+            error.add_note(
+                f"hf_fastpath was interrupted: {len(state.replaced)} linear layers now hold the values of their int4 "
+                "weights; load the model again"
+            )
+        raise
+    if state.replaced:
+        # functools.partial, not a bound method: those pickle as an attribute of the model, which these are not.
+        model.save_pretrained = functools.partial(_refuse_to_save, model)
     state.report = _build_report(model, state, plans, before)
     setattr(model, STATE, state)
-    if config.kv_cache is not None:
-        model.set_attn_implementation(ATTENTION_NAME)
-        model._prepare_cache_for_generation = types.MethodType(generation.prepare_default_cache, model)
-        model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
-    if replaced:
-        model.save_pretrained = types.MethodType(_refuse_to_save, model)
     return model
+
+
+def _install_cache(model: Any, config: FastpathConfig) -> None:
+    if config.kv_cache is None:
+        return
+    if config.kv_cache is KVFormat.INT8:  # a static cache returns plain tensors, which any attention takes
+        model.set_attn_implementation(ATTENTION_NAME)
+    model._prepare_cache_for_generation = functools.partial(generation.prepare_default_cache, model)
+    model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
 
 
 def unpatch_model(model: Any, *, dequantize: bool = False) -> Any:
     """Undoes :func:`patch_model`, in place.
 
     With originals kept (``keep_original=True``) the model is the same modules and tensors as before, on its present
-    device, and its logits are bit-identical.
+    device (and in its present dtype, if that was changed meanwhile), and its logits are bit-identical.
 
     Args:
         dequantize: where originals were not kept, put in plain linear layers that hold the int4 weights' values.
@@ -101,18 +119,26 @@ def unpatch_model(model: Any, *, dequantize: bool = False) -> Any:
             "restored: load the model again and patch it with keep_original=True, or call "
             "unpatch_model(model, dequantize=True) for plain linear layers with the int4 weights' values"
         )
+    _restore(model, state)
+    return model
+
+
+def _restore(model: Any, state: PatchState) -> None:
+    """Takes out whatever part of a patch is there."""
     for name, original in state.replaced.items():
         packed = model.get_submodule(name)
-        restored = _plain_linear(packed, model.dtype) if original is None else original.to(packed.scales.device)
-        model.set_submodule(name, restored)
-    if state.config.kv_cache is not None:
+        if original is None:
+            restored = _plain_linear(packed, model.dtype)
+        else:
+            restored = original.to(device=packed.scales.device)
+            if model.dtype != state.dtype:
+                restored.to(dtype=model.dtype)
+        model.set_submodule(name, restored.train(packed.training))
+    if model.config._attn_implementation == ATTENTION_NAME and state.attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(state.attn_implementation)
-        del model._prepare_cache_for_generation
-        _remove_forward_pre_hook(model, generation.supply_default_cache)
-    if state.replaced:
-        del model.save_pretrained
-    delattr(model, STATE)
-    return model
+    for name in ("_prepare_cache_for_generation", "save_pretrained", STATE):
+        model.__dict__.pop(name, None)
+    _remove_forward_pre_hook(model, generation.supply_default_cache)
 
 
 def fastpath_report(model: Any) -> FastpathReport:
@@ -131,13 +157,14 @@ def _state(model: Any) -> PatchState:
     return state
 
 
-def _replace_linears(model: Any, plans: list[LinearPlan], config: FastpathConfig) -> dict[str, nn.Linear | None]:
-    """Quantizes and swaps layer by layer; only one layer exists in both forms at a time."""
+def _replace_linears(
+    model: Any, plans: list[LinearPlan], config: FastpathConfig, replaced: dict[str, nn.Linear | None]
+) -> None:
+    """Quantizes and swaps layer by layer, noting each in ``replaced``; one layer at a time exists in both forms."""
     todo = [plan for plan in plans if plan.group_size is not None]
     energy: dict[str, torch.Tensor] = {}
     if todo and config.scale_search is ScaleSearch.ACTIVATION:
         energy = input_energy(model, [plan.name for plan in todo], progress=config.progress)
-    replaced: dict[str, nn.Linear | None] = {}
     for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
         assert plan.group_size is not None
         original = model.get_submodule(plan.name)
@@ -150,12 +177,12 @@ def _replace_linears(model: Any, plans: list[LinearPlan], config: FastpathConfig
         )
         packed = W4A16Linear.from_quantized(quantized, original.bias)
         packed.train(original.training)
+        kept = original.to("cpu") if config.keep_original else None
         model.set_submodule(plan.name, packed)
-        replaced[plan.name] = original.to("cpu") if config.keep_original else None
+        replaced[plan.name] = kept
     if todo and torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
-    return replaced
 
 
 def _plain_linear(packed: W4A16Linear, dtype: torch.dtype) -> nn.Linear:
@@ -163,8 +190,8 @@ def _plain_linear(packed: W4A16Linear, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight)
     if packed.bias is not None:
-        linear.bias = nn.Parameter(packed.bias.detach().clone())
-    return linear.train(packed.training)
+        linear.bias = nn.Parameter(packed.bias.detach().to(dtype, copy=True))
+    return linear
 
 
 def _remove_forward_pre_hook(model: nn.Module, hook: Any) -> None:
@@ -200,7 +227,9 @@ def _build_report(
 ) -> FastpathReport:
     after, planned = _weight_bytes(model), {plan.name: plan for plan in plans}
     rows = []
-    for name, size in before.items():
+    # A wrapper around a layer (LoRA, a parametrization) holds no tensor itself, but was meant to be replaced.
+    wrappers = {name: 0 for name in planned if name not in before}
+    for name, size in (before | wrappers).items():
         module = model.get_submodule(name)
         if isinstance(module, W4A16Linear):
             kind, action = "Linear", f"int4 g{module.group_size}" + ("" if module.zeros is None else " + zeros")
@@ -208,9 +237,9 @@ def _build_report(
         else:
             kind, action = type(module).__name__, LEFT
             reason = planned[name].reason if name in planned else "not a linear layer of the recipe"
-            if size == 0:
+            if size == 0 and name in before:
                 reason = "its tensor is tied to one counted above; " + reason
-        rows.append(ReportRow(name, kind, action, reason, size, after[name]))
+        rows.append(ReportRow(name, kind, action, reason, size, after.get(name, 0)))
     return FastpathReport(f"{type(model).__name__}, recipe {state.recipe.family!r}", tuple(rows), _notes(model, state))
 
 
@@ -221,13 +250,15 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
         cache = "KV cache and attention: transformers' own"
     else:
         cache = (
-            f"KV cache: {kv_cache.value} by default in generate() and model(...); "
-            f"attention: {ATTENTION_NAME} instead of {state.attn_implementation}"
+            f"KV cache: {kv_cache.value} by default in generate() and model(...); attention: "
+            + (f"{ATTENTION_NAME} instead of " if kv_cache is KVFormat.INT8 else "")
+            + str(state.attn_implementation)
         )
     if device.type == "cuda":
         runs = f"Runs on {torch.cuda.get_device_name(device)}"
     else:
-        runs = "Runs on the CPU: torch's int4 product"
-        runs += ", int8 attention by its reference implementation" if kv_cache is KVFormat.INT8 else ""
+        parts = ["torch's int4 product"] if state.replaced else []
+        parts += ["int8 attention by its reference implementation"] if kv_cache is KVFormat.INT8 else []
+        runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
     originals = "kept in CPU memory" if state.config.keep_original else "freed"
-    return (cache, runs, f"Original weights of replaced layers: {originals}")
+    return (cache, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))

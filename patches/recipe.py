@@ -16,12 +16,9 @@ class Recipe:
         model_class: the transformers class (with a language-model head) that this recipe fits.
         linears: names of linear layers relative to a decoder layer, such as ``"self_attn.q_proj"``; all are replaced.
         decoder_layers: dotted path of the list of decoder layers in the model.
-        attention_interface: the attention modules call transformers' AttentionInterface, so that setting
-            ``attn_implementation`` is all it takes.
     """
 
     family: str
     model_class: type[nn.Module]
     linears: tuple[str, ...]
     decoder_layers: str = "model.layers"
-    attention_interface: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable
@@ -154,6 +155,46 @@ def test_mistakes_are_named(mirror: Mirror) -> None:
         mirror.kind(make_llama().config, max_cache_len=-1)
 
 
+@pytest.mark.parametrize("first_inside", [True, False])
+def test_inference_mode_and_normal_mode_mix(first_inside: bool, mirror: Mirror) -> None:
+    for step in range(4):
+        with torch.inference_mode((step % 2 == 0) == first_inside):
+            mirror.append(BLOCK_TOKENS - 2 if step == 1 else 3)
+            mirror.cache.reorder_cache(torch.tensor([0, 1, 2]))
+            mirror.cache.batch_repeat_interleave(1)
+    mirror.check()
+
+
+def test_a_reset_cache_serves_another_dtype(mirror: Mirror) -> None:
+    mirror.append(3)
+    mirror.cache.reset()
+    key, value = (new.bfloat16() for new in random_kv(3, 2))
+    keys, values = mirror.cache.update(key, value, 0)
+    assert keys.dtype == values.dtype == torch.bfloat16
+    assert mirror.cache.layers[0].keys.dtype == torch.bfloat16
+
+
+def test_crop_takes_a_tensor_and_keeps_a_host_length(mirror: Mirror) -> None:
+    mirror.append(5)
+    mirror.cache.crop(torch.tensor(-2))
+    assert type(mirror.cache.get_seq_length()) is int
+    assert mirror.cache.get_seq_length() == 3
+
+
+def test_offload_and_prefetch_keep_the_content(mirror: Mirror) -> None:
+    mirror.append(5)
+    for layer in mirror.cache.layers:
+        layer.offload()
+        layer.prefetch()
+    mirror.check()
+
+
+def test_int8_refuses_keys_and_values_of_different_widths() -> None:
+    cache = Int8KVCache(make_llama().config)
+    with pytest.raises(Unsupported, match="keys and values of one shape"):
+        cache.update(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 8), 0)
+
+
 @pytest.mark.parametrize("kind", CACHES)
 def test_sliding_window_models_are_refused(kind: type) -> None:
     with pytest.raises(Unsupported, match="sliding_attention"):
@@ -248,4 +289,10 @@ def test_other_masks_and_softcap_take_the_expanding_path(count_calls: Callable[.
     for mask in (additive, per_head):
         got = attention.fastpath_attention(module, query, keys, values, mask)[0]
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
+    wants_gradient = query.clone().requires_grad_()
+    attention.fastpath_attention(module, wants_gradient, keys, values, None)[0].sum().backward()
+    assert wants_gradient.grad is not None
+    attention.fastpath_attention(module, query, keys, values, None, dropout=0.5)
+    with contextlib.suppress(ValueError):  # sdpa itself does not know it, and says so in newer transformers
+        attention.fastpath_attention(module, query, keys, values, None, softcap=30.0)
     assert len(calls) == 1

@@ -236,3 +236,38 @@ def test_threads_one_after_the_other(prompt: torch.Tensor) -> None:
         thread.join()
     assert all(torch.equal(result, expected) for result in results)
     assert len(results) == 2
+
+
+def test_generate_makes_room_once_and_not_without_bound(prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(max_position_embeddings=100_000), **LOSSLESS)
+
+    def capacity(new_tokens: int) -> int:
+        # The criterion ends generation at once: what is looked at is the room made for what was allowed.
+        out = model.generate(
+            prompt,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            stopping_criteria=[lambda ids, scores, **_: torch.ones(2, dtype=torch.bool)],
+        )
+        return out.past_key_values.layers[0].capacity
+
+    assert capacity(1000) == 1024
+    assert capacity(50_000) == 8192
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_generate_without_a_cache(patch: str, prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(), **PATCHES[patch])
+    out = model.generate(prompt, max_new_tokens=3, do_sample=False, use_cache=False, return_dict_in_generate=True)
+    assert out.get("past_key_values") is None
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_conversation_that_began_in_inference_mode(patch: str, prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(), **PATCHES[patch])
+    whole = model.generate(prompt, max_new_tokens=9, do_sample=False)
+    with torch.inference_mode():
+        first = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    rest = model.generate(first.sequences, max_new_tokens=5, do_sample=False, past_key_values=first.past_key_values)
+    assert torch.equal(rest, whole)

@@ -19,6 +19,10 @@ from hf_fastpath.modules import W4A16Linear
 QUIET = {"progress": False}
 
 
+def make_eager(dtype: torch.dtype) -> LlamaForCausalLM:
+    return make_llama(dtype, attn_implementation="eager")
+
+
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(ids, use_cache=False).logits
@@ -118,6 +122,13 @@ def test_originals_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(ref() is not None for ref in originals)
 
 
+def test_a_skipped_name_covers_what_is_below_it() -> None:
+    model = patch_model(make_llama(), skip_modules=["model.layers.1"], **QUIET)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert kinds["model.layers.1.mlp.up_proj"] is nn.Linear
+    assert kinds["model.layers.0.mlp.up_proj"] is W4A16Linear
+
+
 def test_skip_modules_and_report() -> None:
     model = patch_model(make_llama(), skip_modules=("lm_head", "down_proj", "model.layers.1.mlp.up_proj"), **QUIET)
     report = fastpath_report(model)
@@ -126,7 +137,7 @@ def test_skip_modules_and_report() -> None:
     assert rows["model.layers.0.mlp.down_proj"].reason == "in skip_modules"
     assert rows["model.layers.1.mlp.up_proj"].action == "left"
     assert rows["model.layers.0.mlp.up_proj"].action == "int4 g64 + zeros"
-    assert set(rows) == {
+    assert {row.name for row in report.rows} == {
         name
         for name, module in model.named_modules()
         if list(module.parameters(recurse=False)) or list(module.buffers(recurse=False))
@@ -163,6 +174,26 @@ def with_hook(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+def with_own_forward(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    linear = model.model.layers[0].mlp.up_proj
+    linear.forward = lambda x: nn.Linear.forward(linear, x)
+    return model
+
+
+def with_tensor_subclass(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    class Quantized(nn.Parameter):
+        pass
+
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = Quantized(linear.weight.detach())
+    return model
+
+
+def with_parametrization(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    return model
+
+
 def with_shared_weight(model: LlamaForCausalLM) -> LlamaForCausalLM:
     model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
     return model
@@ -171,9 +202,12 @@ def with_shared_weight(model: LlamaForCausalLM) -> LlamaForCausalLM:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (with_wrapped_linear, r"Wrapped, not a plain Linear"),
+        (with_wrapped_linear, "Wrapped, not a plain Linear"),
         (with_hook, "has hooks"),
         (with_shared_weight, "shares its weight with"),
+        (with_own_forward, "its forward was replaced"),
+        (with_tensor_subclass, "not a plain parameter"),
+        (with_parametrization, "ParametrizedLinear"),
     ],
 )
 def test_layers_that_cannot_be_replaced_are_left_and_named(change: Callable[..., Any], reason: str) -> None:
@@ -191,6 +225,19 @@ def already_patched() -> Any:
 def quantized_elsewhere() -> Any:
     model = make_llama()
     model.is_quantized, model.hf_quantizer = True, object()
+    return model
+
+
+def shared_config() -> Any:
+    model = make_llama()
+    other = LlamaForCausalLM(model.config)
+    patch_model(model, weights=None)
+    return other
+
+
+def without_a_linear() -> Any:
+    model = make_llama()
+    del model.model.layers[0].mlp.up_proj
     return model
 
 
@@ -216,6 +263,8 @@ def offloaded() -> Any:
         (lambda: make_llama().to("meta"), {}, "meta device"),
         (quantized_elsewhere, {}, "already quantized"),
         (offloaded, {}, "device_map"),
+        (shared_config, {}, "shares its config object"),
+        (without_a_linear, {}, "has no model.layers.0.mlp.up_proj"),
         (lambda: make_llama(hidden_size=100), {}, "in_features 100 is not a multiple of any int4 group size"),
         (lambda: make_llama(intermediate_size=64, hidden_size=48), {"group_size": 32}, "skip_modules to leave"),
         (nan_weight, {}, "model.layers.1.mlp.up_proj: the weight holds NaN"),
@@ -333,3 +382,105 @@ def test_activation_search_costs_less_than_absmax(prompt: torch.Tensor) -> None:
             after = logits(patch_model(model, scale_search=search, zero_points=False, **QUIET), ids)
             errors[search] += float((after - before).square().mean() / before.square().mean())
     assert errors["activation"] < 0.9 * errors["absmax"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_patch_leaves_no_half_patched_model(
+    kept: bool, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama()
+    before, state = logits(model, prompt), fingerprint(model)
+    quantize, calls = patching.quantize_int4, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(patching, "quantize_int4", interrupted)
+    with pytest.raises(KeyboardInterrupt) as error:
+        patch_model(model, keep_original=kept, **QUIET)
+    assert not any(isinstance(module, W4A16Linear) for module in model.modules())
+    notes = getattr(error.value, "__notes__", [])
+    if kept:
+        assert fingerprint(model) == state
+        assert torch.equal(logits(model, prompt), before)
+        assert not notes
+    else:
+        assert fingerprint(model)["attributes"] == state["attributes"]
+        assert "3 linear layers now hold the values of their int4 weights" in notes[0]
+    monkeypatch.undo()
+    patch_model(model, **QUIET)
+
+
+def test_unpatching_follows_what_was_changed_meanwhile(prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(torch.bfloat16), keep_original=True, **QUIET)
+    model.float()
+    model.train()
+    model.set_attn_implementation("eager")
+    unpatch_model(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(module.training for module in model.modules())
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits(model.eval(), prompt), logits(make_eager(torch.bfloat16).float(), prompt))
+
+
+def test_static_mode_leaves_the_attention_implementation_alone(prompt: torch.Tensor) -> None:
+    stock = make_llama(torch.bfloat16, attn_implementation="eager")
+    model = patch_model(make_llama(torch.bfloat16, attn_implementation="eager"), weights=None, kv_cache="static")
+    assert model.config._attn_implementation == "eager"
+    flags = {"max_new_tokens": 8, "do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
+    expected, got = stock.generate(prompt, **flags), model.generate(prompt, **flags)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert len(got.attentions[1]) == 2
+    for a, b in zip(got.attentions[-1], expected.attentions[-1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"weights": None, "kv_cache": "static"}], ids=["default", "lossless"])
+def test_a_pickled_model_is_a_patched_model(overrides: dict[str, Any], tmp_path: Any, prompt: torch.Tensor) -> None:
+    model = patch_model(make_llama(), **QUIET, **overrides)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    out = again.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected)
+    assert again._prepare_cache_for_generation.args[0] is again
+    assert type(out.past_key_values).__name__ == ("Int8KVCache" if not overrides else "StaticKVCache")
+
+
+def test_patching_works_under_a_default_device(prompt: torch.Tensor) -> None:
+    model = make_llama()
+    with torch.device("meta"):
+        patch_model(model, **QUIET)
+    assert logits(model, prompt).isfinite().all()
+
+
+def test_a_model_dequantized_while_loading_is_not_refused() -> None:
+    model = make_llama()
+    model.is_quantized, model.hf_quantizer = True, object()
+    model.config.quantization_config = {"quant_method": "gguf", "dequantize": True}
+    patch_model(model, **QUIET)
+
+
+def test_other_devices_are_refused() -> None:
+    from hf_fastpath.runtime import require_device
+
+    with pytest.raises(Unsupported, match="allowed are 'cpu' and 'cuda'"):
+        require_device(torch.device("mps"))
+
+
+def test_activation_energy_leaves_the_first_position_and_the_modes_alone() -> None:
+    from hf_fastpath.activations import input_energy
+
+    model = make_llama()
+    model.model.layers[0].train()
+    name = "model.layers.0.self_attn.q_proj"
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    energy = input_energy(model, [name])[name]
+    handle.remove()
+    torch.testing.assert_close(energy, seen[0][:, 1:].square().mean((0, 1)))
+    assert model.model.layers[0].mlp.training
+    assert not model.model.layers[1].training

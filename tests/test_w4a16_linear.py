@@ -21,7 +21,13 @@ def make(n: int, k: int, group: int, zeros: bool, bias: bool, dtype: torch.dtype
     )
 
 
-CASES = [(576, 576, 64, True, False), (100, 96, 32, False, True), (17, 128, 128, True, True), (1, 32, 32, True, False)]
+CASES = [
+    (20, 1056, 32, True, False),  # wider than one band of the identity that reads the codes back
+    (576, 576, 64, True, False),
+    (100, 96, 32, False, True),
+    (17, 128, 128, True, True),
+    (1, 32, 32, True, False),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -60,7 +66,7 @@ def test_only_one_layout_is_held_and_nothing_is_lost(case: tuple[int, int, int, 
 
 
 def test_state_dict_round_trip_and_copy() -> None:
-    layer, other = make(*CASES[0], torch.bfloat16), make(*CASES[0], torch.bfloat16)
+    layer, other = make(*CASES[1], torch.bfloat16), make(*CASES[1], torch.bfloat16)
     other.scales.zero_()
     x = torch.randn(2, 576).bfloat16()
     expected = layer(x)
@@ -71,14 +77,14 @@ def test_state_dict_round_trip_and_copy() -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    layer = make(*CASES[0], torch.bfloat16)
+    layer = make(*CASES[1], torch.bfloat16)
     x = torch.randn(16, 576).bfloat16()
     alone = torch.cat([layer(row[None]) for row in x])
     torch.testing.assert_close(layer(x), alone, rtol=2**-7, atol=1e-3)
 
 
 def test_empty_batch_and_wrong_width() -> None:
-    layer = make(*CASES[0], torch.bfloat16)
+    layer = make(*CASES[1], torch.bfloat16)
     assert layer(torch.empty(0, 576).bfloat16()).shape == (0, 576)
     with pytest.raises(RuntimeError, match="shape"):
         layer(torch.randn(1, 575).bfloat16())
@@ -97,6 +103,16 @@ def test_gradients_flow_to_the_input(dtype: torch.dtype) -> None:
     plain.load_state_dict({"weight": layer.dequantized_weight().to(dtype), "bias": layer.bias})
     layer(torch.randn(1, 96).to(dtype))  # the layout that decoding left behind must not matter
     x = torch.randn(3, 96, dtype=dtype, requires_grad=True)
-    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
-    (got,) = torch.autograd.grad(layer(x).square().sum(), x)
+    upstream = torch.randn(3, 100, dtype=dtype)
+    (expected,) = torch.autograd.grad(plain(x), x, upstream)
+    out = layer(x)
+    (got,) = torch.autograd.grad(out, x, upstream)
     assert torch.equal(got, expected)
+    with torch.no_grad():
+        assert torch.equal(out, layer(x))  # wanting a gradient changes no number
+
+
+def test_a_forward_that_could_need_a_gradient_expands_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(*CASES[1], torch.bfloat16)
+    monkeypatch.setattr(W4A16Linear, "dequantized_weight", lambda self: pytest.fail("expanded"))
+    layer(torch.randn(3, 576, requires_grad=True).bfloat16())

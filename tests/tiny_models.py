@@ -25,4 +25,8 @@ def make_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: A
         "pad_token_id": 0,
     } | overrides
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval()
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # transformers initializes them to 0, where losing one would not show
+            torch.nn.init.normal_(parameter, std=settings["initializer_range"])
+    return model.to(dtype).eval()

@@ -75,6 +75,8 @@ class FastLayer(CacheLayerMixin):
         """Bytes allocated."""
         return sum(tensor.nbytes for tensor in self.storage)
 
+    # Storage made in inference mode could not be written outside it, and a returned cache is continued anywhere.
+    @torch.inference_mode(False)
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         tokens = max(self.initial_tokens, key_states.shape[2], 1)
@@ -88,8 +90,7 @@ class FastLayer(CacheLayerMixin):
 
         What is stored holds no graph: gradients do not flow to earlier calls.
         """
-        empty = self.length == 0
-        if not self.is_initialized or (empty and key_states.shape[0] != self.batch_size):
+        if not self.is_initialized or (self.length == 0 and not self._fits(key_states)):
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
             raise ValueError(f"the cache holds a batch of {self.batch_size}, but got keys of {key_states.shape[0]}")
@@ -98,6 +99,10 @@ class FastLayer(CacheLayerMixin):
         self.write(key_states.detach(), value_states.detach(), start)
         return self.read(key_states, value_states)
 
+    def _fits(self, key: torch.Tensor) -> bool:
+        return (key.shape[0], key.dtype, key.device) == (self.batch_size, self.dtype, self.device)
+
+    @torch.inference_mode(False)
     def _reserve(self, used: int) -> None:
         """Makes room for ``length`` tokens, keeping the first ``used``. Growing by half keeps the copying per token
         constant however long the cache gets."""
@@ -135,10 +140,12 @@ class FastLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens (the argument is negative or 0, as in transformers 5.23)."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, how many tokens to remove")
         self.length = max(0, self.length + tokens_to_remove)
 
+    @torch.inference_mode(False)
     def _select_rows(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
             return

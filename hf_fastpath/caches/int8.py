@@ -25,6 +25,11 @@ class Int8KVLayer(FastLayer):
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         require_device(key.device)
+        if key.shape != value.shape:
+            raise Unsupported(
+                f"the int8 KV cache needs keys and values of one shape, got {tuple(key.shape)} and "
+                f"{tuple(value.shape)}; kv_cache='static' takes any"
+            )
         if key.is_cuda and key.dtype not in _CUDA_DTYPES:
             raise Unsupported(f"the int8 KV cache on CUDA needs a float16 or bfloat16 model, not {key.dtype}")
         if key.is_cuda and not attn_decode_int8_supports(key.shape[3]):

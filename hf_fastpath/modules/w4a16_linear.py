@@ -13,6 +13,22 @@ from hf_fastpath.ops import w4a16_dequantize, w4a16_linear
 from hf_fastpath.quantize import GroupQuantized
 from hf_fastpath.runtime import require_device
 
+_IDENTITY_ROWS = 512
+
+
+class _ProductWithGradient(torch.autograd.Function):
+    """The packed product, which has no gradient of its own; backward expands the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: W4A16Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grad_outputs
+        return grad @ ctx.layer.dequantized_weight().to(grad.dtype), None
+
 
 class W4A16Linear(nn.Module):
     """``y = x W^T + b`` with W as int4 groups (layout and formula: :mod:`hf_fastpath.packing`).
@@ -66,8 +82,10 @@ class W4A16Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
-            # The packed products have no gradient; the expanded weight gives x its exact one.
-            return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), self.bias)
+            return _ProductWithGradient.apply(x, self)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         variant = heuristics.w4a16_variant(x.device.type, rows.shape[0])
         if rows.shape[0] == 0:
@@ -116,12 +134,17 @@ class W4A16Linear(nn.Module):
         if self._cpu_layout is None:
             return self.qweight
         cpu_qweight, scales_and_zeros = self._cpu_layout
-        # Multiplying the identity with scale 1 and zero 0 gives q - 8, exactly.
+        # Multiplying the identity with scale 1 and zero 0 gives q - 8, exactly; a band of it at a time, to save memory.
         ones = torch.ones_like(scales_and_zeros)
         ones[..., 1] = 0
-        identity = torch.eye(self.in_features, dtype=torch.bfloat16)
-        q = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, cpu_qweight, self.group_size, ones)
-        return packing.pack_int4((q.t() + packing.SYMMETRIC_ZERO).to(torch.uint8))
+        columns = []
+        for first in range(0, self.in_features, _IDENTITY_ROWS):
+            count = min(_IDENTITY_ROWS, self.in_features - first)
+            identity = torch.zeros(count, self.in_features, dtype=torch.bfloat16)
+            identity[:, first : first + count].fill_diagonal_(1)
+            q = torch.ops.aten._weight_int4pack_mm_for_cpu(identity, cpu_qweight, self.group_size, ones)
+            columns.append((q.t() + packing.SYMMETRIC_ZERO).to(torch.uint8))
+        return packing.pack_int4(torch.cat(columns, dim=1))
 
     def dequantized_weight(self) -> torch.Tensor:
         """The float weight ``(out_features, in_features)`` in the dtype of ``scales``."""
