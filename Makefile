@@ -37,7 +37,7 @@ package:
 # For a machine without network that has torch, transformers, pytest and nvcc: installs nothing. -P keeps the checkout's
 # own hf_fastpath, which lacks the folders that an install maps into the package, out of sys.path.
 gpu-test: package ## the tests that need a GPU, with $(PYTHON) as it is
-	PYTHONPATH=$(CURDIR)/build/package $(PYTHON) -P -m pytest -m gpu tests $(ARGS)
+	HF_FASTPATH_REQUIRE=gpu PYTHONPATH=$(CURDIR)/build/package $(PYTHON) -P -m pytest -m gpu tests $(ARGS)
 
 check: $(STAMP) mypy ## linters, formatters and types, without changing a file
 	$(BIN)/ruff check .

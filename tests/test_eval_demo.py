@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,34 @@ def request_(folder: Path, tmp_path: Path) -> demo.Request:
 def run(request: demo.Request) -> tuple[list[compare.Measured], str]:
     out = io.StringIO()
     return demo.run(request, Console(file=out, width=100)), out.getvalue()
+
+
+def test_perplexity_is_computed_in_float32_on_the_cpu(request_: demo.Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    perplexity = compare.perplexity
+
+    def recorded(model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(model.dtype)
+        return perplexity(model, *args, **kwargs)
+
+    monkeypatch.setattr(compare, "perplexity", recorded)
+    run(request_)
+    monkeypatch.setattr(demo, "_FLOAT32_PARAMETERS", 0)  # a model too large for it
+    run(request_)
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+
+
+def test_a_model_that_cannot_be_patched_is_refused_before_it_is_measured(
+    request_: demo.Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "measure", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(demo, "find_recipe", raise_unsupported)
+    with pytest.raises(Unsupported, match="not a supported model"):
+        run(request_)
+
+
+def raise_unsupported(model: Any) -> None:
+    raise Unsupported("not a supported model")
 
 
 def test_measures_stock_and_every_variant(request_: demo.Request, capsys: pytest.CaptureFixture[str]) -> None:
