@@ -1,7 +1,7 @@
 """How strongly each input channel of each linear layer is driven, measured without any data.
 
 A few channels of a transformer carry values many times larger than the rest, and they do so for whatever tokens the
-model reads. So a few hundred random token ids are enough to see them, and an error in a weight can be counted by what
+model reads. So a thousand random token ids are enough to see them, and an error in a weight can be counted by what
 it costs in the output: ``E|x W^T - x Q^T|^2`` is, to the diagonal of ``E[x x^T]``, ``sum_k E[x_k^2] (W - Q)_k^2``.
 (The diagonal is AWQ's observation that channels with large activations are salient: Lin et al., 2023, section 3.1;
 that random tokens serve almost as well as text was measured here: see "Accuracy" in the README.)
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-_SEQUENCES, _TOKENS, _SEED = 4, 64, 20260
+# 256 tokens leave a fifth more perplexity, 4,096 no less: measured on SmolLM2-135M.
+_SEQUENCES, _TOKENS, _SEED = 16, 64, 20260
 
 
 @torch.no_grad()
