@@ -30,3 +30,21 @@ def make_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: A
         if name.endswith(".bias"):  # transformers initializes them to 0, where losing one would not show
             torch.nn.init.normal_(parameter, std=settings["initializer_range"])
     return model.to(dtype).eval()
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """Everything about a model that a failed or undone patch must leave alone."""
+    return {
+        "modules": [(name, type(module), id(module)) for name, module in model.named_modules()],
+        "tensors": {name: (id(value), value._version) for name, value in model.named_parameters()},
+        "attention": model.config._attn_implementation,
+        "attributes": sorted(model.__dict__),
+        "hooks": len(model._forward_pre_hooks) + len(model._forward_pre_hooks_with_kwargs),
+        "generation": model.generation_config.to_dict(),
+        "training": model.training,
+    }
