@@ -61,8 +61,8 @@ def run(request: Request, console: Console) -> list[Measured]:
         raise ValueError(f"cannot write {request.json}: its folder does not exist")
     started = time.perf_counter()
     loaded = load_with_status(request.model, request.device, request.dtype, console)
-    check_model(loaded.model, request.config)  # before minutes of measuring, not after
-    find_recipe(loaded.model)
+    find_recipe(loaded.model)  # before minutes of measuring, not after
+    check_model(loaded.model, request.config)
     settings = perplexity_settings(loaded, request)
     console.print(f"[bold]{loaded.name}[/] on {info.device_name(loaded.model.device)}", highlight=False)
     results = [compare.measure(loaded.model, None, settings, console)]

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from hf_fastpath.report import module_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
@@ -29,22 +31,8 @@ class Rate:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they are stored now, tied ones counted once.
-
-    A module with ``nbytes`` counts itself: a packed layer knows in which layout it holds its weight.
-    """
-    seen: set[int] = set()
-    total = 0
-    for module in model.modules():
-        packed = getattr(module, "nbytes", None)
-        if isinstance(packed, int):
-            total += packed
-            continue
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                total += tensor.nbytes
-    return total
+    """Bytes of all parameters and buffers as they are stored now, tied ones counted once."""
+    return sum(module_bytes(model).values())
 
 
 @contextmanager

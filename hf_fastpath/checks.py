@@ -10,10 +10,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_fastpath.caches.attention import ATTENTION_NAME
+from hf_fastpath.caches.int8 import check_head_dim
 from hf_fastpath.config import FastpathConfig, KVFormat
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.generation import CACHES
-from hf_fastpath.heuristics import attn_decode_int8_supports
 from hf_fastpath.packing import GROUP_SIZES
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import pick_group_size
@@ -76,15 +76,12 @@ def _check_cache(model: Any, config: FastpathConfig, device: torch.device) -> No
     if config.kv_cache is None:
         return
     cache = CACHES[config.kv_cache](model.config)  # says no to configurations that it does not fit
-    head_dim = cache.head_dim
-    if config.kv_cache is KVFormat.INT8 and device.type == "cuda" and not attn_decode_int8_supports(head_dim):
-        raise Unsupported(
-            f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}: "
-            "use kv_cache='static'"
-        )
-    if config.kv_cache is KVFormat.INT8 and not model._can_set_attn_implementation():
+    if config.kv_cache is not KVFormat.INT8:
+        return
+    check_head_dim(cache.head_dim, device)
+    if not model._can_set_attn_implementation():
         raise Unsupported(f"{type(model).__name__} does not let its attention be replaced: use kv_cache='static'")
-    if config.kv_cache is KVFormat.INT8 and model.config._attn_implementation == ATTENTION_NAME:
+    if model.config._attn_implementation == ATTENTION_NAME:
         raise Unsupported(
             f"the model's attn_implementation is already {ATTENTION_NAME!r}: it was set by hand, or the model shares "
             "its config object with a patched model; load it with a config of its own and another attn_implementation"

@@ -40,13 +40,18 @@ def register() -> None:
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         kv_format = CACHE_NAMES.get(generation_config.cache_implementation)
-        if kv_format is None or model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if kv_format is None or not _needs_cache(generation_config, model_kwargs):
             return stock(self, generation_config, model_kwargs, *args, **kwargs)
         model_kwargs["past_key_values"] = _new_cache(self, kv_format, _max_cache_length(args, kwargs))
         return None
 
     prepare_named_cache._fastpath_wraps = stock  # type: ignore[attr-defined]
     mixin._prepare_cache_for_generation = prepare_named_cache
+
+
+def _needs_cache(generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether generate() is to make a cache: the user passed none, and did not ask for none."""
+    return model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
 
 
 def _max_cache_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -62,11 +67,7 @@ def prepare_default_cache(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Bound to a patched model as ``_prepare_cache_for_generation``: our cache where the user asked for none."""
-    if (
-        generation_config.cache_implementation is None
-        and model_kwargs.get("past_key_values") is None
-        and generation_config.use_cache is not False
-    ):
+    if generation_config.cache_implementation is None and _needs_cache(generation_config, model_kwargs):
         kv_format = self._fastpath.config.kv_cache
         model_kwargs["past_key_values"] = _new_cache(self, kv_format, _max_cache_length(args, kwargs))
         return None

@@ -21,7 +21,7 @@ from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import quantize_int4
-from hf_fastpath.report import LEFT, FastpathReport, ReportRow
+from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
 from hf_fastpath.runtime import require_device
 
 STATE = "_fastpath"
@@ -67,7 +67,7 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
         require_device(model.device)
     generation.register()
 
-    before = _weight_bytes(model)
+    before = module_bytes(model)
     empty = FastpathReport("", (), ())
     state = PatchState(config, recipe, model.dtype, model.config._attn_implementation, {}, empty)
     try:
@@ -207,25 +207,10 @@ def _refuse_to_save(self: Any, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def _weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of each module's own parameters and buffers; a tied tensor counts where it is met first."""
-    seen: set[int] = set()
-    sizes: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, W4A16Linear):
-            sizes[name] = module.nbytes
-            continue
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own:
-            sizes[name] = sum(tensor.nbytes for tensor in own if id(tensor) not in seen)
-            seen.update(id(tensor) for tensor in own)
-    return sizes
-
-
 def _build_report(
     model: nn.Module, state: PatchState, plans: list[LinearPlan], before: dict[str, int]
 ) -> FastpathReport:
-    after, planned = _weight_bytes(model), {plan.name: plan for plan in plans}
+    after, planned = module_bytes(model), {plan.name: plan for plan in plans}
     rows = []
     # A wrapper around a layer (LoRA, a parametrization) holds no tensor itself, but was meant to be replaced.
     wrappers = {name: 0 for name in planned if name not in before}

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from torch import nn
+
+from hf_fastpath.modules import W4A16Linear
+
 LEFT = "left"
 
 
@@ -65,6 +69,21 @@ class FastpathReport:
         total = ("total", str(len(self.rows)), "", "", _megabytes(self.bytes_before), _megabytes(self.bytes_after), "")
         table = _format_table(header, [*lines, total])
         return "\n".join([self.model, *table, *self.notes])
+
+
+def module_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each module's own parameters and buffers; a tied tensor counts where it is met first."""
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, W4A16Linear):
+            sizes[name] = module.nbytes
+            continue
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own:
+            sizes[name] = sum(tensor.nbytes for tensor in own if id(tensor) not in seen)
+            seen.update(id(tensor) for tensor in own)
+    return sizes
 
 
 def _megabytes(count: int) -> str:

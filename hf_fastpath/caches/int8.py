@@ -16,6 +16,15 @@ from hf_fastpath.runtime import require_device
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
+def check_head_dim(head_dim: int, device: torch.device) -> None:
+    """Raises Unsupported for a head size that the decode kernel does not take; the CPU takes any."""
+    if device.type == "cuda" and not attn_decode_int8_supports(head_dim):
+        raise Unsupported(
+            f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}; "
+            "kv_cache='static' takes any"
+        )
+
+
 class Int8KVLayer(FastLayer):
     """``storage``: k_data (rotated), k_scale, v_data, v_scale; int8 ``(B, H_kv, capacity, D)``, scales fp16."""
 
@@ -32,11 +41,7 @@ class Int8KVLayer(FastLayer):
             )
         if key.is_cuda and key.dtype not in _CUDA_DTYPES:
             raise Unsupported(f"the int8 KV cache on CUDA needs a float16 or bfloat16 model, not {key.dtype}")
-        if key.is_cuda and not attn_decode_int8_supports(key.shape[3]):
-            raise Unsupported(
-                f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {key.shape[3]}; "
-                "kv_cache='static' takes any"
-            )
+        check_head_dim(key.shape[3], key.device)
         shapes = [(*new.shape[:2], capacity) for new in (key, value)]
         storage = []
         for shape in shapes:

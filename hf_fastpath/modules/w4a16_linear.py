@@ -129,6 +129,10 @@ class W4A16Linear(nn.Module):
         self._cpu_layout = (cpu_qweight, scales_and_zeros)
         self.qweight = self.qweight.new_empty((0, *self.qweight.shape[1:]))
 
+    def _to_canonical_layout(self) -> None:
+        """Moves the codes back to ``qweight``, the layout that every device and file understands."""
+        self.qweight, self._cpu_layout = self.canonical_qweight(), None
+
     def canonical_qweight(self) -> torch.Tensor:
         """``qweight`` in the documented layout, whichever layout the module holds at present."""
         if self._cpu_layout is None:
@@ -160,8 +164,7 @@ class W4A16Linear(nn.Module):
         return sum(tensor.nbytes for tensor in held)
 
     def _apply(self, fn: Any, recurse: bool = True) -> W4A16Linear:
-        if self._cpu_layout is not None:
-            self.qweight, self._cpu_layout = self.canonical_qweight(), None
+        self._to_canonical_layout()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -169,8 +172,8 @@ class W4A16Linear(nn.Module):
         destination[prefix + "qweight"] = self.canonical_qweight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "qweight" in state_dict and self._cpu_layout is not None:
-            self.qweight, self._cpu_layout = self.canonical_qweight(), None
+        if prefix + "qweight" in state_dict:
+            self._to_canonical_layout()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
