@@ -71,7 +71,7 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     empty = FastpathReport("", (), ())
     state = PatchState(config, recipe, model.dtype, model.config._attn_implementation, {}, empty)
     try:
-        _replace_linears(model, plans, config, state.replaced)
+        _replace_linears(model, plans, state)
         _install_cache(model, config)
     except BaseException as error:
         _restore(model, state)
@@ -157,14 +157,14 @@ def _state(model: Any) -> PatchState:
     return state
 
 
-def _replace_linears(
-    model: Any, plans: list[LinearPlan], config: FastpathConfig, replaced: dict[str, nn.Linear | None]
-) -> None:
+def _replace_linears(model: Any, plans: list[LinearPlan], state: PatchState) -> None:
     """Quantizes and swaps layer by layer, noting each in ``replaced``; one layer at a time exists in both forms."""
+    config = state.config
     todo = [plan for plan in plans if plan.group_size is not None]
     energy: dict[str, torch.Tensor] = {}
     if todo and config.scale_search is ScaleSearch.ACTIVATION:
-        energy = input_energy(model, [plan.name for plan in todo], progress=config.progress)
+        names = [plan.name for plan in todo]
+        energy = input_energy(model, state.recipe.decoder_layers, names, progress=config.progress)
     for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
         assert plan.group_size is not None
         original = model.get_submodule(plan.name)
@@ -179,7 +179,7 @@ def _replace_linears(
         packed.train(original.training)
         kept = original.to("cpu") if config.keep_original else None
         model.set_submodule(plan.name, packed)
-        replaced[plan.name] = kept
+        state.replaced[plan.name] = kept
     if todo and torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

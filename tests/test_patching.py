@@ -189,7 +189,7 @@ def test_activation_energy_finds_driven_channels_and_leaves_no_trace() -> None:
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[5] = 30.0
     state = fingerprint(model)
-    energy = input_energy(model, ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
+    energy = input_energy(model, "model.layers", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
     assert fingerprint(model) == state
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert energy["model.layers.1.mlp.down_proj"].shape == (96,)
@@ -296,7 +296,7 @@ def test_activation_energy_leaves_the_first_position_and_the_modes_alone() -> No
     name = "model.layers.0.self_attn.q_proj"
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    energy = input_energy(model, [name])[name]
+    energy = input_energy(model, "model.layers", [name])[name]
     handle.remove()
     torch.testing.assert_close(energy, seen[0][:, 1:].square().mean((0, 1)))
     assert model.model.layers[0].mlp.training
