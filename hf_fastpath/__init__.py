@@ -3,8 +3,8 @@
 from hf_fastpath.caches import Int8KVCache, StaticKVCache
 from hf_fastpath.config import FastpathConfig
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.generation import register
 from hf_fastpath.patching import fastpath_report, patch_model, unpatch_model
+from hf_fastpath.registration import register
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""How strongly each input channel of each linear layer is driven, measured without any data, one decoder layer at a time.
+"""How strongly each input channel of each linear layer is driven, measured without data, one decoder layer at a time.
 
 A few channels of a transformer carry values many times larger than the rest, and they do so for whatever tokens the
 model reads. So a thousand random token ids are enough to see them, and an error in a weight can be counted by what
@@ -106,7 +106,7 @@ class LayerWalk:
 
     @contextmanager
     def _stubbed(self) -> Iterator[None]:
-        """Layers that only note their arguments; the last one ends the pass, or returns what the walk has arrived at."""
+        """Layers that only note their arguments; the last ends the pass, or returns what the walk has arrived at."""
         arrived, arguments = self.hidden, []
         originals = [vars(layer).get("forward") for layer in self.layers]
 

@@ -36,7 +36,7 @@ def needs_kernels(config: FastpathConfig) -> bool:
 
 
 def check_model(model: Any, config: FastpathConfig) -> None:
-    """Raises Unsupported when the model as a whole cannot be patched with this configuration."""
+    """Raises Unsupported when a loaded model as a whole cannot be patched with this configuration."""
     _check_not_quantized(model)
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
@@ -47,7 +47,11 @@ def check_model(model: Any, config: FastpathConfig) -> None:
             f"the model is spread over devices or offloaded by accelerate ({', '.join(devices)}): "
             "load it on one device, without device_map"
         )
-    device = tensors[0].device
+    check_target(model, config, tensors[0].device)
+
+
+def check_target(model: Any, config: FastpathConfig, device: torch.device) -> None:
+    """Raises Unsupported when this configuration does not fit the model's dtype and shapes on ``device``."""
     if device.type not in ("cpu", "cuda"):
         raise Unsupported(f"the model is on {str(device)!r}: allowed are 'cpu' and 'cuda'")
     if device.type == "cuda" and needs_kernels(config) and model.dtype not in (torch.float16, torch.bfloat16):
@@ -176,6 +180,7 @@ def _plan_one(
 
 def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:
     todo = [plan.name for plan in plans if plan.group_size is not None]
+    todo = [name for name in todo if not linears[name].weight.is_meta]  # while loading, quantize_int4 checks alone
     for name in tqdm(todo, desc="Checking weights", unit="layer", disable=not (config.progress and todo), leave=False):
         low, high = torch.aminmax(linears[name].weight.detach())  # NaN in, NaN out; and it takes no memory
         if not bool((low.isfinite() & high.isfinite()).item()):

@@ -8,6 +8,8 @@ from typing import Any
 
 from hf_fastpath.packing import GROUP_SIZES
 
+QUANT_METHOD = "fastpath"  # the name in transformers' table of quantizers, and in config.json
+
 
 class WeightFormat(enum.Enum):
     """How the weights of the linear layers are stored."""
@@ -88,6 +90,14 @@ class FastpathConfig:
         for field in ("zero_points", "keep_original", "progress"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"FastpathConfig.{field}={getattr(self, field)!r}: allowed are True, False")
+
+    @property
+    def quant_method(self) -> str:
+        """How ``from_pretrained(quantization_config=FastpathConfig())`` finds our quantizer, which this registers."""
+        from hf_fastpath.registration import register
+
+        register()
+        return QUANT_METHOD
 
     def _parse_skip_modules(self) -> tuple[str, ...]:
         names = self.skip_modules

@@ -24,7 +24,7 @@ _POSITION_OF_PAST = 3  # forward(input_ids, attention_mask, position_ids, past_k
 
 def register() -> None:
     """Makes ``cache_implementation="fastpath_int8"`` (and ``"fastpath_static"``) and
-    ``attn_implementation="fastpath"`` known to transformers, for every model. ``patch_model`` calls it. Idempotent."""
+    ``attn_implementation="fastpath"`` known to transformers, for every model. Idempotent."""
     register_attention()
     settings: Any = configuration_utils
     known = settings.ALL_CACHE_IMPLEMENTATIONS

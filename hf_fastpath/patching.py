@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import gc
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -15,28 +11,15 @@ from hf_fastpath import generation
 from hf_fastpath.activations import input_energy
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import LinearPlan, check_model, needs_kernels, plan_linears
-from hf_fastpath.config import FastpathConfig, KVFormat, ScaleSearch
+from hf_fastpath.config import FastpathConfig, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.patches import find_recipe
-from hf_fastpath.patches.recipe import Recipe
-from hf_fastpath.quantize import quantize_int4
-from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
+from hf_fastpath.registration import register
+from hf_fastpath.report import FastpathReport, module_bytes
 from hf_fastpath.runtime import require_device
-
-STATE = "_fastpath"
-
-
-@dataclasses.dataclass
-class PatchState:
-    """What a patched model carries, as ``model._fastpath``: enough to undo the patch and to report it."""
-
-    config: FastpathConfig
-    recipe: Recipe
-    dtype: torch.dtype  # the model's, when it was patched
-    attn_implementation: str | None
-    replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
-    report: FastpathReport
+from hf_fastpath.saving import forget_quantization
+from hf_fastpath.steps import STATE, PatchState, finish_patch, replace_linear
 
 
 def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = None, **overrides: Any) -> Any:
@@ -65,14 +48,13 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     plans = plan_linears(model, recipe, config)
     if needs_kernels(config):
         require_device(model.device)
-    generation.register()
+    register()
 
     before = module_bytes(model)
-    empty = FastpathReport("", (), ())
-    state = PatchState(config, recipe, model.dtype, model.config._attn_implementation, {}, empty)
+    state = PatchState.new(model, config, recipe)
     try:
         _replace_linears(model, plans, state)
-        _install_cache(model, config)
+        finish_patch(model, state, plans, before)
     except BaseException as error:
         _restore(model, state)
         if state.replaced and not config.keep_original:
@@ -81,21 +63,7 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
                 "weights; load the model again"
             )
         raise
-    if state.replaced:
-        # functools.partial, not a bound method: those pickle as an attribute of the model, which these are not.
-        model.save_pretrained = functools.partial(_refuse_to_save, model)
-    state.report = _build_report(model, state, plans, before)
-    setattr(model, STATE, state)
     return model
-
-
-def _install_cache(model: Any, config: FastpathConfig) -> None:
-    if config.kv_cache is None:
-        return
-    if config.kv_cache is KVFormat.INT8:  # a static cache returns plain tensors, which any attention takes
-        model.set_attn_implementation(ATTENTION_NAME)
-    model._prepare_cache_for_generation = functools.partial(generation.prepare_default_cache, model)
-    model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
 
 
 def unpatch_model(model: Any, *, dequantize: bool = False) -> Any:
@@ -138,6 +106,7 @@ def _restore(model: Any, state: PatchState) -> None:
         model.set_attn_implementation(state.attn_implementation)
     for name in ("_prepare_cache_for_generation", "save_pretrained", STATE):
         model.__dict__.pop(name, None)
+    forget_quantization(model)
     _remove_forward_pre_hook(model, generation.supply_default_cache)
 
 
@@ -161,31 +130,15 @@ def _replace_linears(model: Any, plans: list[LinearPlan], state: PatchState) -> 
     """Quantizes and swaps layer by layer, noting each in ``replaced``; one layer at a time exists in both forms."""
     config = state.config
     todo = [plan for plan in plans if plan.group_size is not None]
-    energy: dict[str, torch.Tensor] = {}
+    energy: dict[str, Any] = {}
     if todo and config.scale_search is ScaleSearch.ACTIVATION:
         names = [plan.name for plan in todo]
         energy = input_energy(model, state.recipe.decoder_layers, names, progress=config.progress)
     for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
-        assert plan.group_size is not None
-        original = model.get_submodule(plan.name)
-        quantized = quantize_int4(
-            original.weight,
-            plan.group_size,
-            zero_points=config.zero_points,
-            search=config.scale_search,
-            importance=energy.get(plan.name),
-        )
-        packed = W4A16Linear.from_quantized(quantized, original.bias)
-        packed.train(original.training)
-        kept = original.to("cpu") if config.keep_original else None
-        model.set_submodule(plan.name, packed)
-        state.replaced[plan.name] = kept
-    if todo and torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
+        replace_linear(model, plan, state, energy.get(plan.name))
 
 
-def _plain_linear(packed: W4A16Linear, dtype: torch.dtype) -> nn.Linear:
+def _plain_linear(packed: W4A16Linear, dtype: Any) -> nn.Linear:
     weight = packed.dequantized_weight().to(dtype)
     linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight)
@@ -198,52 +151,3 @@ def _remove_forward_pre_hook(model: nn.Module, hook: Any) -> None:
     for key in [key for key, value in model._forward_pre_hooks.items() if value is hook]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _refuse_to_save(self: Any, *args: Any, **kwargs: Any) -> None:
-    raise Unsupported(
-        "saving a model with packed int4 weights is not supported yet: a checkpoint written now could not be loaded. "
-        "Save the original model and patch it after loading, or unpatch_model(model) first"
-    )
-
-
-def _build_report(
-    model: nn.Module, state: PatchState, plans: list[LinearPlan], before: dict[str, int]
-) -> FastpathReport:
-    after, planned = module_bytes(model), {plan.name: plan for plan in plans}
-    rows = []
-    # A wrapper around a layer (LoRA, a parametrization) holds no tensor itself, but was meant to be replaced.
-    wrappers = {name: 0 for name in planned if name not in before}
-    for name, size in (before | wrappers).items():
-        module = model.get_submodule(name)
-        if isinstance(module, W4A16Linear):
-            kind, action = "Linear", f"int4 g{module.group_size}" + ("" if module.zeros is None else " + zeros")
-            reason = ""
-        else:
-            kind, action = type(module).__name__, LEFT
-            reason = planned[name].reason if name in planned else "not a linear layer of the recipe"
-            if size == 0 and name in before:
-                reason = "its tensor is tied to one counted above; " + reason
-        rows.append(ReportRow(name, kind, action, reason, size, after.get(name, 0)))
-    return FastpathReport(f"{type(model).__name__}, recipe {state.recipe.family!r}", tuple(rows), _notes(model, state))
-
-
-def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
-    device = model.device
-    kv_cache = state.config.kv_cache
-    if kv_cache is None:
-        cache = "KV cache and attention: transformers' own"
-    else:
-        cache = (
-            f"KV cache: {kv_cache.value} by default in generate() and model(...); attention: "
-            + (f"{ATTENTION_NAME} instead of " if kv_cache is KVFormat.INT8 else "")
-            + str(state.attn_implementation)
-        )
-    if device.type == "cuda":
-        runs = f"Runs on {torch.cuda.get_device_name(device)}"
-    else:
-        parts = ["torch's int4 product"] if state.replaced else []
-        parts += ["int8 attention by its reference implementation"] if kv_cache is KVFormat.INT8 else []
-        runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
-    originals = "kept in CPU memory" if state.config.keep_original else "freed"
-    return (cache, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))

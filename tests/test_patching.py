@@ -12,7 +12,7 @@ from tiny_models import fingerprint, logits, make_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from hf_fastpath import FastpathConfig, Int8KVCache, Unsupported, fastpath_report, patch_model, patching, unpatch_model
+from hf_fastpath import FastpathConfig, Int8KVCache, Unsupported, fastpath_report, patch_model, steps, unpatch_model
 from hf_fastpath.modules import W4A16Linear
 
 QUIET = {"progress": False}
@@ -91,13 +91,13 @@ def test_originals_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> 
     model = make_llama(num_hidden_layers=3)
     originals = [weakref.ref(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     alive = []
-    quantize = patching.quantize_int4
+    quantize = steps.quantize_int4
 
     def counting(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         alive.append(sum(ref() is not None for ref in originals))
         return quantize(weight, *args, **kwargs)
 
-    monkeypatch.setattr(patching, "quantize_int4", counting)
+    monkeypatch.setattr(steps, "quantize_int4", counting)
     patch_model(model, **QUIET)
     assert alive == list(range(21, 0, -1))
     assert not any(ref() is not None for ref in originals)
@@ -221,7 +221,7 @@ def test_an_interrupted_patch_leaves_no_half_patched_model(
 ) -> None:
     model = make_llama()
     before, state = logits(model, prompt), fingerprint(model)
-    quantize, calls = patching.quantize_int4, []
+    quantize, calls = steps.quantize_int4, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -229,7 +229,7 @@ def test_an_interrupted_patch_leaves_no_half_patched_model(
             raise KeyboardInterrupt
         return quantize(*args, **kwargs)
 
-    monkeypatch.setattr(patching, "quantize_int4", interrupted)
+    monkeypatch.setattr(steps, "quantize_int4", interrupted)
     with pytest.raises(KeyboardInterrupt) as error:
         patch_model(model, keep_original=kept, **QUIET)
     assert not any(isinstance(module, W4A16Linear) for module in model.modules())

@@ -157,10 +157,8 @@ def test_unpatched_models_have_no_report() -> None:
             call(make_llama())
 
 
-def test_saving_packed_weights_is_refused(tmp_path: Any, prompt: torch.Tensor) -> None:
+def test_an_unpatched_model_is_saved_as_it_was(tmp_path: Any, prompt: torch.Tensor) -> None:
     model = patch_model(make_llama(), keep_original=True, **QUIET)
-    with pytest.raises(Unsupported, match="not supported yet"):
-        model.save_pretrained(tmp_path)
     unpatch_model(model).save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, prompt), logits(model, prompt))

@@ -39,12 +39,16 @@ class W4A16Linear(nn.Module):
     (``cpu_qweight``, made at the first call; never both), which multiplies bf16 activations and accumulates in fp32:
     fp16 and fp32 inputs are rounded to bf16 for it, and so is ``(8 - zero) * scale``. ``state_dict()`` always holds
     ``qweight``. Where gradients are wanted they flow to the input; the weight itself is frozen.
+
+    ``input_order``, int32 ``(in_features,)`` or None: the stored column k multiplies ``x[..., input_order[k]]``
+    (checkpoints whose groups are not neighbouring columns, GPTQ's ``desc_act``).
     """
 
     qweight: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     bias: torch.Tensor | None
+    input_order: torch.Tensor | None
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class W4A16Linear(nn.Module):
         scales: torch.Tensor,
         zeros: torch.Tensor | None,
         bias: torch.Tensor | None,
+        input_order: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
@@ -63,11 +68,14 @@ class W4A16Linear(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.register_buffer("bias", bias)
+        self.register_buffer("input_order", input_order)
         self._cpu_layout: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def from_quantized(cls, quantized: GroupQuantized, bias: torch.Tensor | None) -> W4A16Linear:
-        """Packs a quantized ``(N, K)`` weight."""
+    def from_quantized(
+        cls, quantized: GroupQuantized, bias: torch.Tensor | None, input_order: torch.Tensor | None = None
+    ) -> W4A16Linear:
+        """Packs a quantized ``(N, K)`` weight, its columns in ``input_order`` where that is given."""
         out_features, in_features = quantized.q.shape
         zeros = quantized.zero
         return cls(
@@ -78,6 +86,34 @@ class W4A16Linear(nn.Module):
             scales=packing.pack_per_group(quantized.scale, 0.0),
             zeros=None if zeros is None else packing.pack_per_group(zeros, packing.SYMMETRIC_ZERO),
             bias=None if bias is None else bias.detach().clone(),
+            input_order=None if input_order is None else input_order.to(torch.int32),
+        )
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        *,
+        zeros: bool,
+        bias: bool,
+        input_order: bool = False,
+        dtype: torch.dtype,
+    ) -> W4A16Linear:
+        """A layer on the meta device, for a checkpoint to be loaded into. ``dtype``: of scales and bias."""
+        rows = packing.ceil_div(out_features, packing.TILE_ROWS)
+        per_group = (rows, in_features // group_size, packing.TILE_ROWS)
+        tiles = (rows, packing.ceil_div(in_features, packing.TILE_COLS), 32, 4)
+        return cls(
+            in_features,
+            out_features,
+            group_size,
+            qweight=torch.empty(tiles, dtype=torch.int32, device="meta"),
+            scales=torch.empty(per_group, dtype=dtype, device="meta"),
+            zeros=torch.empty(per_group, dtype=torch.uint8, device="meta") if zeros else None,
+            bias=torch.empty(out_features, dtype=dtype, device="meta") if bias else None,
+            input_order=torch.empty(in_features, dtype=torch.int32, device="meta") if input_order else None,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,6 +123,8 @@ class W4A16Linear(nn.Module):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
+        if self.input_order is not None:
+            rows = rows.index_select(1, self.input_order)
         variant = heuristics.w4a16_variant(x.device.type, rows.shape[0])
         if rows.shape[0] == 0:
             out = x.new_empty((0, self.out_features))
@@ -151,11 +189,12 @@ class W4A16Linear(nn.Module):
         return packing.pack_int4(torch.cat(columns, dim=1))
 
     def dequantized_weight(self) -> torch.Tensor:
-        """The float weight ``(out_features, in_features)`` in the dtype of ``scales``."""
-        qweight = self.canonical_qweight()
+        """The float weight ``(out_features, in_features)`` in the dtype of ``scales``, columns in the input's order."""
+        qweight, n, k = self.canonical_qweight(), self.out_features, self.in_features
         if qweight.is_cuda:
             require_device(qweight.device)
-        return w4a16_dequantize(qweight, self.scales, self.zeros, self.in_features, self.out_features, self.group_size)
+        weight = w4a16_dequantize(qweight, self.scales, self.zeros, k, n, self.group_size)
+        return weight if self.input_order is None else weight[:, self.input_order.argsort()]
 
     @property
     def nbytes(self) -> int:

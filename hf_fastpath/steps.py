@@ -1,0 +1,122 @@
+"""The steps that ``patch_model`` and ``from_pretrained`` share, and the record that a patched model carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fastpath import generation
+from hf_fastpath.caches.attention import ATTENTION_NAME
+from hf_fastpath.checks import LinearPlan
+from hf_fastpath.config import FastpathConfig, KVFormat
+from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.quantize import quantize_int4
+from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
+from hf_fastpath.saving import save_packed
+
+STATE = "_fastpath"
+
+
+@dataclasses.dataclass
+class PatchState:
+    """What a patched model carries, as ``model._fastpath``: enough to undo the patch and to report it."""
+
+    config: FastpathConfig
+    recipe: Recipe
+    dtype: torch.dtype  # the model's, when it was patched
+    attn_implementation: str | None
+    replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
+    report: FastpathReport
+
+    @classmethod
+    def new(cls, model: Any, config: FastpathConfig, recipe: Recipe) -> PatchState:
+        """That of a model of which nothing is patched yet."""
+        return cls(config, recipe, model.dtype, model.config._attn_implementation, {}, FastpathReport("", (), ()))
+
+
+def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: torch.Tensor | None) -> None:
+    """Quantizes one linear layer and puts the packed one in its place."""
+    assert plan.group_size is not None
+    config, original = state.config, model.get_submodule(plan.name)
+    quantized = quantize_int4(
+        original.weight,
+        plan.group_size,
+        zero_points=config.zero_points,
+        search=config.scale_search,
+        importance=importance,
+    )
+    packed = W4A16Linear.from_quantized(quantized, original.bias)
+    packed.train(original.training)
+    kept = original.to("cpu") if config.keep_original else None
+    model.set_submodule(plan.name, packed)
+    state.replaced[plan.name] = kept
+
+
+def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before: dict[str, int]) -> None:
+    """What follows once the linear layers are replaced: the cache, saving, the report."""
+    _install_cache(model, state.config)
+    if state.replaced:
+        # functools.partial, not a bound method: those pickle as an attribute of the model, which these are not.
+        model.save_pretrained = functools.partial(save_packed, model, state.config)
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+    state.report = _build_report(model, state, plans, before)
+    setattr(model, STATE, state)
+
+
+def _install_cache(model: Any, config: FastpathConfig) -> None:
+    if config.kv_cache is None:
+        return
+    if config.kv_cache is KVFormat.INT8:  # a static cache returns plain tensors, which any attention takes
+        model.set_attn_implementation(ATTENTION_NAME)
+    model._prepare_cache_for_generation = functools.partial(generation.prepare_default_cache, model)
+    model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
+
+
+def _build_report(
+    model: nn.Module, state: PatchState, plans: list[LinearPlan], before: dict[str, int]
+) -> FastpathReport:
+    after, planned = module_bytes(model), {plan.name: plan for plan in plans}
+    rows = []
+    # A wrapper around a layer (LoRA, a parametrization) holds no tensor itself, but was meant to be replaced.
+    wrappers = {name: 0 for name in planned if name not in before}
+    for name, size in (before | wrappers).items():
+        module = model.get_submodule(name)
+        if isinstance(module, W4A16Linear):
+            kind, action = "Linear", f"int4 g{module.group_size}" + ("" if module.zeros is None else " + zeros")
+            reason = ""
+        else:
+            kind, action = type(module).__name__, LEFT
+            reason = planned[name].reason if name in planned else "not a linear layer of the recipe"
+            if size == 0 and name in before:
+                reason = "its tensor is tied to one counted above; " + reason
+        rows.append(ReportRow(name, kind, action, reason, size, after.get(name, 0)))
+    return FastpathReport(f"{type(model).__name__}, recipe {state.recipe.family!r}", tuple(rows), _notes(model, state))
+
+
+def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
+    device = model.device
+    kv_cache = state.config.kv_cache
+    if kv_cache is None:
+        cache = "KV cache and attention: transformers' own"
+    else:
+        cache = (
+            f"KV cache: {kv_cache.value} by default in generate() and model(...); attention: "
+            + (f"{ATTENTION_NAME} instead of " if kv_cache is KVFormat.INT8 else "")
+            + str(state.attn_implementation)
+        )
+    if device.type == "cuda":
+        runs = f"Runs on {torch.cuda.get_device_name(device)}"
+    else:
+        parts = ["torch's int4 product"] if state.replaced else []
+        parts += ["int8 attention by its reference implementation"] if kv_cache is KVFormat.INT8 else []
+        runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
+    originals = "kept in CPU memory" if state.config.keep_original else "freed"
+    return (cache, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))
