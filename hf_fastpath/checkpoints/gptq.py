@@ -1,0 +1,227 @@
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel, optimum), 4 bits, ``checkpoint_format`` "gptq" and "gptq_v2".
+
+A layer of ``(N, K)`` in G groups has
+
+* ``qweight`` int32 ``(K/8, N)``: bits 4i..4i+3 of word ``[r, n]`` are the code of column ``8r + i`` of row n,
+* ``qzeros`` int32 ``(G, N/8)``: bits 4i..4i+3 of word ``[g, c]`` are the zero point of row ``8c + i``,
+* ``scales`` ``(G, N)``, and ``g_idx`` int32 ``(K,)``, the group of each column; with ``desc_act`` in any order,
+
+and the weight ``w[n, k] = (code - zero) * scales[g_idx[k], n]``. "gptq_v2" stores the zero point, "gptq" (version 1) the
+zero point minus one.
+
+A version 1 zero point of 0 does not fit. AutoGPTQ and its exllama kernels read a stored 15 as 0, ``(z + 1) & 15``
+(``auto_gptq/nn_modules/qlinear``, ``autogptq_extension``). But AutoGPTQ's packer shifts a 32-bit -1 into the word, and so
+fills all zero points above it with 15; GPTQModel's subtracts 0x11111111 from the word, borrowing from the zero point
+above, and its loader adds it back (``convert_gptq_v1_to_v2_format``), which is exact. So the word is added to where
+GPTQModel wrote the file; elsewhere a 15 is taken only where both readings agree, and refused where they do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from hf_fastpath.checkpoints.base import (
+    CODES_PER_WORD,
+    CheckpointFormat,
+    LayerTensors,
+    assemble,
+    check_group_size,
+    group_count,
+    name_matches,
+    sequential_groups,
+    take_scales,
+    unpack_words,
+)
+from hf_fastpath.errors import Unsupported
+from hf_fastpath.packing import SYMMETRIC_ZERO
+from hf_fastpath.quantize import GroupQuantized
+
+_V1_OFFSETS = 0x11111111  # one in each nibble
+# Options of a "dynamic" rule that change what a layer's tensors hold.
+_LAYOUT_OPTIONS = ("bits", "group_size", "sym", "desc_act", "pack_dtype", "format", "checkpoint_format", "method")
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQFormat(CheckpointFormat):
+    """A GPTQ checkpoint; the layout is in this module's docstring.
+
+    desc_act: whether columns are in groups by ``g_idx`` in any order.
+    version: 1 ("gptq") or 2 ("gptq_v2"). written_by_gptqmodel: how version 1 zero points of 0 were stored.
+    lm_head: whether the output projection is quantized.
+    blocks: the module that holds the decoder layers, where the configuration names it.
+    modules_in_block: names in a decoder layer; None: all its linear layers are quantized.
+    skip_patterns: regular expressions, matched from the start of a layer's name, of layers that are not.
+    """
+
+    desc_act: bool = False
+    version: int = 1
+    written_by_gptqmodel: bool = False
+    lm_head: bool = False
+    blocks: str | None = None
+    modules_in_block: tuple[str, ...] | None = None
+    skip_patterns: tuple[str, ...] = ()
+
+    METHOD: ClassVar[str] = "gptq"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> GPTQFormat:
+        """Parses ``quantization_config``.
+
+        Raises:
+            Unsupported: not 4 bits, a kernel's own layout, or options that change the weights' meaning.
+        """
+        _check_config(config)
+        modules = config.get("modules_in_block_to_quantize")
+        return cls(
+            group_size=check_group_size(config.get("group_size", -1), "GPTQ"),
+            symmetric=config.get("sym"),
+            desc_act=bool(config.get("desc_act", False)),
+            version=2 if _layout_name(config) == "gptq_v2" else 1,
+            written_by_gptqmodel=_written_by_gptqmodel(config),
+            lm_head=bool(config.get("lm_head", False)),
+            blocks=config.get("block_name_to_quantize"),
+            modules_in_block=None if modules is None else _flatten(modules),
+            skip_patterns=_skip_patterns(config.get("dynamic") or {}),
+        )
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return ("qweight", "qzeros", "scales", "g_idx")
+
+    @property
+    def optional_suffixes(self) -> tuple[str, ...]:
+        return () if self.desc_act else ("g_idx",)
+
+    def quantizes(self, layer_name: str) -> bool:
+        if any(re.match(pattern, layer_name) for pattern in self.skip_patterns):
+            return False
+        if layer_name.split(".")[-1] == "lm_head":
+            return self.lm_head
+        if not _in_block(layer_name, self.blocks):
+            return False
+        return self.modules_in_block is None or any(name_matches(layer_name, part) for part in self.modules_in_block)
+
+    def shape_of(self, layer_name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        words, out_features = shapes[f"{layer_name}.qweight"]
+        return out_features, words * CODES_PER_WORD
+
+    def convert(
+        self, layer_name: str, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[GroupQuantized, torch.Tensor | None]:
+        layer = LayerTensors(layer_name, tensors)
+        qweight = layer.take("qweight", (torch.int32,))
+        k, n = qweight.shape[0] * CODES_PER_WORD, qweight.shape[1]
+        if n % CODES_PER_WORD:
+            layer.refuse("qweight", f"has {n} columns: GPTQ packs zero points of {CODES_PER_WORD} output features")
+        groups = group_count(k, self.group_size)
+        qzeros = layer.take("qzeros", (torch.int32,), (groups, n // CODES_PER_WORD))
+        scale = take_scales(layer, "scales", (groups, n))
+        zero = self._zero_points(layer, qzeros)
+        q = unpack_words(qweight).permute(1, 0, 2).reshape(n, k)
+        return assemble(layer_name, q, scale.T, zero.T, self._column_groups(layer, k).to(q.device))
+
+    def _zero_points(self, layer: LayerTensors, qzeros: torch.Tensor) -> torch.Tensor:
+        """uint8 ``(G, N)``."""
+        stored = unpack_words(qzeros)
+        zero = stored
+        if self.version == 1:
+            whole_word = (qzeros.to(torch.int64) & 0xFFFFFFFF) + _V1_OFFSETS  # with carries, above bit 31 dropped
+            by_word = unpack_words((whole_word & 0xFFFFFFFF).to(torch.int32))
+            if not self.written_by_gptqmodel and not torch.equal(by_word, (stored + 1) & 15):
+                layer.refuse(
+                    "qzeros",
+                    'holds zero points of 0, which checkpoint_format "gptq" cannot store: AutoGPTQ and GPTQModel read '
+                    'them differently; quantize the model again with checkpoint_format "gptq_v2" or sym=True',
+                )
+            zero = by_word
+        if self.symmetric and not bool((zero == SYMMETRIC_ZERO).all()):
+            layer.refuse(
+                "qzeros",
+                f"holds zero points other than {SYMMETRIC_ZERO} although the configuration says sym=true: kernels "
+                "disagree on what this checkpoint is",
+            )
+        return zero.reshape(qzeros.shape[0], -1)
+
+    def _column_groups(self, layer: LayerTensors, k: int) -> torch.Tensor:
+        sequential = sequential_groups(k, self.group_size)
+        if not layer.has("g_idx") and not self.desc_act:
+            return sequential
+        g_idx = layer.take("g_idx", (torch.int32, torch.int64), (k,)).to("cpu", torch.int64)
+        if not bool(g_idx.any()):  # AutoGPTQ reads all zeros as "never set"
+            return sequential
+        groups = int(sequential[-1]) + 1
+        if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+            layer.refuse("g_idx", f"holds {int(g_idx.min())} to {int(g_idx.max())}, expected 0 to {groups - 1}")
+        if not self.desc_act and not torch.equal(g_idx, sequential):
+            layer.refuse(
+                "g_idx",
+                "reorders columns although the configuration says desc_act=false: kernels disagree on what this "
+                "checkpoint is",
+            )
+        return g_idx
+
+
+def _layout_name(config: Mapping[str, Any]) -> str:
+    return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    if config.get("bits") != 4:
+        raise Unsupported(f"GPTQ checkpoint: bits {config.get('bits')!r} cannot be converted: allowed is 4")
+    layout = "marlin" if config.get("is_marlin_format") else _layout_name(config)
+    if layout not in ("gptq", "gptq_v2"):
+        raise Unsupported(
+            f"GPTQ checkpoint: checkpoint_format {layout!r} cannot be converted: allowed are 'gptq' and 'gptq_v2'"
+        )
+    if config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
+        raise Unsupported(f"GPTQ checkpoint: pack_dtype {config['pack_dtype']!r} cannot be converted: allowed is int32")
+    for option in ("rotation", "adapter"):
+        if config.get(option):
+            raise Unsupported(
+                f"GPTQ checkpoint: {option} {config[option]!r} needs more than the quantized weights, and cannot be "
+                "converted"
+            )
+
+
+def _written_by_gptqmodel(config: Mapping[str, Any]) -> bool:
+    """From ``meta.quantizer``: a string or a list of strings, ``name:version``."""
+    quantizers = (config.get("meta") or {}).get("quantizer") or ()
+    names = (quantizers,) if isinstance(quantizers, str) else quantizers
+    return any(str(name).lower().startswith("gptqmodel") for name in names)
+
+
+def _skip_patterns(dynamic: Mapping[str, Any]) -> tuple[str, ...]:
+    """The "-:" rules of GPTQModel's ``dynamic``; others must not change what a layer's tensors hold."""
+    patterns = []
+    for rule, options in dynamic.items():
+        if rule.startswith("-:"):
+            patterns.append(rule[2:])
+            continue
+        changed = [option for option in _LAYOUT_OPTIONS if option in (options or {})]
+        if changed:
+            raise Unsupported(
+                f"GPTQ checkpoint: the dynamic rule {rule!r} sets {', '.join(changed)} for some layers: all layers "
+                "must be stored alike, only '-:' rules are allowed"
+            )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise Unsupported(f"GPTQ checkpoint: the dynamic rule '-:{pattern}' cannot be read: {error}") from None
+    return tuple(patterns)
+
+
+def _flatten(modules: list[Any]) -> tuple[str, ...]:
+    return tuple(name for entry in modules for name in ([entry] if isinstance(entry, str) else entry))
+
+
+def _in_block(layer_name: str, blocks: str | None) -> bool:
+    """GPTQ quantizes the numbered decoder layers only."""
+    if blocks is not None:
+        return layer_name.startswith(f"{blocks}.")
+    return any(part.isdigit() for part in layer_name.split("."))
