@@ -1,17 +1,19 @@
-"""Checkpoints that were quantized to int4 by other tools, converted exactly. Pure torch."""
+"""Checkpoints that other tools quantized to int4, converted exactly to our quantized form. Pure torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from hf_fastpath.checkpoints.awq import AWQFormat
 from hf_fastpath.checkpoints.base import CheckpointFormat
+from hf_fastpath.checkpoints.compressed_tensors import CompressedTensorsFormat
 from hf_fastpath.checkpoints.gptq import GPTQFormat
 from hf_fastpath.errors import Unsupported
 
-__all__ = ["CheckpointFormat", "GPTQFormat", "detect_format"]
+__all__ = ["AWQFormat", "CheckpointFormat", "CompressedTensorsFormat", "GPTQFormat", "detect_format"]
 
-_FORMATS: tuple[type[GPTQFormat], ...] = (GPTQFormat,)
+_FORMATS = {cls.METHOD: cls for cls in (GPTQFormat, AWQFormat, CompressedTensorsFormat)}
 
 
 def detect_format(quantization_config: Mapping[str, Any]) -> CheckpointFormat:
@@ -20,9 +22,9 @@ def detect_format(quantization_config: Mapping[str, Any]) -> CheckpointFormat:
     Raises:
         Unsupported: an unknown ``quant_method``, or options of a known one that cannot be converted exactly.
     """
-    method = str(getattr(quantization_config.get("quant_method"), "value", quantization_config.get("quant_method")))
-    for candidate in _FORMATS:
-        if candidate.METHOD == method.lower():
-            return candidate.from_config(quantization_config)
-    allowed = ", ".join(repr(candidate.METHOD) for candidate in _FORMATS)
-    raise Unsupported(f"checkpoints of quant_method {method!r} cannot be converted: possible are {allowed}")
+    method = quantization_config.get("quant_method")
+    name = str(getattr(method, "value", method)).lower()  # transformers has an enum for it
+    if name not in _FORMATS:
+        allowed = ", ".join(repr(known) for known in _FORMATS)
+        raise Unsupported(f"checkpoints of quant_method {name!r} cannot be converted: possible are {allowed}")
+    return _FORMATS[name].from_config(quantization_config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -19,6 +20,8 @@ from hf_fastpath.quantize import GroupQuantized
 
 CODES_PER_WORD = 8  # int4 codes in an int32, in all three formats
 PER_CHANNEL = -1
+# Options of a rule of GPTQModel's "dynamic" that change what a layer's tensors hold.
+_LAYOUT_OPTIONS = ("bits", "group_size", "sym", "desc_act", "pack_dtype", "format", "checkpoint_format", "method")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +186,34 @@ def _common_group_size(column_group: torch.Tensor) -> int | None:
     return None
 
 
-def name_matches(layer_name: str, part: str) -> bool:
-    """Whether ``part`` is the layer's dotted name, a module above it, or a run of its dotted parts."""
-    return f".{part}." in f".{layer_name}."
+def has_numbered_part(layer_name: str) -> bool:
+    """Whether the layer is in a numbered decoder layer, outside of which GPTQ and AWQ tools quantize nothing."""
+    return any(part.isdigit() for part in layer_name.split("."))
+
+
+def compile_pattern(pattern: str, method: str, where: str) -> str:
+    """The pattern, once it is known to be a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise Unsupported(f"{method} checkpoint: {where} {pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+def skip_patterns(dynamic: Mapping[str, Any], method: str) -> tuple[str, ...]:
+    """The "-:" rules of GPTQModel's ``dynamic``, regular expressions from the start of a layer's name.
+
+    Raises:
+        Unsupported: another rule changes what a layer's tensors hold.
+    """
+    patterns = []
+    for rule, options in dynamic.items():
+        changed = [option for option in _LAYOUT_OPTIONS if option in (options or {})]
+        if rule.startswith("-:"):
+            patterns.append(compile_pattern(rule[2:], method, "dynamic rule"))
+        elif changed:
+            raise Unsupported(
+                f"{method} checkpoint: the dynamic rule {rule!r} sets {', '.join(changed)} for some layers: all layers "
+                "must be stored alike, only '-:' rules are allowed"
+            )
+    return tuple(patterns)

@@ -6,12 +6,12 @@ A layer of ``(N, K)`` in G groups has
 * ``qzeros`` int32 ``(G, N/8)``: bits 4i..4i+3 of word ``[g, c]`` are the zero point of row ``8c + i``,
 * ``scales`` ``(G, N)``, and ``g_idx`` int32 ``(K,)``, the group of each column; with ``desc_act`` in any order,
 
-and the weight ``w[n, k] = (code - zero) * scales[g_idx[k], n]``. "gptq_v2" stores the zero point, "gptq" (version 1) the
-zero point minus one.
+and the weight ``w[n, k] = (code - zero) * scales[g_idx[k], n]``. "gptq_v2" stores the zero point, "gptq" (version 1)
+the zero point minus one.
 
 A version 1 zero point of 0 does not fit. AutoGPTQ and its exllama kernels read a stored 15 as 0, ``(z + 1) & 15``
-(``auto_gptq/nn_modules/qlinear``, ``autogptq_extension``). But AutoGPTQ's packer shifts a 32-bit -1 into the word, and so
-fills all zero points above it with 15; GPTQModel's subtracts 0x11111111 from the word, borrowing from the zero point
+(``auto_gptq/nn_modules/qlinear``, ``autogptq_extension``). But AutoGPTQ's packer shifts a 32-bit -1 into the word, and
+so fills all zero points above it with 15; GPTQModel's subtracts 0x11111111 from the word, borrowing from the zero point
 above, and its loader adds it back (``convert_gptq_v1_to_v2_format``), which is exact. So the word is added to where
 GPTQModel wrote the file; elsewhere a 15 is taken only where both readings agree, and refused where they do not.
 """
@@ -32,8 +32,9 @@ from hf_fastpath.checkpoints.base import (
     assemble,
     check_group_size,
     group_count,
-    name_matches,
+    has_numbered_part,
     sequential_groups,
+    skip_patterns,
     take_scales,
     unpack_words,
 )
@@ -42,8 +43,6 @@ from hf_fastpath.packing import SYMMETRIC_ZERO
 from hf_fastpath.quantize import GroupQuantized
 
 _V1_OFFSETS = 0x11111111  # one in each nibble
-# Options of a "dynamic" rule that change what a layer's tensors hold.
-_LAYOUT_OPTIONS = ("bits", "group_size", "sym", "desc_act", "pack_dtype", "format", "checkpoint_format", "method")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ class GPTQFormat(CheckpointFormat):
             lm_head=bool(config.get("lm_head", False)),
             blocks=config.get("block_name_to_quantize"),
             modules_in_block=None if modules is None else _flatten(modules),
-            skip_patterns=_skip_patterns(config.get("dynamic") or {}),
+            skip_patterns=skip_patterns(config.get("dynamic") or {}, "GPTQ"),
         )
 
     @property
@@ -102,9 +101,9 @@ class GPTQFormat(CheckpointFormat):
             return False
         if layer_name.split(".")[-1] == "lm_head":
             return self.lm_head
-        if not _in_block(layer_name, self.blocks):
-            return False
-        return self.modules_in_block is None or any(name_matches(layer_name, part) for part in self.modules_in_block)
+        in_blocks = has_numbered_part(layer_name) if self.blocks is None else layer_name.startswith(f"{self.blocks}.")
+        wanted = self.modules_in_block
+        return in_blocks and (wanted is None or any(layer_name.endswith(f".{name}") for name in wanted))
 
     def shape_of(self, layer_name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         words, out_features = shapes[f"{layer_name}.qweight"]
@@ -152,17 +151,17 @@ class GPTQFormat(CheckpointFormat):
         if not layer.has("g_idx") and not self.desc_act:
             return sequential
         g_idx = layer.take("g_idx", (torch.int32, torch.int64), (k,)).to("cpu", torch.int64)
-        if not bool(g_idx.any()):  # AutoGPTQ reads all zeros as "never set"
+        if not self.desc_act:
+            if bool(g_idx.any()) and not torch.equal(g_idx, sequential):  # AutoGPTQ takes all zeros for "never set"
+                layer.refuse(
+                    "g_idx",
+                    "reorders columns although the configuration says desc_act=false: kernels disagree on what this "
+                    "checkpoint is",
+                )
             return sequential
-        groups = int(sequential[-1]) + 1
-        if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-            layer.refuse("g_idx", f"holds {int(g_idx.min())} to {int(g_idx.max())}, expected 0 to {groups - 1}")
-        if not self.desc_act and not torch.equal(g_idx, sequential):
-            layer.refuse(
-                "g_idx",
-                "reorders columns although the configuration says desc_act=false: kernels disagree on what this "
-                "checkpoint is",
-            )
+        # Kernels sort the columns and cut them into equal groups, others take g_idx as it is: the same if these fit.
+        if not torch.equal(g_idx.sort().values, sequential):
+            layer.refuse("g_idx", f"does not put the columns into groups of {self.group_size}, {k} columns in all")
         return g_idx
 
 
@@ -195,33 +194,5 @@ def _written_by_gptqmodel(config: Mapping[str, Any]) -> bool:
     return any(str(name).lower().startswith("gptqmodel") for name in names)
 
 
-def _skip_patterns(dynamic: Mapping[str, Any]) -> tuple[str, ...]:
-    """The "-:" rules of GPTQModel's ``dynamic``; others must not change what a layer's tensors hold."""
-    patterns = []
-    for rule, options in dynamic.items():
-        if rule.startswith("-:"):
-            patterns.append(rule[2:])
-            continue
-        changed = [option for option in _LAYOUT_OPTIONS if option in (options or {})]
-        if changed:
-            raise Unsupported(
-                f"GPTQ checkpoint: the dynamic rule {rule!r} sets {', '.join(changed)} for some layers: all layers "
-                "must be stored alike, only '-:' rules are allowed"
-            )
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise Unsupported(f"GPTQ checkpoint: the dynamic rule '-:{pattern}' cannot be read: {error}") from None
-    return tuple(patterns)
-
-
 def _flatten(modules: list[Any]) -> tuple[str, ...]:
     return tuple(name for entry in modules for name in ([entry] if isinstance(entry, str) else entry))
-
-
-def _in_block(layer_name: str, blocks: str | None) -> bool:
-    """GPTQ quantizes the numbered decoder layers only."""
-    if blocks is not None:
-        return layer_name.startswith(f"{blocks}.")
-    return any(part.isdigit() for part in layer_name.split("."))
