@@ -130,8 +130,7 @@ def sequential_groups(in_features: int, group_size: int) -> torch.Tensor:
 def unpack_words(words: torch.Tensor) -> torch.Tensor:
     """int32 ``(...)`` to its eight 4-bit codes, lowest bits first: uint8 ``(..., 8)``."""
     # clone, because contiguous() keeps the stride of a dimension of one, which view() to bytes does not take
-    flat = words.clone(memory_format=torch.contiguous_format).view(-1)
-    pairs = flat.view(torch.uint8)
+    pairs = words.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
     return torch.stack((pairs & 15, pairs >> 4), dim=-1).view(*words.shape, CODES_PER_WORD)
 
 

@@ -9,11 +9,11 @@ A layer of ``(N, K)`` in G groups has
 and the weight ``w[n, k] = (code - zero) * scales[g_idx[k], n]``. "gptq_v2" stores the zero point, "gptq" (version 1)
 the zero point minus one.
 
-A version 1 zero point of 0 does not fit. AutoGPTQ and its exllama kernels read a stored 15 as 0, ``(z + 1) & 15``
-(``auto_gptq/nn_modules/qlinear``, ``autogptq_extension``). But AutoGPTQ's packer shifts a 32-bit -1 into the word, and
-so fills all zero points above it with 15; GPTQModel's subtracts 0x11111111 from the word, borrowing from the zero point
-above, and its loader adds it back (``convert_gptq_v1_to_v2_format``), which is exact. So the word is added to where
-GPTQModel wrote the file; elsewhere a 15 is taken only where both readings agree, and refused where they do not.
+A version 1 zero point of 0 does not fit, and is stored as 15. In AutoGPTQ the exllama kernels and ``qlinear_cuda_old``
+read that as 0, ``qlinear_cuda`` and Triton as 16, and its packer shifts a 32-bit -1 into the word, which fills all zero
+points above it with 15. GPTQModel writes version 1 by subtracting 0x11111111 from the whole word, borrowing from the
+zero point above, and reads it by adding that back (``convert_gptq_v1_to_v2_format``), which is exact. So a 15 is taken
+only in files that GPTQModel wrote, and refused in others.
 """
 
 from __future__ import annotations
@@ -126,18 +126,16 @@ class GPTQFormat(CheckpointFormat):
 
     def _zero_points(self, layer: LayerTensors, qzeros: torch.Tensor) -> torch.Tensor:
         """uint8 ``(G, N)``."""
-        stored = unpack_words(qzeros)
-        zero = stored
+        zero = unpack_words(qzeros)
         if self.version == 1:
-            whole_word = (qzeros.to(torch.int64) & 0xFFFFFFFF) + _V1_OFFSETS  # with carries, above bit 31 dropped
-            by_word = unpack_words((whole_word & 0xFFFFFFFF).to(torch.int32))
-            if not self.written_by_gptqmodel and not torch.equal(by_word, (stored + 1) & 15):
+            if not self.written_by_gptqmodel and bool((zero == 15).any()):
                 layer.refuse(
                     "qzeros",
-                    'holds zero points of 0, which checkpoint_format "gptq" cannot store: AutoGPTQ and GPTQModel read '
-                    'them differently; quantize the model again with checkpoint_format "gptq_v2" or sym=True',
+                    'holds zero points of 0, which checkpoint_format "gptq" cannot store and kernels read differently: '
+                    'quantize the model again with sym=True or checkpoint_format "gptq_v2"',
                 )
-            zero = by_word
+            whole_word = qzeros.to(torch.int64) + _V1_OFFSETS  # with carries; those out of bit 31 are dropped
+            zero = unpack_words((whole_word & 0xFFFFFFFF).to(torch.int32))
         if self.symmetric and not bool((zero == SYMMETRIC_ZERO).all()):
             layer.refuse(
                 "qzeros",
