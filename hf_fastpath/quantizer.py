@@ -7,11 +7,13 @@ checkpoint is loaded into empty packed layers. Either way the model ends up as `
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -19,16 +21,18 @@ from transformers.quantizers.auto import (
     AutoHfQuantizer,
 )
 
-from hf_fastpath.activations import LayerWalk
+from hf_fastpath.checkpoints import CheckpointFormat, detect_format
 from hf_fastpath.checks import LinearPlan, check_target, needs_kernels, plan_linears
-from hf_fastpath.config import QUANT_METHOD, FastpathConfig, ScaleSearch
+from hf_fastpath.config import QUANT_METHOD, FastpathConfig
 from hf_fastpath.errors import Unsupported
+from hf_fastpath.loading import LayerStream, place_converted
 from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.packing import GROUP_SIZES
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.report import module_bytes
 from hf_fastpath.runtime import require_device
-from hf_fastpath.saving import FastpathQuantizationConfig
-from hf_fastpath.steps import PatchState, finish_patch, replace_linear
+from hf_fastpath.saving import FastpathQuantizationConfig, layout_of
+from hf_fastpath.steps import PatchState, finish_patch
 
 _INT4_BYTES = 0.55  # of a weight, scales and zero points included: what transformers reserves on the GPU beforehand
 
@@ -43,7 +47,9 @@ class FastpathHfQuantizer(HfQuantizer):
         self.description = quantization_config
         self.settings = quantization_config.config
         self.device = torch.device("cpu")
+        self.source = detect_format(quantization_config.source) if quantization_config.source else None
         self.stream: LayerStream | None = None
+        self.error: Exception | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """
@@ -59,30 +65,31 @@ class FastpathHfQuantizer(HfQuantizer):
         config, self.before = self.settings, module_bytes(model)
         self.state = PatchState.new(model, config, find_recipe(model))
         check_target(model, config, self.device)
-        self.plans = plan_linears(model, self.state.recipe, config)
+        packed = self.description.packed
+        if self.source is not None:
+            self.plans = self._place_empty_layers(model, _source_layers(model, self.source))
+        elif packed is not None:
+            self.plans = self._place_empty_layers(model, {name: group for group in packed for name in group["modules"]})
+        else:
+            self.plans = plan_linears(model, self.state.recipe, config)
+            self.stream = LayerStream(model, self.state, self.plans)
         if needs_kernels(config):
             require_device(self.device)
-        packed = self.description.packed
-        if packed is None:
-            self.stream = LayerStream(model, self.state, self.plans)
-        else:
-            self._empty_layers(model, packed)
 
-    def _empty_layers(self, model: Any, packed: list[dict[str, Any]]) -> None:
-        for group in packed:
-            for name in group["modules"]:
-                linear = _linear_at(model, name)
-                empty = W4A16Linear.empty(
-                    linear.in_features,
-                    linear.out_features,
-                    group["group_size"],
-                    zeros=group["zeros"],
-                    bias=linear.bias is not None,
-                    input_order=group["input_order"],
-                    dtype=model.dtype,
-                )
-                model.set_submodule(name, empty)
-                self.state.replaced[name] = None
+    def _place_empty_layers(self, model: Any, layers: dict[str, dict[str, Any]]) -> list[LinearPlan]:
+        for name, layout in layers.items():
+            linear = _linear_at(model, name)
+            empty = W4A16Linear.empty(
+                linear.in_features,
+                linear.out_features,
+                **layout_of(layout),
+                bias=linear.bias is not None,
+                dtype=model.dtype,
+            )
+            model.set_submodule(name, empty)
+            self.state.replaced[name] = None
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        return [LinearPlan(name, None, "not packed in the checkpoint") for name in linears]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor passes through :class:`LayerStream`: all tensors of the decoder layers do."""
@@ -93,12 +100,29 @@ class FastpathHfQuantizer(HfQuantizer):
         return _INT4_BYTES if packed else param.element_size()
 
     def get_quantize_ops(self) -> ConversionOps:
-        assert self.stream is not None
-        return _StreamOp(self.stream)
+        return _StreamOp(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """For another tool's checkpoint: all tensors of a layer go to one operation."""
+        if self.source is None:
+            return []
+        sources = [rf"\.{suffix}$" for suffix in self.source.suffixes]
+        return [WeightConverter(sources, [".qweight"], [_ConvertOp(self, self.source)])]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.error is not None:
+            raise self.error
         if self.stream is not None:
             self.stream.finish()
+        else:
+            _check_loaded(model, self.state.replaced)
+        # The conversion of another tool's tensors is not to be reverted when ours are saved.
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            conversion
+            for conversion in used
+            if not any(isinstance(operation, _ConvertOp) for operation in getattr(conversion, "operations", ()))
+        ]
         finish_patch(model, self.state, self.plans, self.before)
         return model
 
@@ -127,6 +151,15 @@ def _one_device(device_map: Any) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
+def _source_layers(model: nn.Module, source: CheckpointFormat) -> dict[str, dict[str, Any]]:
+    """The layers that another tool's checkpoint holds as int4. Their real layout is known once they are converted."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = {name: {"group_size": GROUP_SIZES[-1], "zeros": False} for name in linears if source.quantizes(name)}
+    if not layers:
+        raise Unsupported(f"the {source.METHOD} checkpoint quantizes no linear layer of {type(model).__name__}")
+    return layers
+
+
 def _linear_at(model: nn.Module, name: str) -> nn.Linear:
     try:
         module = model.get_submodule(name)
@@ -137,98 +170,74 @@ def _linear_at(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-class LayerStream:
-    """Packs a model's linear layers while its tensors arrive, decoder layer by decoder layer.
+def _check_loaded(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises when a packed tensor was not in the checkpoint; transformers puts arbitrary memory there, and warns."""
+    for name in names:
+        for tensor_name, tensor in model.get_submodule(name).named_buffers():
+            if not getattr(tensor, "_is_hf_initialized", False):
+                raise Unsupported(f"the checkpoint has no {name}.{tensor_name}: it is damaged, or of another model")
 
-    transformers hands over the tensors in the order of their names, the embeddings before the layers in every family so
-    far; where they come later, the layers wait for the end.
+
+class _LoadOp(ConversionOps):
+    """An operation that puts what it is handed in place itself, and leaves nothing for transformers to set.
+
+    transformers notes an exception in a long report and goes on; here the first one ends the work, and is raised as it
+    is once transformers returns.
     """
 
-    def __init__(self, model: Any, state: PatchState, plans: list[LinearPlan]) -> None:
-        self.model, self.state = model, state
-        self.plans = {plan.name: plan for plan in plans if plan.group_size is not None}
-        self.weights = {f"{name}.weight" for name in self.plans}
-        self.prefix = f"{state.recipe.decoder_layers}."
-        self.missing: list[set[str]] = [set() for _ in model.get_submodule(state.recipe.decoder_layers)]
-        for name in model.state_dict():
-            if name.startswith(self.prefix):
-                self.missing[self._layer_of(name)].add(name)
-        measured = state.config.scale_search is ScaleSearch.ACTIVATION and self.plans
-        self.walk = LayerWalk(model, state.recipe.decoder_layers) if measured else None
-        self.done = 0
+    def __init__(self, hf_quantizer: FastpathHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # its presence keeps transformers from casting what it hands over
 
-    def _layer_of(self, name: str) -> int:
-        return int(name.removeprefix(self.prefix).split(".")[0])
-
-    def takes(self, name: str) -> bool:
-        return name.startswith(self.prefix) and name.removeprefix(self.prefix).split(".")[0].isdigit()
-
-    def arrive(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts a float tensor in its place, then packs every layer that is complete.
-
-        Raises:
-            ValueError: its shape is not the model's, or a weight holds NaN or infinity.
-        """
-        path, _, attribute = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        wanted = getattr(module, attribute)
-        if wanted.shape != tensor.shape:
-            raise ValueError(f"{name}: the checkpoint has shape {tuple(tensor.shape)}, the model {tuple(wanted.shape)}")
-        if attribute not in module._buffers:
-            tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers would initialize it once more
-        setattr(module, attribute, tensor)
-        self.missing[self._layer_of(name)].discard(name)
-        self._pack_complete_layers()
-
-    def finish(self) -> None:
-        """Packs what is left, once everything is loaded (a tensor that the checkpoint lacks is initialized by now)."""
-        for names in self.missing:
-            names.clear()
-        self._pack_complete_layers()
-
-    def _pack_complete_layers(self) -> None:
-        if self.model.get_input_embeddings().weight.is_meta:
-            return
-        while self.done < len(self.missing) and not self.missing[self.done]:
-            prefix = f"{self.prefix}{self.done}."
-            names = [name for name in self.plans if name.startswith(prefix)]
-            energy: dict[str, torch.Tensor] = {}
-            if self.walk is not None:
-                _materialize_buffers(self.model)
-                energy = self.walk.run_layer(self.done, names)
-            for name in names:
-                replace_linear(self.model, self.plans[name], self.state, energy.get(name))
-            self.done += 1
-
-
-class _StreamOp(ConversionOps):
-    """What transformers calls with each tensor of a decoder layer; leaves nothing for it to set."""
-
-    def __init__(self, stream: LayerStream) -> None:
-        self.stream = stream
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LoadOp:
+        return self  # transformers copies operations for every layer; all of them are to feed one model
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        for name, value in input_dict.items():
-            kwargs["missing_keys"].discard(name)
-            self.stream.arrive(name, value[0] if isinstance(value, list) else value)
+        layer = kwargs["full_layer_name"].rpartition(".")[0]
+        if self.hf_quantizer.error is None:
+            try:
+                self.place(kwargs["model"], layer, input_dict)
+            except Exception as error:
+                self.hf_quantizer.error = error
+        arrived = {name for name in kwargs["missing_keys"] if self.fills(name, layer, input_dict)}
+        kwargs["missing_keys"] -= arrived
         return {}
 
+    def place(self, model: Any, layer: str, tensors: dict[str, Any]) -> None:
+        raise NotImplementedError
 
-def _materialize_buffers(model: Any) -> None:
-    """Computes the buffers that no checkpoint holds (rotary frequencies), which transformers does only at the end."""
-    device = model.get_input_embeddings().weight.device
-    for module in model.modules():
-        meta = [name for name in module._non_persistent_buffers_set if _is_meta(module._buffers[name])]
-        if meta:
-            with device:
-                fresh = type(module)(config=model.config)
-            for name in meta:
-                module._buffers[name] = fresh._buffers[name].to(device)
+    def fills(self, name: str, layer: str, tensors: dict[str, Any]) -> bool:
+        """Whether the model's tensor ``name`` is there once ``tensors`` are in place."""
+        raise NotImplementedError
 
 
-def _is_meta(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.is_meta
+class _StreamOp(_LoadOp):
+    """Takes the float tensors of the decoder layers."""
+
+    def place(self, model: Any, layer: str, tensors: dict[str, Any]) -> None:
+        stream = self.hf_quantizer.stream
+        assert stream is not None
+        for name, value in tensors.items():
+            stream.arrive(name, value[0] if isinstance(value, list) else value)
+
+    def fills(self, name: str, layer: str, tensors: dict[str, Any]) -> bool:
+        return name in tensors
+
+
+class _ConvertOp(_LoadOp):
+    """Takes the tensors of one layer of another tool's checkpoint."""
+
+    def __init__(self, hf_quantizer: FastpathHfQuantizer, source: CheckpointFormat) -> None:
+        super().__init__(hf_quantizer)
+        self.source = source
+
+    def place(self, model: Any, layer: str, tensors: dict[str, Any]) -> None:
+        suffixes = {rf"\.{suffix}$": suffix for suffix in self.source.suffixes}
+        named = {f"{layer}.{suffixes[pattern]}": value[0] for pattern, value in tensors.items()}
+        quantized, order = self.source.convert(layer, named)
+        place_converted(model, layer, quantized, order)
+
+    def fills(self, name: str, layer: str, tensors: dict[str, Any]) -> bool:
+        return name.rpartition(".")[0] == layer and not name.endswith(".bias")
 
 
 def register_quantizer() -> None:
@@ -239,22 +248,24 @@ def register_quantizer() -> None:
 
 
 def _wrap_merge() -> None:
-    """A FastpathConfig passed for a packed checkpoint replaces what concerns running it: cache and progress bar.
+    """Lets a FastpathConfig be passed for a checkpoint that is quantized already.
 
-    transformers would only say that the two configurations are of different classes.
+    For our own it replaces what concerns running it, the cache and the progress bar; GPTQ, AWQ and compressed-tensors
+    checkpoints are converted. transformers would only say that the configurations are of different classes.
     """
     stock = AutoHfQuantizer.merge_quantization_configs
     if hasattr(stock, "_fastpath_wraps"):
         return
 
     def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        ours = isinstance(quantization_config, dict) and quantization_config.get("quant_method") == QUANT_METHOD
-        if not (ours and isinstance(quantization_config_from_args, FastpathConfig)):
-            return stock(quantization_config, quantization_config_from_args)
-        saved = FastpathQuantizationConfig.from_dict(quantization_config)
         passed = quantization_config_from_args
-        changes = {"kv_cache": passed.kv_cache, "progress": passed.progress}
-        saved.config = FastpathConfig.build(saved.config, changes)
+        if not isinstance(passed, FastpathConfig):
+            return stock(quantization_config, passed)
+        found = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        if found.get("quant_method") != QUANT_METHOD:
+            return FastpathQuantizationConfig(passed, source=found)
+        saved = FastpathQuantizationConfig.from_dict(found)
+        saved.config = dataclasses.replace(saved.config, kv_cache=passed.kv_cache, progress=passed.progress)
         return saved
 
     merge._fastpath_wraps = stock  # type: ignore[attr-defined]

@@ -65,6 +65,11 @@ class FastpathQuantizationConfig(QuantizationConfigMixin):
         return (result, kwargs) if return_unused_kwargs else result  # type: ignore[return-value]
 
 
+def layout_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What ``W4A16Linear.empty`` wants to know of a packed group."""
+    return {name: group[name] for name in ("group_size", "zeros", "input_order") if name in group}
+
+
 def _unreadable(version: str) -> str:
     return (
         f"this checkpoint's quantization_config was written by hf_fastpath {version} and cannot be read by "
