@@ -67,14 +67,15 @@ def describe(config: FastpathConfig | None) -> str:
     if config is None:
         return "stock"
     parts = [config.weights.value.upper()] if config.weights else []
+    parts += [f"{config.lm_head.value.upper()} head"] if config.lm_head else []
     parts += [f"{config.kv_cache.value.upper()} KV"] if config.kv_cache else []
     return " + ".join(parts) + (" only" if len(parts) == 1 else "") if parts else "patched, nothing changed"
 
 
 def variants(config: FastpathConfig) -> list[FastpathConfig]:
     """What to compare with the stock model: ``config``, and before it the cache format alone where it has more."""
-    cache_alone = dataclasses.replace(config, weights=None)
-    return [cache_alone, config] if config.weights and config.kv_cache else [config]
+    cache_alone = dataclasses.replace(config, weights=None, lm_head=None)
+    return [cache_alone, config] if (config.weights or config.lm_head) and config.kv_cache else [config]
 
 
 def empty_cache(model: Any, kv_cache: KVFormat | None) -> Any:

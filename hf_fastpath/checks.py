@@ -23,16 +23,20 @@ _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclasses.dataclass(frozen=True)
 class LinearPlan:
-    """What will happen to one linear layer: replaced with this group size, or left (None) for this reason."""
+    """What will happen to one linear layer: replaced with this group size, or left (None) for this reason.
+
+    tied: whether its weight is the embeddings', which stay.
+    """
 
     name: str
     group_size: int | None
     reason: str
+    tied: bool = False
 
 
 def needs_kernels(config: FastpathConfig) -> bool:
     """Whether a model patched like this runs ops of ours, which on CUDA are kernels for 16-bit models."""
-    return config.weights is not None or config.kv_cache is KVFormat.INT8
+    return not (config.weights is None and config.lm_head is None) or config.kv_cache is KVFormat.INT8
 
 
 def check_model(model: Any, config: FastpathConfig) -> None:
@@ -100,15 +104,19 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
         ValueError: a name in skip_modules matches nothing, or a weight holds NaN or infinity.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    targets = _recipe_names(model, recipe)
+    targets = _recipe_names(model, recipe) if config.weights else set()
+    head = _head_name(model)
     _check_skip_names(model, config)
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
+    if config.lm_head is not None:
+        _check_head(model, head, linears)
+        targets.add(head)
     missing = sorted(targets - linears.keys())
     plans = [LinearPlan(name, None, f"is a {_type_at(model, name)}, not a Linear") for name in missing]
-    plans += [_plan_one(name, module, targets, owners, config) for name, module in linears.items()]
+    plans += [_plan_one(name, module, targets, owners, config, head) for name, module in linears.items()]
     _check_finite(linears, plans, config)
     return plans
 
@@ -117,6 +125,17 @@ def _recipe_names(model: nn.Module, recipe: Recipe) -> set[str]:
     layers = model.get_submodule(recipe.decoder_layers)
     indices = [name for name, _ in layers.named_children()]
     return {f"{recipe.decoder_layers}.{i}.{linear}" for i in indices for linear in recipe.linears}
+
+
+def _head_name(model: Any) -> str:
+    """The module name of the language-model head; "" if the model has none."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def _check_head(model: Any, head: str, linears: dict[str, nn.Linear]) -> None:
+    if head not in linears:
+        raise Unsupported(f"lm_head: {type(model).__name__} has no linear language-model head; use lm_head=None")
 
 
 def _type_at(model: nn.Module, name: str) -> str:
@@ -139,24 +158,27 @@ def _matches(name: str, skip: str) -> bool:
 def _check_skip_names(model: nn.Module, config: FastpathConfig) -> None:
     names = [name for name, _ in model.named_modules()]
     for skip in config.skip_modules:
-        if skip not in FastpathConfig().skip_modules and not any(_matches(name, skip) for name in names):
+        if not any(_matches(name, skip) for name in names):
             raise ValueError(f"FastpathConfig.skip_modules: {skip!r} matches no module of {type(model).__name__}")
 
 
 def _plan_one(
-    name: str, module: nn.Linear, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig
+    name: str, module: nn.Linear, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig, head: str
 ) -> LinearPlan:
     reason = ""
     shared = owners.get(id(module.weight), [name])
-    if config.weights is None:
-        reason = "weights=None"
-    elif any(_matches(name, skip) for skip in config.skip_modules):
+    tied = name == head and len(shared) == 2
+    if any(_matches(name, skip) for skip in config.skip_modules):
         reason = "in skip_modules"
+    elif name == head and config.lm_head is None:
+        reason = "lm_head=None"
+    elif name != head and config.weights is None:
+        reason = "weights=None"
     elif name not in targets:
         reason = "not in the recipe"
     elif type(module) is not nn.Linear:
         reason = f"is a {_type_name(module)}, not a plain Linear"
-    elif len(shared) > 1:
+    elif len(shared) > 1 and not tied:
         reason = f"shares its weight with {next(other for other in shared if other != name)}"
     elif type(module.weight) is not nn.Parameter:
         reason = f"its weight is a {_type_name(module.weight)}, not a plain parameter"
@@ -175,7 +197,7 @@ def _plan_one(
             f"{name}: in_features {module.in_features} is not a multiple of any int4 group size ({sizes}); "
             f"add {name.split('.')[-1]!r} to skip_modules to leave it in full precision"
         )
-    return LinearPlan(name, group_size, "")
+    return LinearPlan(name, group_size, "", tied)
 
 
 def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:

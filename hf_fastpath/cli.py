@@ -25,6 +25,7 @@ Prompt = Annotated[str | None, typer.Option("--prompt", help="What to ask the mo
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32.")]
 Weights = Annotated[str, typer.Option("--weights", help="w4a16 or none.")]
+Head = Annotated[str, typer.Option("--lm-head", help="int4 or none.")]
 KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, static or none.")]
 GroupSize = Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 128, 64 or 32.")]
 ZeroPoints = Annotated[bool, typer.Option("--zero-points/--no-zero-points", help="Asymmetric int4.")]
@@ -37,10 +38,12 @@ MaxWindows = Annotated[int, typer.Option("--max-windows", help="Windows to measu
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
 
 
-def _config(weights: str, kv_cache: str, group_size: int, zero_points: bool, search: str | None) -> FastpathConfig:
+def _config(
+    weights: str, lm_head: str, kv_cache: str, group_size: int, zero_points: bool, search: str | None
+) -> FastpathConfig:
     fields: dict[str, Any] = {"group_size": group_size, "zero_points": zero_points}
-    fields["weights"] = None if weights.lower() == "none" else weights
-    fields["kv_cache"] = None if kv_cache.lower() == "none" else kv_cache
+    for name, value in (("weights", weights), ("lm_head", lm_head), ("kv_cache", kv_cache)):
+        fields[name] = None if value.lower() == "none" else value
     if search is not None:
         fields["scale_search"] = search
     return FastpathConfig(**fields)
@@ -59,6 +62,7 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "bf16",
     weights: Weights = "w4a16",
+    lm_head: Head = "none",
     kv_cache: KVCache = "int8",
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
@@ -71,7 +75,7 @@ def demo(
     """Stock against patched on a real model: speed, memory, perplexity, and a generation to read."""
     from hf_fastpath.eval import demo as job
 
-    config = _config(weights, kv_cache, group_size, zero_points, scale_search)
+    config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
     speed: dict[str, Any] = {"prompt": prompt or job.PROMPT, "new_tokens": max_new_tokens}
     request = job.Request(config, model, device, dtype, **speed, **_text_options(text, window, max_windows), json=json)
     job.run(request, Console())
@@ -86,6 +90,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "bf16",
     weights: Weights = "w4a16",
+    lm_head: Head = "none",
     kv_cache: KVCache = "int8",
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
@@ -95,7 +100,7 @@ def evaluate(
     """Perplexity of a text, stock against patched, with the quantized cache in the loop."""
     from hf_fastpath.eval import demo as job
 
-    config = _config(weights, kv_cache, group_size, zero_points, scale_search)
+    config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
     options = _text_options(text, window, max_windows)
     request = job.Request(config, model, device, dtype, new_tokens=0, **options, json=json)
     job.run(request, Console())
@@ -113,6 +118,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "bf16",
     weights: Weights = "w4a16",
+    lm_head: Head = "none",
     kv_cache: KVCache = "int8",
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
@@ -126,7 +132,7 @@ def generate(
     from hf_fastpath.eval import demo as job
 
     console = Console()
-    config = _config(weights, kv_cache, group_size, zero_points, scale_search)
+    config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
     loaded = job.load_with_status(model, device, dtype, console)
     patch_model(loaded.model, config, progress=console.is_terminal)
     if report:

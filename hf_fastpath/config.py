@@ -17,6 +17,12 @@ class WeightFormat(enum.Enum):
     W4A16 = "w4a16"
 
 
+class HeadFormat(enum.Enum):
+    """How the weights of the language-model head are stored."""
+
+    INT4 = "int4"
+
+
 class KVFormat(enum.Enum):
     """How the KV cache that ``generate()`` makes by default is stored."""
 
@@ -59,8 +65,10 @@ class FastpathConfig:
             ``"mse"`` minimizes the error of the weights alone; ``"absmax"`` is plain rounding to the largest value.
         kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
             precision, preallocated), or None for transformers' own DynamicCache.
+        lm_head: ``"int4"`` packs the language-model head too, like the other layers; None leaves it. A head that is
+            tied to the embeddings is untied for it: the embeddings stay as they are.
         skip_modules: names of linear layers to leave alone, matched against each dotted component of a module's name
-            (``"lm_head"``, ``"down_proj"``) or a whole dotted name.
+            (``"down_proj"``) or a whole dotted name.
         keep_original: keep the original float weights on the CPU, so that ``unpatch_model`` restores them exactly.
         progress: show a progress bar while quantizing.
     """
@@ -70,7 +78,8 @@ class FastpathConfig:
     zero_points: bool = True
     scale_search: ScaleSearch = ScaleSearch.ACTIVATION
     kv_cache: KVFormat | None = KVFormat.INT8
-    skip_modules: tuple[str, ...] = ("lm_head",)
+    lm_head: HeadFormat | None = None
+    skip_modules: tuple[str, ...] = ()
     keep_original: bool = False
     progress: bool = True
 
@@ -79,6 +88,7 @@ class FastpathConfig:
             "weights": _parse_enum("weights", self.weights, WeightFormat, optional=True),
             "scale_search": _parse_enum("scale_search", self.scale_search, ScaleSearch, optional=False),
             "kv_cache": _parse_enum("kv_cache", self.kv_cache, KVFormat, optional=True),
+            "lm_head": _parse_enum("lm_head", self.lm_head, HeadFormat, optional=True),
             "skip_modules": self._parse_skip_modules(),
         }
         for field, value in parse.items():
@@ -104,7 +114,7 @@ class FastpathConfig:
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"FastpathConfig.skip_modules={names!r}: allowed is a list or tuple of module names, "
-                'such as ("lm_head", "down_proj")'
+                'such as ("down_proj", "model.layers.0")'
             )
         return tuple(names)
 

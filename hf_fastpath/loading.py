@@ -67,6 +67,9 @@ class LayerStream:
         for names in self.missing:
             names.clear()
         self._pack_complete_layers()
+        for name, plan in self.plans.items():
+            if not name.startswith(self.prefix):
+                replace_linear(self.model, plan, self.state, self.walk.run_head() if self.walk else None)
 
     def _pack_complete_layers(self) -> None:
         if self.model.get_input_embeddings().weight.is_meta:

@@ -20,6 +20,7 @@ from hf_fastpath.report import FastpathReport, module_bytes
 from hf_fastpath.runtime import require_device
 from hf_fastpath.saving import forget_quantization
 from hf_fastpath.steps import STATE, PatchState, finish_patch, replace_linear
+from hf_fastpath.tying import tie_again
 
 
 def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = None, **overrides: Any) -> Any:
@@ -97,11 +98,15 @@ def _restore(model: Any, state: PatchState) -> None:
         packed = model.get_submodule(name)
         if original is None:
             restored = _plain_linear(packed, model.dtype)
+        elif state.tie and state.tie.name == name:
+            restored = original
         else:
             restored = original.to(device=packed.scales.device)
             if model.dtype != state.dtype:
                 restored.to(dtype=model.dtype)
         model.set_submodule(name, restored.train(packed.training))
+    if state.tie:
+        tie_again(model, state.tie)
     if model.config._attn_implementation == ATTENTION_NAME and state.attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(state.attn_implementation)
     for name in ("_prepare_cache_for_generation", "save_pretrained", STATE):

@@ -19,6 +19,7 @@ from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import quantize_int4
 from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
 from hf_fastpath.saving import save_packed
+from hf_fastpath.tying import Tie, untie
 
 STATE = "_fastpath"
 
@@ -33,6 +34,7 @@ class PatchState:
     attn_implementation: str | None
     replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
     report: FastpathReport
+    tie: Tie | None = None  # of a head that is packed now
 
     @classmethod
     def new(cls, model: Any, config: FastpathConfig, recipe: Recipe) -> PatchState:
@@ -53,7 +55,11 @@ def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: 
     )
     packed = W4A16Linear.from_quantized(quantized, original.bias)
     packed.train(original.training)
-    kept = original.to("cpu") if config.keep_original else None
+    if plan.tied:  # the embeddings keep its weight in memory
+        kept = original
+        state.tie = untie(model, plan.name)
+    else:
+        kept = original.to("cpu") if config.keep_original else None
     model.set_submodule(plan.name, packed)
     state.replaced[plan.name] = kept
 

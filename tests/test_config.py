@@ -32,6 +32,7 @@ def test_strings_and_enums_are_the_same() -> None:
         ("group_size", True, "128, 64, 32"),
         ("zero_points", 1, "True, False"),
         ("keep_original", "yes", "True, False"),
+        ("lm_head", "int2", "'int4'"),
         ("skip_modules", "lm_head", "list or tuple"),
         ("skip_modules", [1], "list or tuple"),
         ("skip_modules", None, "list or tuple"),
