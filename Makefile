@@ -9,7 +9,7 @@ ARGS   ?=
 # OpenMP threads that wait by spinning for long starve whatever else runs on the same few cores, each other too.
 export GOMP_SPINCOUNT ?= 1000
 
-CUDA_SOURCES = $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+CUDA_SOURCES = $(shell find csrc tests/cuda_emulator -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 # The package in the shape that an install gives it, made of links, for what must work without an install.
 PACKAGE := build/package/hf_fastpath
 

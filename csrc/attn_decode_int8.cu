@@ -13,8 +13,9 @@
 #include <algorithm>
 
 #include "common/dequant.cuh"
+#include "common/launch.cuh"
 #include "common/memory.cuh"
-#include "common/mma.cuh"
+#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "kernels.h"
 
@@ -384,11 +385,9 @@ int64_t split_tokens(int64_t length) {
 template <typename T, int kPaddedDim>
 cudaError_t launch(const SplitParams& p, cudaStream_t stream) {
   const dim3 grid(p.splits, p.a.kv_heads * p.groups, p.a.batch);
-  attn_decode_int8_kernel<T, kPaddedDim><<<grid, kThreads, 0, stream>>>(p);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error = launch_kernel(attn_decode_int8_kernel<T, kPaddedDim>, grid, kThreads, stream, p);
   if (error != cudaSuccess || p.splits == 1) return error;
-  attn_combine_kernel<T><<<p.a.batch * p.a.heads, (p.a.dim + 31) / 32 * 32, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(attn_combine_kernel<T>, p.a.batch * p.a.heads, (p.a.dim + 31) / 32 * 32, stream, p);
 }
 
 template <typename T>

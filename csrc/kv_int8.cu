@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/dtype.cuh"
+#include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "common/reduce.cuh"
 #include "kernels.h"
@@ -92,11 +93,9 @@ cudaError_t launch_append(const KvAppendArgs& a, cudaStream_t stream) {
   const int64_t rows = static_cast<int64_t>(a.batch) * a.heads * a.tokens;
   const dim3 grid(static_cast<unsigned>((rows + kThreads / 32 - 1) / (kThreads / 32)), 2);
   if (can_vectorize(a.sides[0], a.dim) && can_vectorize(a.sides[1], a.dim)) {
-    kv_int8_append_kernel<T, true><<<grid, kThreads, 0, stream>>>(a);
-  } else {
-    kv_int8_append_kernel<T, false><<<grid, kThreads, 0, stream>>>(a);
+    return launch_kernel(kv_int8_append_kernel<T, true>, grid, kThreads, stream, a);
   }
-  return cudaGetLastError();
+  return launch_kernel(kv_int8_append_kernel<T, false>, grid, kThreads, stream, a);
 }
 
 // blockIdx.y walks the (batch, head) pairs, threads the length * dim elements of a pair, kPer of one token at a time.
@@ -132,8 +131,7 @@ cudaError_t launch_dequantize(const KvDequantizeArgs& a, cudaStream_t stream) {
   const int64_t chunks = a.length * (a.dim / kPer);
   const dim3 grid(static_cast<unsigned>((chunks + kThreads - 1) / kThreads),
                   static_cast<unsigned>(std::min<int64_t>(a.pairs, 65535)));
-  kv_int8_dequantize_kernel<T, kPer><<<grid, kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(kv_int8_dequantize_kernel<T, kPer>, grid, kThreads, stream, a);
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 // its product with the scale is rounded once. One warp a tile of 16 rows by 64 columns; a lane's nibbles are four runs
 // of 8 columns, so it reads 16 bytes once and stores 16 bytes four times.
 #include "common/dequant.cuh"
+#include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "kernels.h"
 
@@ -70,8 +71,8 @@ cudaError_t launch(const W4A16DequantizeArgs& a, cudaStream_t stream) {
                     (a.n + 15) / 16,
                     (a.k + 63) / 64};
   const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.col_tiles;
-  w4a16_dequantize_kernel<T><<<static_cast<unsigned>((tiles + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(w4a16_dequantize_kernel<T>, static_cast<unsigned>((tiles + kWarps - 1) / kWarps), 32 * kWarps,
+                       stream, p);
 }
 
 }  // namespace

@@ -10,8 +10,9 @@
 #include <algorithm>
 
 #include "common/dequant.cuh"
+#include "common/launch.cuh"
 #include "common/memory.cuh"
-#include "common/mma.cuh"
+#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "kernels.h"
 
@@ -259,8 +260,7 @@ template <typename T, int kGroup, bool kZeros, int kColTiles, bool kAligned>
 cudaError_t launch(const Params<T>& p, int sm_count, cudaStream_t stream) {
   const int blocks = (p.row_tiles + kColTiles - 1) / kColTiles;
   const int grid = std::min(blocks, kCtasPerSm * sm_count);
-  w4a16_linear_kernel<T, kGroup, kZeros, kColTiles, kAligned><<<grid, kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(w4a16_linear_kernel<T, kGroup, kZeros, kColTiles, kAligned>, grid, kThreads, stream, p);
 }
 
 template <typename T, int kGroup, bool kZeros, int kColTiles>

@@ -3,20 +3,9 @@
 #pragma once
 
 #include "dtype.cuh"
+#include "ptx.cuh"
 
 namespace hf_fastpath {
-
-// (a & mask) | bits and (a & mask) ^ bits, one instruction each.
-__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
-  return d;
-}
-__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t bits) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
-  return d;
-}
 
 template <typename Pair>
 __device__ __forceinline__ Pair as_pair(uint32_t bits) {

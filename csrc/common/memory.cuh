@@ -1,24 +1,13 @@
 // Loads and stores of 16 bytes and less.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace hf_fastpath {
-
-// For data read once: it does not displace the activations in L1.
-__device__ __forceinline__ uint4 load_once16(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ uint2 load_once8(const void* p) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-  return v;
-}
 
 // Eight 16-bit values, 16-byte aligned (kAligned) or aligned to 2 bytes only.
 template <bool kAligned>

@@ -1,16 +1,11 @@
 // Warp reductions. Butterfly order: every lane ends with the same bits, in every run.
 #pragma once
 
+#include "ptx.cuh"
+
 namespace hf_fastpath {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-
-// The maximum that keeps a NaN, as torch.amax does.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float d;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
 
 __device__ __forceinline__ float warp_max_nan(float v) {
 #pragma unroll

@@ -1,104 +1,22 @@
-"""Inputs, exact results and error bounds that the GPU tests share."""
+"""tests/kernel_cases.py on the GPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
+import kernel_cases
 import torch
+from kernel_cases import Target
 
-from hf_fastpath import packing
-from hf_fastpath.ops import w4a16_dequantize, w4a16_linear
+from hf_fastpath import ops
 
 DEVICE = "cuda"
-DTYPES = (torch.float16, torch.bfloat16)
-# Largest relative error of one rounding (half a unit in the last place: 11 and 8 significant bits).
-ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-SMALLEST = 2.0**-25  # half of fp16's smallest subnormal
-# Tensor cores truncate where they add: one bit more than fp32's 2^-24, and one for the alignment of the products.
-ACCUMULATION = 2.0**-22
+GPU = Target(DEVICE, ops)
 
-
-def generator(*seed: int) -> torch.Generator:
-    """A generator of its own for every case, on the CPU so that inputs are the same on every machine."""
-    value = 17
-    for part in seed:
-        value = value * 1_000_003 + part
-    return torch.Generator().manual_seed(value % 2**63)
+make_weight = partial(kernel_cases.make_weight, GPU)
+make_attention = partial(kernel_cases.make_attention, GPU)
+poison = partial(kernel_cases.poison, device=DEVICE)
 
 
 def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=rng).to(dtype).to(DEVICE)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A packed weight and what it stands for, exactly, in float64."""
-
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    exact: torch.Tensor
-    group: int
-
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return w4a16_linear(x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group)
-
-    def dequantize(self) -> torch.Tensor:
-        n, k = self.exact.shape
-        return w4a16_dequantize(self.qweight, self.scales, self.zeros, k, n, self.group)
-
-    def dequantize_on_cpu(self) -> torch.Tensor:
-        n, k = self.exact.shape
-        zeros = None if self.zeros is None else self.zeros.cpu()
-        return w4a16_dequantize(self.qweight.cpu(), self.scales.cpu(), zeros, k, n, self.group)
-
-    def row_tiles(self, start: int, stop: int, rows: int) -> Weight:
-        """The view of some 16-row tiles, of which ``rows`` rows count."""
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        exact = self.exact[16 * start : 16 * start + rows]
-        return Weight(self.qweight[start:stop], self.scales[start:stop], zeros, exact, self.group)
-
-
-def make_weight(
-    rng: torch.Generator, n: int, k: int, group: int, dtype: torch.dtype, *, with_zeros: bool = False
-) -> Weight:
-    q = torch.randint(0, 16, (n, k), generator=rng)
-    scales = ((torch.rand(n, k // group, generator=rng) + 0.5) / 50).to(dtype)
-    zeros = torch.randint(0, 16, (n, k // group), generator=rng, dtype=torch.uint8) if with_zeros else None
-    shift = zeros.double() if zeros is not None else torch.full((n, k // group), 8.0, dtype=torch.float64)
-    exact = (q.double().view(n, -1, group) - shift.unsqueeze(-1)) * scales.double().unsqueeze(-1)
-    return Weight(
-        packing.pack_int4(q).to(DEVICE),
-        packing.pack_per_group(scales, 0.0).to(DEVICE),
-        None if zeros is None else packing.pack_per_group(zeros, packing.SYMMETRIC_ZERO).to(DEVICE),
-        exact.view(n, k).to(DEVICE),
-        group,
-    )
-
-
-def poison(*shape: int, dtype: torch.dtype) -> None:
-    """Leaves NaN in the memory that torch will most likely hand out next for this shape: unwritten elements show."""
-    del_me = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    del del_me
-
-
-def shifted(x: torch.Tensor, *, offset: int = 1, extra: int = 3) -> torch.Tensor:
-    """The same matrix at an odd element offset with a larger row stride, NaN around it."""
-    rows, cols = x.shape
-    buffer = torch.full((rows * (cols + extra) + offset + extra,), float("nan"), dtype=x.dtype, device=x.device)
-    view = buffer.as_strided((rows, cols), (cols + extra, 1), offset)
-    view.copy_(x)
-    return view
-
-
-def assert_within(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
-    """Every element of out within its bound of the exact value; a NaN never is."""
-    error = (out.double() - exact).abs()
-    bad = ~(error <= bound)
-    if bad.any():
-        worst = int(torch.where(error.isnan(), torch.inf, error - bound).argmax())
-        raise AssertionError(
-            f"{int(bad.sum())} of {out.numel()} elements beyond their bound; worst at flat index {worst}: "
-            f"{float(out.flatten()[worst])} instead of {float(exact.flatten()[worst])}, "
-            f"bound {float(bound.flatten()[worst])}"
-        )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-
 import pytest
 import torch
-from gpu_common import ACCUMULATION, DEVICE, DTYPES, ROUNDING, assert_within, generator, poison, randn
+from gpu_common import DEVICE, GPU, make_attention, randn
+from kernel_cases import DTYPES, Attention, generator, masks
 
 from hf_fastpath.ops import attn_decode_int8, kv_int8_append
 
@@ -16,98 +14,12 @@ pytestmark = pytest.mark.gpu
 LENGTHS = [1, 2, 63, 64, 65, 255, 256, 1000, 4097]
 
 
-@dataclass
-class Case:
-    query: torch.Tensor
-    k_data: torch.Tensor
-    k_scale: torch.Tensor
-    v_data: torch.Tensor
-    v_scale: torch.Tensor
-    length: int
-    mask: torch.Tensor | None = None
-    scaling: float = 0.125
-
-    def run(self) -> torch.Tensor:
-        poison(*self.query.shape, dtype=self.query.dtype)
-        cache = self.k_data, self.k_scale, self.v_data, self.v_scale
-        return attn_decode_int8(self.query, *cache, mask=self.mask, length=self.length, scaling=self.scaling)
-
-    def rows(self, rows: slice) -> Case:
-        part = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(part, name, value[rows].contiguous())
-        return part
-
-    def check(self, out: torch.Tensor) -> None:
-        """Against float64, element by element and as a whole.
-
-        A weight is rounded to fp16 once (2^-11 of itself; below fp16's range 2^-25 of the largest), the score it comes
-        from is off by the accumulation of its products, and the sum over tokens by as many steps as a warp takes.
-        """
-        exact, magnitude, largest, score_error = self.float64()
-        steps = min(self.length, 2048) / 64 + 80
-        relative = 2.0**-11 + steps * ACCUMULATION + score_error
-        rounding = ROUNDING[out.dtype]
-        bound = relative * magnitude + 2.0**-25 * largest * self.length + 1.01 * rounding * exact.abs() + 1e-7
-        assert_within(out, exact, bound)
-        # Single errors are independent, so they must not add up: the whole stays within one rounding.
-        error = (out.double() - exact).norm() / exact.norm().clamp_min(1e-30)
-        assert error <= rounding + float(score_error.max()), f"relative error {float(error)}"
-
-    def float64(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The result; sum of weight * |value|; the largest weight * |value|; a bound of the weights' relative error."""
-        heads, dim = self.query.shape[1:]
-        ratio = heads // self.k_data.shape[1]
-        k, v = (
-            (data[:, :, : self.length].double() * scale[:, :, : self.length, None].double()).repeat_interleave(ratio, 1)
-            for data, scale in ((self.k_data, self.k_scale), (self.v_data, self.v_scale))
-        )
-        q = self.query.double().unsqueeze(2) * self.scaling
-        scores = (q @ k.mT).squeeze(2)
-        score_error = (q.abs() @ k.abs().mT).squeeze(2).amax(-1) * (dim / 16 + 8) * ACCUMULATION
-        if self.mask is not None:
-            scores = scores.masked_fill(~self.mask[:, None, : self.length], float("-inf"))
-        weights = scores.softmax(-1).nan_to_num(0.0).unsqueeze(2)
-        result = (weights @ v).squeeze(2)
-        magnitude = (weights @ v.abs()).squeeze(2)
-        largest = (weights.mT * v.abs()).amax(2).amax(-1)[..., None].expand_as(result)
-        return result, magnitude, largest, score_error[..., None]
-
-
-def make_case(
-    rng: torch.Generator,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    length: int,
-    dtype: torch.dtype,
-    *,
-    extra: int = 5,
-    sharpness: float = 1.0,
-) -> Case:
-    """Random integers and scales; beyond ``length`` 127 and NaN, which must not reach the result."""
-    shape = (batch, kv_heads, length + extra)
-
-    def side(size: float) -> tuple[torch.Tensor, torch.Tensor]:
-        data = torch.randint(-127, 128, (*shape, dim), generator=rng, dtype=torch.int8)
-        scale = ((torch.rand(shape, generator=rng) + 0.2) * size / 127).half()
-        data[:, :, length:], scale[:, :, length:] = 127, float("nan")
-        return data.to(DEVICE), scale.to(DEVICE)
-
-    k_data, k_scale = side(3.0)
-    v_data, v_scale = side(2.0)
-    query = (randn(rng, batch, heads, dim) * sharpness).to(dtype)
-    return Case(query, k_data, k_scale, v_data, v_scale, length, scaling=dim**-0.5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_lengths_and_dimensions(length: int, dim: int, dtype: torch.dtype) -> None:
     for sharpness in (1.0, 6.0):
-        case = make_case(generator(length, dim), 2, 8, 2, dim, length, dtype, sharpness=sharpness)
+        case = make_attention(generator(length, dim), 2, 8, 2, dim, length, dtype, sharpness=sharpness)
         case.check(case.run())
 
 
@@ -117,26 +29,15 @@ def test_lengths_and_dimensions(length: int, dim: int, dtype: torch.dtype) -> No
 )
 @pytest.mark.parametrize("length", [33, 1500])
 def test_ratios_of_heads(length: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    case = make_case(generator(heads, kv_heads, length), 3, heads, kv_heads, 64, length, dtype)
+    case = make_attention(generator(heads, kv_heads, length), 3, heads, kv_heads, 64, length, dtype)
     case.check(case.run())
-
-
-def masks(rng: torch.Generator, batch: int, length: int) -> torch.Tensor:
-    """Row 0 sees all, row 1 is left-padded, row 2 has holes, row 3 sees nothing, row 4 only its last token."""
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    mask[1, : length - max(1, length // 3)] = False
-    mask[2] = torch.rand(length, generator=rng) < 0.5
-    mask[2, -1] = True
-    mask[3] = False
-    mask[4, :-1] = False
-    return mask
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_masks(length: int, dtype: torch.dtype) -> None:
     rng = generator(length, 2)
-    case = make_case(rng, 5, 8, 2, 128, length, dtype)
+    case = make_attention(rng, 5, 8, 2, 128, length, dtype)
     wide = torch.ones(5, length + 9, dtype=torch.bool, device=DEVICE)  # a row stride that is not the length
     wide[:, :length] = masks(rng, 5, length).to(DEVICE)
     for mask in (wide, wide[:, :length]):
@@ -147,7 +48,7 @@ def test_masks(length: int, dtype: torch.dtype) -> None:
 
 
 def test_a_mask_of_all_true_changes_no_bit() -> None:
-    case = make_case(generator(3), 2, 8, 2, 128, 777, torch.bfloat16)
+    case = make_attention(generator(3), 2, 8, 2, 128, 777, torch.bfloat16)
     plain = case.run()
     case.mask = torch.ones(2, 777, dtype=torch.bool, device=DEVICE)
     assert torch.equal(case.run(), plain)
@@ -155,7 +56,7 @@ def test_a_mask_of_all_true_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("length", [40, 1000, 4097])
 def test_a_rows_bits_do_not_depend_on_its_batch(length: int) -> None:
-    case = make_case(generator(length, 4), 9, 12, 4, 128, length, torch.bfloat16)
+    case = make_attention(generator(length, 4), 9, 12, 4, 128, length, torch.bfloat16)
     full = case.run()
     assert torch.equal(full, case.run())  # nor on the run
     for rows in (slice(0, 1), slice(4, 5), slice(3, 9)):
@@ -165,7 +66,7 @@ def test_a_rows_bits_do_not_depend_on_its_batch(length: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scales_that_differ_widely(dtype: torch.dtype) -> None:
     """An attention sink: the token with most of the weight has values a thousand times smaller than the others."""
-    case = make_case(generator(5), 2, 8, 2, 128, 300, dtype)
+    case = make_attention(generator(5), 2, 8, 2, 128, 300, dtype)
     case.v_scale[:, :, 0] *= 1e-3
     case.k_data[:, :, 0] = 127 * case.query[:, ::4].sign().to(torch.int8)
     case.check(case.run())
@@ -174,7 +75,7 @@ def test_scales_that_differ_widely(dtype: torch.dtype) -> None:
 
 
 def test_a_query_that_starts_anywhere_gives_the_same_bits() -> None:
-    case = make_case(generator(11), 2, 8, 2, 80, 300, torch.bfloat16)
+    case = make_attention(generator(11), 2, 8, 2, 80, 300, torch.bfloat16)
     expected = case.run()
     buffer = torch.zeros(case.query.numel() + 1, dtype=torch.bfloat16, device=DEVICE)
     case.query = buffer[1:].view(case.query.shape).copy_(case.query)
@@ -183,14 +84,14 @@ def test_a_query_that_starts_anywhere_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e4])
 def test_queries_of_any_size(size: float) -> None:
-    case = make_case(generator(6), 2, 8, 2, 128, 300, torch.bfloat16)
+    case = make_attention(generator(6), 2, 8, 2, 128, 300, torch.bfloat16)
     case.query, case.scaling = case.query * size, case.scaling / size
     case.check(case.run())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_comparison_sees_one_wrong_value(dtype: torch.dtype) -> None:
-    case = make_case(generator(7), 1, 4, 1, 128, 65, dtype)
+    case = make_attention(generator(7), 1, 4, 1, 128, 65, dtype)
     out = case.run()
     case.v_data[0, 0, 40, 77] = -case.v_data[0, 0, 40, 77] - 64
     with pytest.raises(AssertionError, match="beyond their bound"):
@@ -198,7 +99,7 @@ def test_the_comparison_sees_one_wrong_value(dtype: torch.dtype) -> None:
 
 
 def test_the_comparison_sees_a_missing_token() -> None:
-    case = make_case(generator(8), 1, 4, 1, 128, 257, torch.bfloat16)
+    case = make_attention(generator(8), 1, 4, 1, 128, 257, torch.bfloat16)
     case.length = 256
     out = case.run()
     case.length = 257
@@ -221,12 +122,12 @@ def test_offsets_beyond_32_bits() -> None:
     query = randn(rng, batch, 32, dim, dtype=torch.bfloat16) * 4
     out = attn_decode_int8(query, k_data, k_scale, v_data, v_scale, None, capacity, dim**-0.5)
     last = (k_data[1:, 7:], k_scale[1:, 7:], v_data[1:, 7:], v_scale[1:, 7:])
-    part = Case(query[1:, 28:], *last, length=capacity, scaling=dim**-0.5)
+    part = Attention(query[1:, 28:], *last, length=capacity, target=GPU, scaling=dim**-0.5)
     part.check(out[1:, 28:])
 
 
 def test_bad_arguments_are_refused_in_words() -> None:
-    case = make_case(generator(10), 2, 8, 2, 64, 20, torch.float16)
+    case = make_attention(generator(10), 2, 8, 2, 64, 20, torch.float16)
     cache = (case.k_data, case.k_scale, case.v_data, case.v_scale)
     mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
     cases: list[tuple[str, tuple[object, ...]]] = [
@@ -252,7 +153,7 @@ def test_bad_arguments_are_refused_in_words() -> None:
 
 @pytest.mark.parametrize("length", [40, 1000])
 def test_a_nan_in_a_query_is_not_hidden(length: int) -> None:
-    case = make_case(generator(13), 2, 8, 2, 64, length, torch.bfloat16)
+    case = make_attention(generator(13), 2, 8, 2, 64, length, torch.bfloat16)
     case.query[1, 3, 5] = float("nan")
     out = case.run()
     assert bool(out[1, 3].isnan().all())

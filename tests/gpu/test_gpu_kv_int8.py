@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_common import DEVICE, DTYPES, generator, randn
+from gpu_common import DEVICE, randn
+from kernel_cases import DTYPES, generator
 
 from hf_fastpath.ops import kv_int8_append, kv_int8_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append_reference

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_common import DEVICE, generator, make_weight, randn
+from gpu_common import DEVICE, make_weight, randn
+from kernel_cases import generator
 
 from hf_fastpath.ops import (
     attn_decode_int8,

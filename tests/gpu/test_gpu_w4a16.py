@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_common import (
-    ACCUMULATION,
-    DEVICE,
-    DTYPES,
-    ROUNDING,
-    SMALLEST,
-    Weight,
-    assert_within,
-    generator,
-    make_weight,
-    poison,
-    randn,
-    shifted,
-)
+from gpu_common import DEVICE, make_weight, poison, randn
+from kernel_cases import DTYPES, check_linear, generator, shifted
 
 from hf_fastpath.ops import w4a16_linear
 
@@ -36,18 +24,6 @@ SHAPES = [  # (N, K, group): odd numbers of rows, tails of K, fewer units of K t
 ]
 
 
-def check(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Against float64. A product goes through at most: a group's mma steps, a warp's groups, the warps, the bias."""
-    exact = x.double() @ weight.exact.T
-    magnitude = x.double().abs() @ weight.exact.abs().T
-    if bias is not None:
-        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    k = x.shape[1]
-    steps = weight.group // 16 + -(-k // (8 * weight.group)) + 8 + 1
-    bound = steps * ACCUMULATION * magnitude + ROUNDING[out.dtype] * exact.abs() * 1.01 + SMALLEST
-    assert_within(out, exact, bound)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_zeros", [False, True], ids=["symmetric", "zeros"])
 @pytest.mark.parametrize(("n", "k", "group"), SHAPES)
@@ -57,7 +33,7 @@ def test_linear_for_every_number_of_rows(n: int, k: int, group: int, with_zeros:
     bias = randn(rng, n, dtype=dtype) if with_zeros else None
     x = randn(rng, 16, k, dtype=dtype)
     full = weight.linear(x, bias)
-    check(x, weight, bias, full)
+    check_linear(x, weight, bias, full)
     for m in range(1, 17):
         poison(m, n, dtype=dtype)
         out = weight.linear(x[:m], bias)
@@ -97,7 +73,7 @@ def test_linear_gives_the_same_bits_every_time() -> None:
     for m in (1, 16):
         x = randn(rng, m, 4096, dtype=torch.bfloat16)
         first = weight.linear(x)
-        check(x, weight, None, first)
+        check_linear(x, weight, None, first)
         for _ in range(20):
             assert torch.equal(weight.linear(x), first)
 
@@ -128,7 +104,7 @@ def test_the_comparison_sees_one_flipped_nibble(dtype: torch.dtype) -> None:
     x = randn(rng, 5, 96, dtype=dtype)
     weight.qweight.view(-1)[77] ^= 8 << 12
     with pytest.raises(AssertionError, match="beyond their bound"):
-        check(x, weight, None, weight.linear(x))
+        check_linear(x, weight, None, weight.linear(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,103 @@
+// What the lanes of a warp compute together. Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16" and
+// "movmatrix"; lane l is 4 * g + t.
+#include <cstring>
+
+#include "ptx_emulated.cuh"
+
+namespace cuda_emulator {
+
+void combine_shuffle(Lanes& lanes) {
+  uint64_t values[kWarpSize];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (lanes[lane]) values[lane] = static_cast<Shuffle*>(lanes[lane])->value;
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (!lanes[lane]) continue;
+    Shuffle& shuffle = *static_cast<Shuffle*>(lanes[lane]);
+    if (shuffle.source < 0 || shuffle.source >= kWarpSize || !lanes[shuffle.source]) {
+      fault("lane " + std::to_string(lane) + " of a shuffle reads lane " + std::to_string(shuffle.source) +
+            ", which does not take part in it");
+      return;
+    }
+    shuffle.value = values[shuffle.source];
+  }
+}
+
+void combine_ballot(Lanes& lanes) {
+  uint64_t votes = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (lanes[lane]) votes |= static_cast<Shuffle*>(lanes[lane])->value << lane;
+  }
+  for (void* lane : lanes) {
+    if (lane) static_cast<Shuffle*>(lane)->value = votes;
+  }
+}
+
+void combine_any(Lanes& lanes) {
+  combine_ballot(lanes);
+  for (void* lane : lanes) {
+    if (lane) static_cast<Shuffle*>(lane)->value = static_cast<Shuffle*>(lane)->value != 0;
+  }
+}
+
+namespace {
+
+float half_to_float(uint32_t bits) {
+  __half_raw raw;
+  raw.x = static_cast<unsigned short>(bits);
+  return __half2float(raw);
+}
+float bf16_to_float(uint32_t bits) {
+  const uint32_t wide = bits << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Products of 16-bit floats are exact, and the sum of 16 of them and c is rounded once. (PTX leaves the rounding open:
+// "at least single precision".)
+template <float (*kToFloat)(uint32_t)>
+void combine_mma(Lanes& lanes) {
+  float a[16][16], b[16][8];
+  for (int l = 0; l < kWarpSize; ++l) {
+    const MmaLane& lane = *static_cast<const MmaLane*>(lanes[l]);
+    const int g = l / 4, t = l % 4;
+    for (int h = 0; h < 2; ++h) {  // the low and the high half of a register
+      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][2 * t + h + 8 * (i / 2)] = kToFloat(lane.a[i] >> 16 * h & 0xffff);
+      for (int i = 0; i < 2; ++i) b[2 * t + h + 8 * i][g] = kToFloat(lane.b[i] >> 16 * h & 0xffff);
+    }
+  }
+  for (int l = 0; l < kWarpSize; ++l) {
+    const MmaLane& lane = *static_cast<const MmaLane*>(lanes[l]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
+      double sum = lane.c[i];
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+      lane.c[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+void combine_mma_fp16(Lanes& lanes) {
+  combine_mma<half_to_float>(lanes);
+}
+void combine_mma_bf16(Lanes& lanes) {
+  combine_mma<bf16_to_float>(lanes);
+}
+
+void combine_transpose(Lanes& lanes) {
+  uint32_t rows[8][8];
+  for (int l = 0; l < kWarpSize; ++l) {
+    const uint32_t pair = *static_cast<uint32_t*>(lanes[l]);
+    rows[l / 4][2 * (l % 4)] = pair & 0xffff;
+    rows[l / 4][2 * (l % 4) + 1] = pair >> 16;
+  }
+  for (int l = 0; l < kWarpSize; ++l) {
+    const int row = l / 4, column = 2 * (l % 4);
+    *static_cast<uint32_t*>(lanes[l]) = rows[column][row] | rows[column + 1][row] << 16;
+  }
+}
+
+}  // namespace cuda_emulator

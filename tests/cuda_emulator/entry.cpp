@@ -1,0 +1,59 @@
+// The kernels' launchers with C linkage, for ctypes: the fields of each Args struct in their order, then the dtype
+// (1: bfloat16, 0: float16). They return the cudaError_t.
+#include "kernels.h"
+
+using namespace hf_fastpath;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+Dtype dtype_of(int bfloat16) {
+  return bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
+}
+}  // namespace
+
+EXPORT int emulated_w4a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
+                                 const uint8_t* zeros, const void* bias, void* y, int m, int n, int k, int group_size,
+                                 int bfloat16, int sm_count) {
+  const W4A16LinearArgs args{x, x_row_stride, qweight, scales, zeros, bias, y, m, n, k, group_size};
+  return launch_w4a16_linear(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+EXPORT int emulated_w4a16_dequantize(const void* qweight, const void* scales, const uint8_t* zeros, void* out, int n,
+                                     int k, int group_size, int bfloat16) {
+  return launch_w4a16_dequantize({qweight, scales, zeros, out, n, k, group_size}, dtype_of(bfloat16), nullptr);
+}
+
+// One side of an append: input, its three strides, data, scale.
+EXPORT int emulated_kv_int8_append(const void* key, int64_t key_batch, int64_t key_head, int64_t key_token,
+                                   int8_t* k_data, void* k_scale, const void* value, int64_t value_batch,
+                                   int64_t value_head, int64_t value_token, int8_t* v_data, void* v_scale, int batch,
+                                   int heads, int tokens, int dim, int64_t capacity, int64_t start, int bfloat16) {
+  const KvAppendArgs args{{{key, key_batch, key_head, key_token, k_data, k_scale},
+                           {value, value_batch, value_head, value_token, v_data, v_scale}},
+                          batch,
+                          heads,
+                          tokens,
+                          dim,
+                          capacity,
+                          start};
+  return launch_kv_int8_append(args, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int emulated_kv_int8_dequantize(const int8_t* data, const void* scale, void* out, int64_t pairs,
+                                       int64_t capacity, int64_t length, int dim, int bfloat16) {
+  return launch_kv_int8_dequantize({data, scale, out, pairs, capacity, length, dim}, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int64_t emulated_attn_decode_scratch_floats(int64_t batch, int64_t heads, int64_t dim, int64_t length) {
+  return attn_decode_scratch_floats(batch, heads, dim, length);
+}
+
+EXPORT int emulated_attn_decode_int8(const void* query, const int8_t* k_data, const void* k_scale, const int8_t* v_data,
+                                     const void* v_scale, const uint8_t* mask, int64_t mask_row_stride, void* out,
+                                     float* scratch, int batch, int heads, int kv_heads, int dim, int64_t capacity,
+                                     int64_t length, float scaling, int bfloat16) {
+  const AttnDecodeArgs args{query,   k_data, k_scale, v_data,   v_scale, mask,     mask_row_stride, out,
+                            scratch, batch,  heads,   kv_heads, dim,     capacity, length,          scaling};
+  return launch_attn_decode_int8(args, dtype_of(bfloat16), nullptr);
+}

@@ -1,0 +1,269 @@
+// What -fsanitize=thread and -fsanitize=bounds,... call, answered with our own checks instead of the compilers' runtime
+// libraries. Of every load and store of a kernel: it lies inside a buffer that the kernel may know, is aligned, does
+// not read what nobody wrote, does not write what is read-only, and does not race. Two accesses of the same byte, one
+// of them a write, race unless a barrier lies between them that both threads took part in; threads of different CTAs
+// have none.
+#include <link.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "emulator.h"
+
+namespace cuda_emulator {
+namespace {
+
+// One or several accesses that are not ordered among each other: kSeveral where they differ in thread, warp or CTA.
+constexpr int64_t kNone = -1, kSeveral = -2;
+
+struct Access {
+  int64_t cta = kNone;
+  int32_t thread = 0, warp = 0;
+  uint32_t barriers = 0, warp_barriers = 0;
+};
+
+struct Byte {
+  Access read, write;
+  bool defined = false;
+};
+
+struct Region {
+  std::string name;
+  uintptr_t begin, end;
+  bool writable;
+  bool used;
+  std::vector<Byte> bytes;  // of writable regions
+};
+
+std::vector<Region> buffers, shared;
+Region params{"the kernel's parameters", 0, 0, false, false, {}};
+uintptr_t image_begin, image_end;
+
+Access this_access() {
+  const Current& now = current();
+  return {now.cta, now.thread, now.thread / kWarpSize, now.barriers, now.warp_barriers};
+}
+
+bool ordered(const Access& before, const Access& now) {
+  if (before.cta == kNone) return true;
+  if (before.cta != now.cta) return false;
+  if (before.thread == now.thread || before.barriers < now.barriers) return true;
+  return before.warp == now.warp && before.warp_barriers < now.warp_barriers;
+}
+
+void merge(Access& reads, const Access& now) {
+  if (ordered(reads, now)) {
+    reads = now;
+    return;
+  }
+  if (reads.cta != now.cta) reads.cta = kSeveral;
+  if (reads.thread != now.thread) reads.thread = kSeveral;
+  if (reads.warp != now.warp) reads.warp = kSeveral;
+  reads.barriers = now.barriers;
+  reads.warp_barriers = std::max(reads.warp_barriers, now.warp_barriers);
+}
+
+std::string who(const Access& access) {
+  if (access.cta == kSeveral) return "threads of several CTAs";
+  if (access.thread == kSeveral) return "several threads of CTA " + std::to_string(access.cta);
+  return thread_name(access.cta, access.thread);
+}
+
+std::string place(const Region& region, uintptr_t address, const void* code) {
+  char text[64];
+  snprintf(text, sizeof text, " (code at %p)", static_cast<const void*>(code));
+  return "byte " + std::to_string(static_cast<int64_t>(address - region.begin)) + " of " + region.name +
+         ", which has " + std::to_string(region.end - region.begin) + text;
+}
+
+void check_bytes(Region& region, uintptr_t address, size_t size, bool write, const void* code) {
+  const Access now = this_access();
+  for (uintptr_t i = address; i < address + size; ++i) {
+    Byte& byte = region.bytes[i - region.begin];
+    if (!ordered(byte.write, now)) {
+      fault(std::string("race: ") + (write ? "writes " : "reads ") + place(region, i, code) +
+            ", without a barrier after " + who(byte.write) + " wrote it");
+    }
+    if (write && !ordered(byte.read, now)) {
+      fault("race: writes " + place(region, i, code) + ", without a barrier after " + who(byte.read) + " read it");
+    }
+    if (!write && !byte.defined) fault("reads " + place(region, i, code) + ", which nobody wrote");
+    if (write) {
+      byte.write = now;
+      byte.defined = true;
+    } else {
+      merge(byte.read, now);
+    }
+  }
+}
+
+Region* find(uintptr_t address) {
+  if (address >= params.begin && address < params.end) return &params;
+  for (Region& region : shared) {
+    if (address >= region.begin && address < region.end) return &region;
+  }
+  for (Region& region : buffers) {
+    if (address >= region.begin && address < region.end) return &region;
+  }
+  return nullptr;
+}
+
+// For the message: the buffer that a stray address was probably meant for.
+const Region* nearest(uintptr_t address) {
+  const Region* best = nullptr;
+  uintptr_t least = 1 << 20;
+  for (const auto* list : {&buffers, &shared}) {
+    for (const Region& region : *list) {
+      const uintptr_t distance = address < region.begin ? region.begin - address : address - region.end + 1;
+      if (distance < least) least = distance, best = &region;
+    }
+  }
+  return best;
+}
+
+void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code) {
+  const Current& now = current();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (!now.in_kernel || (address >= now.stack_begin && address + size <= now.stack_end)) return;
+  Region* region = find(address);
+  const std::string verb = write ? "writes " : "reads ";
+  if (!region) {
+    if (!write && address >= image_begin && address + size <= image_end) return;  // a constant
+    const Region* meant = nearest(address);
+    return fault(verb + (meant ? place(*meant, address, code) : "where no buffer is"));
+  }
+  if (address + size > region->end)
+    return fault(verb + std::to_string(size) + " bytes at " + place(*region, address, code));
+  if (address % alignment)
+    return fault(verb + std::to_string(size) + " bytes, misaligned, at " + place(*region, address, code));
+  if (write && !region->writable) return fault(verb + "the input " + place(*region, address, code));
+  region->used = true;
+  if (region->writable) check_bytes(*region, address, size, write, code);
+}
+
+void make_undefined(Region& region) {
+  memset(reinterpret_cast<void*>(region.begin), 0xff, region.end - region.begin);  // NaN, -1
+  region.bytes.assign(region.end - region.begin, Byte{});
+  region.used = false;
+}
+
+int find_image(dl_phdr_info* info, size_t, void*) {
+  const uintptr_t self = reinterpret_cast<uintptr_t>(&find_image);
+  uintptr_t begin = UINTPTR_MAX, end = 0;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& segment = info->dlpi_phdr[i];
+    if (segment.p_type != PT_LOAD) continue;
+    begin = std::min<uintptr_t>(begin, info->dlpi_addr + segment.p_vaddr);
+    end = std::max<uintptr_t>(end, info->dlpi_addr + segment.p_vaddr + segment.p_memsz);
+  }
+  if (self < begin || self >= end) return 0;
+  image_begin = begin, image_end = end;
+  return 1;
+}
+
+}  // namespace
+
+void begin_grid(const void* call, size_t bytes) {
+  params.begin = reinterpret_cast<uintptr_t>(call);
+  params.end = params.begin + bytes;
+  for (Region& region : buffers) {  // kernels of a stream run one after the other
+    for (Byte& byte : region.bytes) byte.read = byte.write = Access{};
+  }
+}
+
+void begin_cta() {
+  for (Region& region : shared) {
+    if (region.used) make_undefined(region);
+  }
+}
+
+}  // namespace cuda_emulator
+
+using cuda_emulator::fault;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Tells what the kernels may touch. An output is undefined until it is written.
+enum BufferKind { kInput, kInOut, kOutput };
+
+EXPORT void emulator_add_buffer(const char* name, void* pointer, int64_t bytes, int kind) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
+  cuda_emulator::buffers.push_back({name, begin, begin + bytes, kind != kInput, false, {}});
+  auto& region = cuda_emulator::buffers.back();
+  if (kind == kOutput) cuda_emulator::make_undefined(region);
+  if (kind == kInOut) {
+    region.bytes.resize(bytes);
+    for (auto& byte : region.bytes) byte.defined = true;
+  }
+}
+
+EXPORT void emulator_clear_buffers() {
+  cuda_emulator::buffers.clear();
+}
+
+// A variable in shared memory.
+EXPORT void emulator_add_shared(const char* name, uintptr_t address, int64_t bytes) {
+  cuda_emulator::shared.push_back({name, address, address + bytes, true, false, {}});
+  cuda_emulator::make_undefined(cuda_emulator::shared.back());
+}
+
+extern "C" {
+
+void __tsan_init() {
+  if (!cuda_emulator::image_end) dl_iterate_phdr(cuda_emulator::find_image, nullptr);
+}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+
+#define ACCESS(bytes)                                                          \
+  void __tsan_read##bytes(void* p) {                                           \
+    cuda_emulator::check(p, bytes, false, bytes, __builtin_return_address(0)); \
+  }                                                                            \
+  void __tsan_write##bytes(void* p) {                                          \
+    cuda_emulator::check(p, bytes, true, bytes, __builtin_return_address(0));  \
+  }
+#define UNALIGNED(bytes)                                                   \
+  void __tsan_unaligned_read##bytes(void* p) {                             \
+    cuda_emulator::check(p, bytes, false, 1, __builtin_return_address(0)); \
+  }                                                                        \
+  void __tsan_unaligned_write##bytes(void* p) {                            \
+    cuda_emulator::check(p, bytes, true, 1, __builtin_return_address(0));  \
+  }
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+UNALIGNED(2)
+UNALIGNED(4)
+UNALIGNED(8)
+UNALIGNED(16)
+void __tsan_read_range(void* p, uintptr_t bytes) {
+  cuda_emulator::check(p, bytes, false, 1, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, uintptr_t bytes) {
+  cuda_emulator::check(p, bytes, true, 1, __builtin_return_address(0));
+}
+
+// -fsanitize=alignment, bounds, shift, signed-integer-overflow, integer-divide-by-zero. Their data starts with the
+// place.
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+#define UNDEFINED_BEHAVIOUR(kind, text)                                               \
+  void __ubsan_handle_##kind##_abort(const SourceLocation* at) {                      \
+    fault(std::string(text) + " at " + at->file + ":" + std::to_string(at->line));    \
+    abort(); /* outside a kernel: the message is lost, the debugger's stack is not */ \
+  }
+UNDEFINED_BEHAVIOUR(type_mismatch_v1, "a misaligned access")
+UNDEFINED_BEHAVIOUR(out_of_bounds, "an array index out of bounds")
+UNDEFINED_BEHAVIOUR(shift_out_of_bounds, "a shift by more than the width, or of a negative value")
+UNDEFINED_BEHAVIOUR(add_overflow, "an integer overflow")
+UNDEFINED_BEHAVIOUR(sub_overflow, "an integer overflow")
+UNDEFINED_BEHAVIOUR(mul_overflow, "an integer overflow")
+UNDEFINED_BEHAVIOUR(negate_overflow, "an integer overflow")
+UNDEFINED_BEHAVIOUR(divrem_overflow, "a division by zero")
+
+}  // extern "C"

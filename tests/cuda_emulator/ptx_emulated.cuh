@@ -1,0 +1,59 @@
+// The functions of csrc/common/ptx.cuh in plain C++, with the semantics of the PTX ISA.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+namespace cuda_emulator {
+
+struct MmaLane {
+  float* c;           // 4
+  const uint32_t* a;  // 4
+  uint32_t b[2];
+};
+void combine_mma_fp16(Lanes& lanes);
+void combine_mma_bf16(Lanes& lanes);
+void combine_transpose(Lanes& lanes);
+
+}  // namespace cuda_emulator
+
+namespace hf_fastpath {
+
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  return (a & mask) | bits;
+}
+inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t bits) {
+  return (a & mask) ^ bits;
+}
+
+inline float max_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
+}
+
+inline uint4 load_once16(const void* p) {
+  return *static_cast<const uint4*>(p);
+}
+inline uint2 load_once8(const void* p) {
+  return *static_cast<const uint2*>(p);
+}
+
+template <typename T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATED_SITE) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
+  cuda_emulator::MmaLane lane{c, a, {b0, b1}};
+  const auto combine = kHalf ? cuda_emulator::combine_mma_fp16 : cuda_emulator::combine_mma_bf16;
+  cuda_emulator::warp_meet("mma.m16n8k16", 0xffffffffu, &lane, combine, {file, line});
+}
+
+inline uint32_t transpose_8x8(uint32_t rows, EMULATED_SITE) {
+  cuda_emulator::warp_meet("movmatrix", 0xffffffffu, &rows, cuda_emulator::combine_transpose, {file, line});
+  return rows;
+}
+
+}  // namespace hf_fastpath

@@ -1,0 +1,119 @@
+"""The ops of :mod:`hf_fastpath.ops`, computed on CPU tensors by the CUDA kernels in the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from emulator import IN_OUT, INPUT, OUTPUT, library
+
+
+class EmulatedOps:
+    """Each op under its name, with its arguments; see :class:`emulator.KernelFault` for what they raise."""
+
+    def __init__(self, sm_count: int = 3) -> None:
+        self._library = library()
+        self.sm_count = sm_count  # few: so that a CTA takes several row blocks of a small shape
+
+    def w4a16_linear(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_features: int,
+        group_size: int,
+    ) -> torch.Tensor:
+        y = x.new_empty(x.shape[0], out_features)
+        self._library.call(
+            "emulated_w4a16_linear",
+            *(x, x.stride(0), qweight, scales, zeros, bias, y),
+            *(x.shape[0], out_features, x.shape[1], group_size, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
+            y=(y, OUTPUT),
+        )
+        return y
+
+    def w4a16_dequantize(
+        self,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+    ) -> torch.Tensor:
+        out = scales.new_empty(out_features, in_features)
+        self._library.call(
+            "emulated_w4a16_dequantize",
+            *(qweight, scales, zeros, out, out_features, in_features, group_size, scales.dtype is torch.bfloat16),
+            **_inputs(qweight=qweight, scales=scales, zeros=zeros),
+            out=(out, OUTPUT),
+        )
+        return out
+
+    def kv_int8_append(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_data: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_data: torch.Tensor,
+        v_scale: torch.Tensor,
+        start: int,
+    ) -> None:
+        batch, heads, tokens, dim = key.shape
+        self._library.call(
+            "emulated_kv_int8_append",
+            *(key, *key.stride()[:3], k_data, k_scale, value, *value.stride()[:3], v_data, v_scale),
+            *(batch, heads, tokens, dim, k_data.shape[2], start, key.dtype is torch.bfloat16),
+            **_inputs(key=key, value=value),
+            k_data=(k_data, IN_OUT),
+            k_scale=(k_scale, IN_OUT),
+            v_data=(v_data, IN_OUT),
+            v_scale=(v_scale, IN_OUT),
+        )
+
+    def kv_int8_dequantize(self, data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+        batch, heads, capacity, dim = data.shape
+        self._library.call(
+            "emulated_kv_int8_dequantize",
+            *(data, scale, out, batch * heads, capacity, out.shape[2], dim, out.dtype is torch.bfloat16),
+            **_inputs(data=data, scale=scale),
+            out=(out, OUTPUT),
+        )
+
+    def attn_decode_int8(
+        self,
+        query: torch.Tensor,
+        k_data: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_data: torch.Tensor,
+        v_scale: torch.Tensor,
+        mask: torch.Tensor | None,
+        length: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        batch, heads, dim = query.shape
+        kv_heads, capacity = k_data.shape[1:3]
+        out = torch.empty_like(query)
+        scratch = torch.empty(self._scratch_floats(batch, heads, dim, length))
+        self._library.call(
+            "emulated_attn_decode_int8",
+            *(query, k_data, k_scale, v_data, v_scale, mask, mask.stride(0) if mask is not None else 0, out, scratch),
+            *(batch, heads, kv_heads, dim, capacity, length, float(scaling), query.dtype is torch.bfloat16),
+            **_inputs(query=query, k_data=k_data, k_scale=k_scale, v_data=v_data, v_scale=v_scale, mask=mask),
+            out=(out, OUTPUT),
+            scratch=(scratch, OUTPUT),
+        )
+        return out
+
+    def _scratch_floats(self, batch: int, heads: int, dim: int, length: int) -> int:
+        entry = self._library.entry("emulated_attn_decode_scratch_floats")
+        entry.restype = ctypes.c_int64
+        return int(entry(*map(ctypes.c_int64, (batch, heads, dim, length))))
+
+
+def _inputs(**tensors: torch.Tensor | None) -> dict[str, tuple[torch.Tensor | None, int]]:
+    return {name: (tensor, INPUT) for name, tensor in tensors.items()}

@@ -1,0 +1,227 @@
+"""Inputs, exact results and error bounds of kernel tests, on a GPU (tests/gpu) and in the emulator alike."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_fastpath import packing
+
+DTYPES = (torch.float16, torch.bfloat16)
+# Largest relative error of one rounding (half a unit in the last place: 11 and 8 significant bits).
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SMALLEST = 2.0**-25  # half of fp16's smallest subnormal
+# Tensor cores truncate where they add: one bit more than fp32's 2^-24, and one for the alignment of the products.
+ACCUMULATION = 2.0**-22
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where kernels run: the device of their tensors, and what has the ops of hf_fastpath.ops under their names."""
+
+    device: str
+    ops: Any
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A generator of its own for every case, on the CPU so that inputs are the same on every machine."""
+    value = 17
+    for part in seed:
+        value = value * 1_000_003 + part
+    return torch.Generator().manual_seed(value % 2**63)
+
+
+def poison(*shape: int, dtype: torch.dtype, device: str) -> None:
+    """Leaves NaN in the memory that torch will most likely hand out next for this shape: unwritten elements show."""
+    del_me = torch.full(shape, float("nan"), dtype=dtype, device=device)
+    del del_me
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed weight and what it stands for, exactly, in float64."""
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    exact: torch.Tensor
+    group: int
+    target: Target
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.target.ops.w4a16_linear(
+            x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        n, k = self.exact.shape
+        return self.target.ops.w4a16_dequantize(self.qweight, self.scales, self.zeros, k, n, self.group)
+
+    def dequantize_on_cpu(self) -> torch.Tensor:
+        n, k = self.exact.shape
+        zeros = None if self.zeros is None else self.zeros.cpu()
+        return packing.dequantize(self.qweight.cpu(), self.scales.cpu(), zeros, k, n, self.group)
+
+    def row_tiles(self, start: int, stop: int, rows: int) -> Weight:
+        """The view of some 16-row tiles, of which ``rows`` rows count."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        exact = self.exact[16 * start : 16 * start + rows]
+        return Weight(self.qweight[start:stop], self.scales[start:stop], zeros, exact, self.group, self.target)
+
+
+def make_weight(
+    target: Target, rng: torch.Generator, n: int, k: int, group: int, dtype: torch.dtype, *, with_zeros: bool = False
+) -> Weight:
+    q = torch.randint(0, 16, (n, k), generator=rng)
+    scales = ((torch.rand(n, k // group, generator=rng) + 0.5) / 50).to(dtype)
+    zeros = torch.randint(0, 16, (n, k // group), generator=rng, dtype=torch.uint8) if with_zeros else None
+    shift = zeros.double() if zeros is not None else torch.full((n, k // group), 8.0, dtype=torch.float64)
+    exact = (q.double().view(n, -1, group) - shift.unsqueeze(-1)) * scales.double().unsqueeze(-1)
+    return Weight(
+        packing.pack_int4(q).to(target.device),
+        packing.pack_per_group(scales, 0.0).to(target.device),
+        None if zeros is None else packing.pack_per_group(zeros, packing.SYMMETRIC_ZERO).to(target.device),
+        exact.view(n, k).to(target.device),
+        group,
+        target,
+    )
+
+
+def shifted(x: torch.Tensor, *, offset: int = 1, extra: int = 3) -> torch.Tensor:
+    """The same matrix at an odd element offset with a larger row stride, NaN around it."""
+    rows, cols = x.shape
+    buffer = torch.full((rows * (cols + extra) + offset + extra,), float("nan"), dtype=x.dtype, device=x.device)
+    view = buffer.as_strided((rows, cols), (cols + extra, 1), offset)
+    view.copy_(x)
+    return view
+
+
+def assert_within(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
+    """Every element of out within its bound of the exact value; a NaN never is."""
+    error = (out.double() - exact).abs()
+    bad = ~(error <= bound)
+    if bad.any():
+        worst = int(torch.where(error.isnan(), torch.inf, error - bound).argmax())
+        raise AssertionError(
+            f"{int(bad.sum())} of {out.numel()} elements beyond their bound; worst at flat index {worst}: "
+            f"{float(out.flatten()[worst])} instead of {float(exact.flatten()[worst])}, "
+            f"bound {float(bound.flatten()[worst])}"
+        )
+
+
+def check_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Against float64. A product goes through at most: a group's mma steps, a warp's groups, the warps, the bias."""
+    exact = x.double() @ weight.exact.T
+    magnitude = x.double().abs() @ weight.exact.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    k = x.shape[1]
+    steps = weight.group // 16 + -(-k // (8 * weight.group)) + 8 + 1
+    bound = steps * ACCUMULATION * magnitude + ROUNDING[out.dtype] * exact.abs() * 1.01 + SMALLEST
+    assert_within(out, exact, bound)
+
+
+@dataclass
+class Attention:
+    """A call of attn_decode_int8, and its exact result."""
+
+    query: torch.Tensor
+    k_data: torch.Tensor
+    k_scale: torch.Tensor
+    v_data: torch.Tensor
+    v_scale: torch.Tensor
+    length: int
+    target: Target
+    mask: torch.Tensor | None = None
+    scaling: float = 0.125
+
+    def run(self) -> torch.Tensor:
+        poison(*self.query.shape, dtype=self.query.dtype, device=self.target.device)
+        cache = self.k_data, self.k_scale, self.v_data, self.v_scale
+        return self.target.ops.attn_decode_int8(
+            self.query, *cache, mask=self.mask, length=self.length, scaling=self.scaling
+        )
+
+    def rows(self, rows: slice) -> Attention:
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value[rows].contiguous())
+        return part
+
+    def check(self, out: torch.Tensor) -> None:
+        """Against float64, element by element and as a whole.
+
+        A weight is rounded to fp16 once (2^-11 of itself; below fp16's range 2^-25 of the largest), the score it comes
+        from is off by the accumulation of its products, and the sum over tokens by as many steps as a warp takes.
+        """
+        exact, magnitude, largest, score_error = self.float64()
+        steps = min(self.length, 2048) / 64 + 80
+        relative = 2.0**-11 + steps * ACCUMULATION + score_error
+        rounding = ROUNDING[out.dtype]
+        bound = relative * magnitude + 2.0**-25 * largest * self.length + 1.01 * rounding * exact.abs() + 1e-7
+        assert_within(out, exact, bound)
+        # Single errors are independent, so they must not add up: the whole stays within one rounding.
+        error = (out.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+        assert error <= rounding + float(score_error.max()), f"relative error {float(error)}"
+
+    def float64(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The result; sum of weight * |value|; the largest weight * |value|; a bound of the weights' relative error."""
+        heads, dim = self.query.shape[1:]
+        ratio = heads // self.k_data.shape[1]
+        k, v = (
+            (data[:, :, : self.length].double() * scale[:, :, : self.length, None].double()).repeat_interleave(ratio, 1)
+            for data, scale in ((self.k_data, self.k_scale), (self.v_data, self.v_scale))
+        )
+        q = self.query.double().unsqueeze(2) * self.scaling
+        scores = (q @ k.mT).squeeze(2)
+        score_error = (q.abs() @ k.abs().mT).squeeze(2).amax(-1) * (dim / 16 + 8) * ACCUMULATION
+        if self.mask is not None:
+            scores = scores.masked_fill(~self.mask[:, None, : self.length], float("-inf"))
+        weights = scores.softmax(-1).nan_to_num(0.0).unsqueeze(2)
+        result = (weights @ v).squeeze(2)
+        magnitude = (weights @ v.abs()).squeeze(2)
+        largest = (weights.mT * v.abs()).amax(2).amax(-1)[..., None].expand_as(result)
+        return result, magnitude, largest, score_error[..., None]
+
+
+def make_attention(
+    target: Target,
+    rng: torch.Generator,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    length: int,
+    dtype: torch.dtype,
+    *,
+    extra: int = 5,
+    sharpness: float = 1.0,
+) -> Attention:
+    """Random integers and scales; beyond ``length`` 127 and NaN, which must not reach the result."""
+    shape = (batch, kv_heads, length + extra)
+
+    def side(size: float) -> tuple[torch.Tensor, torch.Tensor]:
+        data = torch.randint(-127, 128, (*shape, dim), generator=rng, dtype=torch.int8)
+        scale = ((torch.rand(shape, generator=rng) + 0.2) * size / 127).half()
+        data[:, :, length:], scale[:, :, length:] = 127, float("nan")
+        return data.to(target.device), scale.to(target.device)
+
+    k_data, k_scale = side(3.0)
+    v_data, v_scale = side(2.0)
+    query = (torch.randn(batch, heads, dim, generator=rng) * sharpness).to(dtype).to(target.device)
+    return Attention(query, k_data, k_scale, v_data, v_scale, length, target, scaling=dim**-0.5)
+
+
+def masks(rng: torch.Generator, batch: int, length: int) -> torch.Tensor:
+    """Row 0 sees all, row 1 is left-padded, row 2 has holes, row 3 sees nothing, row 4 only its last token."""
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    mask[1, : length - max(1, length // 3)] = False
+    mask[2] = torch.rand(length, generator=rng) < 0.5
+    mask[2, -1] = True
+    mask[3] = False
+    mask[4, :-1] = False
+    return mask
