@@ -10,13 +10,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_fastpath.caches.attention import ATTENTION_NAME
-from hf_fastpath.caches.int8 import check_head_dim
+from hf_fastpath.caches.int8 import why_head_dim_unsupported
 from hf_fastpath.config import FastpathConfig, KVFormat
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.generation import CACHES
 from hf_fastpath.packing import GROUP_SIZES
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import pick_group_size
+from hf_fastpath.runtime import why_no_kernels
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -58,12 +59,25 @@ def check_target(model: Any, config: FastpathConfig, device: torch.device) -> No
     """Raises Unsupported when this configuration does not fit the model's dtype and shapes on ``device``."""
     if device.type not in ("cpu", "cuda"):
         raise Unsupported(f"the model is on {str(device)!r}: allowed are 'cpu' and 'cuda'")
-    if device.type == "cuda" and needs_kernels(config) and model.dtype not in (torch.float16, torch.bfloat16):
-        raise Unsupported(
-            f"on CUDA a {model.dtype} model can be patched only with weights=None and kv_cache 'static' or None: "
-            "convert it first, model.to(torch.bfloat16)"
-        )
-    _check_cache(model, config, device)
+    _check_cache(model, config)
+
+
+def choose_reference(model: Any, config: FastpathConfig, device: torch.device) -> str:
+    """ "" when a model patched like this runs as usual, else why the reference implementations run it.
+
+    Builds or loads the kernels the first time that they are needed.
+
+    Raises:
+        Unsupported: the kernels cannot run it, and ``config.fallback`` does not ask for the references.
+    """
+    if device.type != "cuda" or not needs_kernels(config):
+        return ""
+    reason = why_no_kernels(device, model.dtype)
+    if not reason and config.kv_cache is KVFormat.INT8:
+        reason = why_head_dim_unsupported(CACHES[config.kv_cache](model.config).head_dim)
+    if reason and config.fallback is None:
+        raise Unsupported(f"{reason}; fallback='reference' runs the slow PyTorch implementations instead")
+    return reason
 
 
 def _check_not_quantized(model: Any) -> None:
@@ -80,13 +94,12 @@ def _check_not_quantized(model: Any) -> None:
         )
 
 
-def _check_cache(model: Any, config: FastpathConfig, device: torch.device) -> None:
+def _check_cache(model: Any, config: FastpathConfig) -> None:
     if config.kv_cache is None:
         return
-    cache = CACHES[config.kv_cache](model.config)  # says no to configurations that it does not fit
+    CACHES[config.kv_cache](model.config)  # says no to configurations that it does not fit
     if config.kv_cache is not KVFormat.INT8:
         return
-    check_head_dim(cache.head_dim, device)
     if not model._can_set_attn_implementation():
         raise Unsupported(f"{type(model).__name__} does not let its attention be replaced: use kv_cache='static'")
     if model.config._attn_implementation == ATTENTION_NAME:

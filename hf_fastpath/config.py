@@ -30,6 +30,12 @@ class KVFormat(enum.Enum):
     INT8 = "int8"
 
 
+class Fallback(enum.Enum):
+    """What runs a patched model on a GPU where the kernels cannot."""
+
+    REFERENCE = "reference"
+
+
 class ScaleSearch(enum.Enum):
     """How the scale (and zero point) of each group of weights is chosen."""
 
@@ -69,6 +75,9 @@ class FastpathConfig:
             tied to the embeddings is untied for it: the embeddings stay as they are.
         skip_modules: names of linear layers to leave alone, matched against each dotted component of a module's name
             (``"down_proj"``) or a whole dotted name.
+        fallback: ``"reference"`` lets a patched model run on the reference implementations (plain PyTorch, slow) where
+            the CUDA kernels cannot run: an older GPU, no nvcc, a float32 model, a head size that the kernels do not
+            take. None refuses such a model and says why. The CPU always has what it needs.
         keep_original: keep the original float weights on the CPU, so that ``unpatch_model`` restores them exactly.
         progress: show a progress bar while quantizing.
     """
@@ -80,6 +89,7 @@ class FastpathConfig:
     kv_cache: KVFormat | None = KVFormat.INT8
     lm_head: HeadFormat | None = None
     skip_modules: tuple[str, ...] = ()
+    fallback: Fallback | None = None
     keep_original: bool = False
     progress: bool = True
 
@@ -89,6 +99,7 @@ class FastpathConfig:
             "scale_search": _parse_enum("scale_search", self.scale_search, ScaleSearch, optional=False),
             "kv_cache": _parse_enum("kv_cache", self.kv_cache, KVFormat, optional=True),
             "lm_head": _parse_enum("lm_head", self.lm_head, HeadFormat, optional=True),
+            "fallback": _parse_enum("fallback", self.fallback, Fallback, optional=True),
             "skip_modules": self._parse_skip_modules(),
         }
         for field, value in parse.items():

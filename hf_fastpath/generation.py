@@ -60,7 +60,9 @@ def _max_cache_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _new_cache(model: Any, kv_format: KVFormat, tokens: int) -> FastCache:
-    return CACHES[kv_format](model.config, max_cache_len=min(tokens, _MAX_PREALLOCATED_TOKENS))
+    state = getattr(model, "_fastpath", None)
+    options = {"reference": True} if state and state.reference and kv_format is KVFormat.INT8 else {}
+    return CACHES[kv_format](model.config, max_cache_len=min(tokens, _MAX_PREALLOCATED_TOKENS), **options)
 
 
 def prepare_default_cache(
@@ -86,4 +88,4 @@ def supply_default_cache(
     passed = kwargs.get("past_key_values") is not None or len(args) > _POSITION_OF_PAST
     if not use_cache or passed or model.training or torch.is_grad_enabled():
         return None
-    return args, {**kwargs, "past_key_values": CACHES[model._fastpath.config.kv_cache](model.config)}
+    return args, {**kwargs, "past_key_values": _new_cache(model, model._fastpath.config.kv_cache, 0)}

@@ -10,14 +10,13 @@ from tqdm.auto import tqdm
 from hf_fastpath import generation
 from hf_fastpath.activations import input_energy
 from hf_fastpath.caches.attention import ATTENTION_NAME
-from hf_fastpath.checks import LinearPlan, check_model, needs_kernels, plan_linears
+from hf_fastpath.checks import LinearPlan, check_model, choose_reference, plan_linears
 from hf_fastpath.config import FastpathConfig, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.registration import register
 from hf_fastpath.report import FastpathReport, module_bytes
-from hf_fastpath.runtime import require_device
 from hf_fastpath.saving import forget_quantization
 from hf_fastpath.steps import STATE, PatchState, finish_patch, replace_linear
 from hf_fastpath.tying import tie_again
@@ -47,12 +46,11 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     recipe = find_recipe(model)
     check_model(model, config)
     plans = plan_linears(model, recipe, config)
-    if needs_kernels(config):
-        require_device(model.device)
+    reference = choose_reference(model, config, model.device)
     register()
 
     before = module_bytes(model)
-    state = PatchState.new(model, config, recipe)
+    state = PatchState.new(model, config, recipe, reference)
     try:
         _replace_linears(model, plans, state)
         finish_patch(model, state, plans, before)

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 )
 
 from hf_fastpath.checkpoints import CheckpointFormat, detect_format
-from hf_fastpath.checks import LinearPlan, check_target, needs_kernels, plan_linears
+from hf_fastpath.checks import LinearPlan, check_target, choose_reference, plan_linears
 from hf_fastpath.config import QUANT_METHOD, FastpathConfig
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.loading import LayerStream, place_converted
@@ -30,7 +30,6 @@ from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.packing import GROUP_SIZES
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.report import module_bytes
-from hf_fastpath.runtime import require_device
 from hf_fastpath.saving import FastpathQuantizationConfig, layout_of
 from hf_fastpath.steps import PatchState, finish_patch
 
@@ -63,18 +62,18 @@ class FastpathHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config, self.before = self.settings, module_bytes(model)
-        self.state = PatchState.new(model, config, find_recipe(model))
+        recipe = find_recipe(model)
         check_target(model, config, self.device)
+        self.state = PatchState.new(model, config, recipe)
         packed = self.description.packed
         if self.source is not None:
             self.plans = self._place_empty_layers(model, _source_layers(model, self.source))
         elif packed is not None:
             self.plans = self._place_empty_layers(model, {name: group for group in packed for name in group["modules"]})
         else:
-            self.plans = plan_linears(model, self.state.recipe, config)
+            self.plans = plan_linears(model, recipe, config)
             self.stream = LayerStream(model, self.state, self.plans)
-        if needs_kernels(config):
-            require_device(self.device)
+        self.state.reference = choose_reference(model, config, self.device)
 
     def _place_empty_layers(self, model: Any, layers: dict[str, dict[str, Any]]) -> list[LinearPlan]:
         for name, layout in layers.items():

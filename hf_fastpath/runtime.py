@@ -8,14 +8,39 @@ import torch
 
 from hf_fastpath.errors import Unsupported
 
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+
 
 @functools.cache
-def _load() -> None:
+def _library_reason() -> str:
     from hf_fastpath.build import load_library
 
     result = load_library()
-    if not result.loaded:
-        raise Unsupported(f"the CUDA kernels are not available: {result.reason}")
+    return "" if result.loaded else f"the CUDA kernels are not available: {result.reason}"
+
+
+@functools.cache
+def _gpu_reason(device: torch.device) -> str:
+    from hf_fastpath.build import MIN_CAPABILITY
+
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= MIN_CAPABILITY:
+        return ""
+    wanted = ".".join(map(str, MIN_CAPABILITY))
+    found = ".".join(map(str, capability))
+    return f"{torch.cuda.get_device_name(device)} has compute capability {found}; the kernels need {wanted} or newer"
+
+
+def why_no_kernels(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Why the kernels cannot run on a CUDA ``device`` (for a model of ``dtype``); "" when they can, and on the CPU.
+
+    Builds or loads the kernels the first time.
+    """
+    if device.type != "cuda":
+        return ""
+    if dtype is not None and dtype not in _KERNEL_DTYPES:
+        return f"the kernels need a float16 or bfloat16 model, not {dtype}: convert it, model.to(torch.bfloat16)"
+    return _gpu_reason(device) or _library_reason()
 
 
 def require_device(device: torch.device) -> None:
@@ -25,7 +50,7 @@ def require_device(device: torch.device) -> None:
         Unsupported: the device is neither a CPU nor a CUDA GPU, or the kernels cannot be built or loaded. The message
             says why and what to do.
     """
-    if device.type == "cuda":
-        _load()
-    elif device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise Unsupported(f"device {str(device)!r}: allowed are 'cpu' and 'cuda'")
+    if reason := why_no_kernels(device):
+        raise Unsupported(reason)

@@ -34,12 +34,15 @@ class PatchState:
     attn_implementation: str | None
     replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
     report: FastpathReport
+    reference: str  # why the reference implementations run it on a GPU; "" where they do not
     tie: Tie | None = None  # of a head that is packed now
 
     @classmethod
-    def new(cls, model: Any, config: FastpathConfig, recipe: Recipe) -> PatchState:
+    def new(cls, model: Any, config: FastpathConfig, recipe: Recipe, reference: str = "") -> PatchState:
         """That of a model of which nothing is patched yet."""
-        return cls(config, recipe, model.dtype, model.config._attn_implementation, {}, FastpathReport("", (), ()))
+        return cls(
+            config, recipe, model.dtype, model.config._attn_implementation, {}, FastpathReport("", (), ()), reference
+        )
 
 
 def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: torch.Tensor | None) -> None:
@@ -67,6 +70,8 @@ def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: 
 def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before: dict[str, int]) -> None:
     """What follows once the linear layers are replaced: the cache, saving, the report."""
     _install_cache(model, state.config)
+    for name in state.replaced:
+        model.get_submodule(name).reference = bool(state.reference)
     if state.replaced:
         # functools.partial, not a bound method: those pickle as an attribute of the model, which these are not.
         model.save_pretrained = functools.partial(save_packed, model, state.config)
@@ -120,6 +125,8 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
         )
     if device.type == "cuda":
         runs = f"Runs on {torch.cuda.get_device_name(device)}"
+        if state.reference:
+            runs += f" by the slow reference implementations: {state.reference}"
     else:
         parts = ["torch's int4 product"] if state.replaced else []
         parts += ["int8 attention by its reference implementation"] if kv_cache is KVFormat.INT8 else []

@@ -46,7 +46,9 @@ def fastpath_attention(
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             k_data, k_scale, v_data, v_scale = layer.storage
             q = rotate(query[:, :, 0]).contiguous()  # as the stored keys are
-            return attn_decode_int8(q, k_data, k_scale, v_data, v_scale, mask, key.shape[2], scale).unsqueeze(1), None
+            stored = (k_data, k_scale, v_data, v_scale)
+            out = attn_decode_int8(q, *stored, mask, key.shape[2], scale, reference=layer.reference)
+            return out.unsqueeze(1), None
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

@@ -11,37 +11,43 @@ from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_int8_supports
 from hf_fastpath.ops import kv_int8_append, kv_int8_dequantize
-from hf_fastpath.runtime import require_device
-
-_CUDA_DTYPES = (torch.float16, torch.bfloat16)
+from hf_fastpath.runtime import require_device, why_no_kernels
 
 
-def check_head_dim(head_dim: int, device: torch.device) -> None:
-    """Raises Unsupported for a head size that the decode kernel does not take; the CPU takes any."""
-    if device.type == "cuda" and not attn_decode_int8_supports(head_dim):
-        raise Unsupported(
-            f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}; "
-            "kv_cache='static' takes any"
-        )
+def why_head_dim_unsupported(head_dim: int) -> str:
+    """Why the decode kernel does not take a head size; "" when it does. The reference takes any."""
+    if attn_decode_int8_supports(head_dim):
+        return ""
+    return (
+        f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}; "
+        "kv_cache='static' takes any"
+    )
+
+
+def _check_kernels(key: torch.Tensor) -> None:
+    require_device(key.device)
+    if not key.is_cuda:
+        return
+    reason = why_no_kernels(key.device, key.dtype) or why_head_dim_unsupported(key.shape[3])
+    if reason:
+        raise Unsupported(reason)
 
 
 class Int8KVLayer(FastLayer):
     """``storage``: k_data (rotated), k_scale, v_data, v_scale; int8 ``(B, H_kv, capacity, D)``, scales fp16."""
 
-    def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True) -> None:
+    def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True, reference: bool = False) -> None:
         super().__init__(initial_tokens)
-        self.fresh_prefill = fresh_prefill
+        self.fresh_prefill, self.reference = fresh_prefill, reference
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
-        require_device(key.device)
+        if not self.reference:
+            _check_kernels(key)
         if key.shape != value.shape:
             raise Unsupported(
                 f"the int8 KV cache needs keys and values of one shape, got {tuple(key.shape)} and "
                 f"{tuple(value.shape)}; kv_cache='static' takes any"
             )
-        if key.is_cuda and key.dtype not in _CUDA_DTYPES:
-            raise Unsupported(f"the int8 KV cache on CUDA needs a float16 or bfloat16 model, not {key.dtype}")
-        check_head_dim(key.shape[3], key.device)
         shapes = [(*new.shape[:2], capacity) for new in (key, value)]
         storage = []
         for shape in shapes:
@@ -51,7 +57,7 @@ class Int8KVLayer(FastLayer):
 
     def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
         k_data, k_scale, v_data, v_scale = self.storage
-        kv_int8_append(rotate(key), value, k_data, k_scale, v_data, v_scale, start)
+        kv_int8_append(rotate(key), value, k_data, k_scale, v_data, v_scale, start, reference=self.reference)
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fresh_prefill and key.shape[2] == self.length and key.shape[2] > 1:
@@ -66,7 +72,7 @@ class Int8KVLayer(FastLayer):
 
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         data, scale = self.storage[:2] if which == "keys" else self.storage[2:]
-        stored = kv_int8_dequantize(data, scale, length, dtype)
+        stored = kv_int8_dequantize(data, scale, length, dtype, reference=self.reference)
         return rotate(stored) if which == "keys" else stored
 
 
@@ -83,9 +89,17 @@ class Int8KVCache(FastCache):
         fresh_prefill: let the first prompt chunk attend to its own unrounded keys and values (they are in memory
             anyway). With False it reads back what was stored, and one forward pass over a text has the numerics of
             decoding it token by token: what a perplexity that includes the cache's error needs.
+        reference: run on the reference implementations (plain PyTorch, slow), also where the kernels cannot run.
     """
 
     layer_class = Int8KVLayer
 
-    def __init__(self, config: PreTrainedConfig, *, max_cache_len: int = 0, fresh_prefill: bool = True) -> None:
-        super().__init__(config, max_cache_len=max_cache_len, fresh_prefill=fresh_prefill)
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        max_cache_len: int = 0,
+        fresh_prefill: bool = True,
+        reference: bool = False,
+    ) -> None:
+        super().__init__(config, max_cache_len=max_cache_len, fresh_prefill=fresh_prefill, reference=reference)

@@ -70,6 +70,7 @@ class W4A16Linear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("input_order", input_order)
         self._cpu_layout: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.reference = False  # on CUDA: run the reference implementations
 
     @classmethod
     def from_quantized(
@@ -125,20 +126,22 @@ class W4A16Linear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if self.input_order is not None:
             rows = rows.index_select(1, self.input_order)
-        variant = heuristics.w4a16_variant(x.device.type, rows.shape[0])
+        variant = heuristics.w4a16_variant(x.device.type, rows.shape[0], self.reference)
         if rows.shape[0] == 0:
             out = x.new_empty((0, self.out_features))
         elif variant is W4A16Variant.CPU_INT4PACK:
             out = self._forward_cpu(rows)
         else:
-            require_device(x.device)
             out = self._forward_cuda(rows, variant)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _forward_cuda(self, x: torch.Tensor, variant: W4A16Variant) -> torch.Tensor:
         n, g = self.out_features, self.group_size
-        if variant is W4A16Variant.CUDA_KERNEL:
-            return w4a16_linear(x, self.qweight, self.scales, self.zeros, self.bias, n, g)
+        reference = variant is W4A16Variant.REFERENCE
+        if not reference:
+            require_device(x.device)
+        if reference or variant is W4A16Variant.CUDA_KERNEL:
+            return w4a16_linear(x, self.qweight, self.scales, self.zeros, self.bias, n, g, reference=reference)
         weight = w4a16_dequantize(self.qweight, self.scales, self.zeros, self.in_features, n, g)
         return nn.functional.linear(x, weight, self.bias)
 
@@ -191,9 +194,9 @@ class W4A16Linear(nn.Module):
     def dequantized_weight(self) -> torch.Tensor:
         """The float weight ``(out_features, in_features)`` in the dtype of ``scales``, columns in the input's order."""
         qweight, n, k = self.canonical_qweight(), self.out_features, self.in_features
-        if qweight.is_cuda:
+        if qweight.is_cuda and not self.reference:
             require_device(qweight.device)
-        weight = w4a16_dequantize(qweight, self.scales, self.zeros, k, n, self.group_size)
+        weight = w4a16_dequantize(qweight, self.scales, self.zeros, k, n, self.group_size, reference=self.reference)
         return weight if self.input_order is None else weight[:, self.input_order.argsort()]
 
     @property

@@ -74,6 +74,8 @@ def attn_decode_int8(
     mask: torch.Tensor | None,
     length: int,
     scaling: float,
+    *,
+    reference: bool = False,
 ) -> torch.Tensor:
     """``softmax(scaling * q K^T) V`` over the first ``length`` tokens, ``(B, H, D)`` in ``query.dtype``.
 
@@ -82,7 +84,9 @@ def attn_decode_int8(
             ``h // (H / H_kv)``. On CUDA D is a multiple of 16 up to 256.
         k_data, v_data: int8 ``(B, H_kv, capacity, D)``; k_scale, v_scale: float16 ``(B, H_kv, capacity)``; contiguous.
         mask: bool ``(B, >= length)``, last dimension contiguous, True where a token may be attended; None: all.
+        reference: run the reference implementation, on any device.
 
     Deterministic; how the sequence is split depends on ``length`` alone, so a row's bits do not depend on B.
     """
-    return _op(query, k_data, k_scale, v_data, v_scale, mask, length, scaling)
+    attend = attn_decode_int8_reference if reference else _op
+    return attend(query, k_data, k_scale, v_data, v_scale, mask, length, scaling)

@@ -66,6 +66,8 @@ def kv_int8_append(
     v_data: torch.Tensor,
     v_scale: torch.Tensor,
     start: int,
+    *,
+    reference: bool = False,
 ) -> None:
     """Writes tokens ``start .. start + q`` of the cache.
 
@@ -73,5 +75,7 @@ def kv_int8_append(
         key, value: ``(B, H_kv, q, D)``, any strides with a contiguous last dimension; fp16, bf16 (CPU also fp32).
         k_data, v_data: int8 ``(B, H_kv, capacity, D)`` contiguous.
         k_scale, v_scale: float16 ``(B, H_kv, capacity)`` contiguous.
+        reference: run the reference implementation, on any device.
     """
-    _op(key, value, k_data, k_scale, v_data, v_scale, start)
+    append = kv_int8_append_reference if reference else _op
+    append(key, value, k_data, k_scale, v_data, v_scale, start)

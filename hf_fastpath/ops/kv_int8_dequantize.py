@@ -21,14 +21,17 @@ def _fake(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
 _op = _library.define(SCHEMA, kv_int8_dequantize_reference, _fake)
 
 
-def kv_int8_dequantize(data: torch.Tensor, scale: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+def kv_int8_dequantize(
+    data: torch.Tensor, scale: torch.Tensor, length: int, dtype: torch.dtype, *, reference: bool = False
+) -> torch.Tensor:
     """The first ``length`` tokens, ``(B, H_kv, length, D)`` in ``dtype`` (fp16, bf16; CPU also fp32).
 
     Args:
         data: int8 ``(B, H_kv, capacity, D)``; scale: float16 ``(B, H_kv, capacity)``; both contiguous.
+        reference: run the reference implementation, on any device.
 
     ``q * scale`` is computed in float32 and rounded once.
     """
     out = torch.empty((data.shape[0], data.shape[1], length, data.shape[3]), dtype=dtype, device=data.device)
-    _op(data, scale, out)
+    (kv_int8_dequantize_reference if reference else _op)(data, scale, out)
     return out

@@ -36,9 +36,14 @@ def w4a16_dequantize(
     in_features: int,
     out_features: int,
     group_size: int,
+    *,
+    reference: bool = False,
 ) -> torch.Tensor:
     """The weight ``(out_features, in_features)`` in ``scales.dtype``; bit-identical on every device.
 
-    Args: see :mod:`hf_fastpath.packing` for ``qweight``, ``scales`` and ``zeros``.
+    Args:
+        qweight, scales, zeros: see :mod:`hf_fastpath.packing`.
+        reference: run the reference implementation, on any device.
     """
-    return _op(qweight, scales, zeros, in_features, out_features, group_size)
+    run = w4a16_dequantize_reference if reference else _op
+    return run(qweight, scales, zeros, in_features, out_features, group_size)

@@ -52,6 +52,8 @@ def w4a16_linear(
     bias: torch.Tensor | None,
     out_features: int,
     group_size: int,
+    *,
+    reference: bool = False,
 ) -> torch.Tensor:
     """``(M, K)`` times packed ``(N, K)`` transposed: ``(M, N)`` in ``x.dtype``, accumulated in float32.
 
@@ -59,7 +61,9 @@ def w4a16_linear(
         x: ``(M, K)``, last dimension contiguous, any row stride. On CUDA: M in 1..16, the dtype of ``scales``.
         qweight, scales, zeros: see :mod:`hf_fastpath.packing`.
         bias: ``(N,)`` in ``x.dtype`` or None.
+        reference: run the reference implementation, on any device, for any M.
 
     A row's result has the same bits for every M.
     """
-    return _op(x, qweight, scales, zeros, bias, out_features, group_size)
+    run = w4a16_linear_reference if reference else _op
+    return run(x, qweight, scales, zeros, bias, out_features, group_size)
