@@ -42,9 +42,11 @@ class Request:
     json: Path | None = None
 
 
-def load_with_status(model: str | None, device: str, dtype: str, console: Console) -> Loaded:
-    """Loads a model behind a spinner that says when the demo's model has to be converted first."""
-    with console.status("Loading the model") as status:
+def load_with_status(
+    model: str | None, device: str, dtype: str, console: Console, patch: FastpathConfig | None = None
+) -> Loaded:
+    """Loads a model (see :func:`load`) behind a spinner that says when the demo's has to be converted first."""
+    with console.status("Loading the model" if patch is None else "Loading and packing the model") as status:
         message = "Converting the demo's model from GGUF (once, 15 to 40 s)"
 
         def say() -> None:
@@ -52,7 +54,7 @@ def load_with_status(model: str | None, device: str, dtype: str, console: Consol
             if not console.is_terminal:
                 console.print(message)
 
-        return load(model, device, dtype, say)
+        return load(model, device, dtype, say, patch)
 
 
 def run(request: Request, console: Console) -> list[Measured]:

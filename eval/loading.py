@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_fastpath import FastpathConfig, register
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.eval import smollm2
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[str, Any] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": "auto"}
 
 
 @dataclasses.dataclass
@@ -34,24 +35,43 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
 
 
-def load(model: str | None, device: str, dtype: str, on_convert: Callable[[], None] = lambda: None) -> Loaded:
+def pick_dtype(dtype: str) -> Any:
+    """What ``from_pretrained`` takes; "auto" is the dtype that the checkpoint names."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(repr, DTYPES))}")
+    return DTYPES[dtype]
+
+
+def load(
+    model: str | None,
+    device: str,
+    dtype: str,
+    on_convert: Callable[[], None] = lambda: None,
+    patch: FastpathConfig | None = None,
+) -> Loaded:
     """Loads a causal language model.
 
     Args:
         model: a folder or a hub id; None for the demo's model.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; dtype: ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"auto"``.
         on_convert: called when the demo's model has to be converted first.
+        patch: load it patched like this, quantized layer by layer; also what packed, GPTQ, AWQ and compressed-tensors
+            checkpoints need.
 
     Raises:
-        Unsupported: the model, or the device, is not there.
+        Unsupported: the model, or the device, is not there, or the model cannot be patched.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(map(repr, DTYPES))}")
+    options: dict[str, Any] = {"dtype": pick_dtype(dtype)}
     target = pick_device(device)
+    if patch is not None:
+        register()
+        options |= {"quantization_config": patch, "device_map": target}
     path: str | Path = smollm2.checkpoint(on_convert) if model is None else model
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except Unsupported:
+        raise
     except (OSError, ValueError) as error:  # no such model, or not one that generates text
         raise Unsupported(f"cannot load {str(path)!r}: {str(error).strip().splitlines()[0]}") from error
     name = smollm2.NAME if model is None else Path(model).name

@@ -20,10 +20,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+bench = typer.Typer(help="Benchmarks on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 Model = Annotated[str | None, typer.Option("--model", metavar="PATH_OR_ID", help="Default: SmolLM2-135M-Instruct.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", help="What to ask the model.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32 or auto (what the checkpoint names).")]
 Weights = Annotated[str, typer.Option("--weights", help="w4a16 or none.")]
 Head = Annotated[str, typer.Option("--lm-head", help="int4 or none.")]
 KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, static or none.")]
@@ -116,7 +119,7 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="For a temperature above 0.")] = 0,
     device: Device = "auto",
-    dtype: Dtype = "bf16",
+    dtype: Dtype = "auto",
     weights: Weights = "w4a16",
     lm_head: Head = "none",
     kv_cache: KVCache = "int8",
@@ -128,18 +131,51 @@ def generate(
     """Streams a patched model's answer."""
     import torch
 
-    from hf_fastpath import fastpath_report, patch_model
+    from hf_fastpath import fastpath_report
     from hf_fastpath.eval import demo as job
 
     console = Console()
     config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
-    loaded = job.load_with_status(model, device, dtype, console)
-    patch_model(loaded.model, config, progress=console.is_terminal)
+    loaded = job.load_with_status(model, device, dtype, console, config)
     if report:
         print(fastpath_report(loaded.model))
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     job.stream(loaded, prompt, console, max_new_tokens=max_new_tokens, **sampling)
+
+
+@bench.command("gemm")
+def bench_gemm(
+    shapes: Annotated[
+        str, typer.Option("--shapes", help="In features x out features, as in 4096x28672,4096x4096.")
+    ] = "",
+    rows: Annotated[str, typer.Option("--rows", help="Rows of x, as in 1,16,64.")] = "1,2,4,8,16,32,64",
+    group_size: GroupSize = 128,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    out: Annotated[Path | None, typer.Option("--out", help="Also write a CSV file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw a PNG, SVG or PDF.")] = None,
+) -> None:
+    """The int4 product against 16-bit weights and tinygemm: time, and share of the memory's rate."""
+    from hf_fastpath.eval import bench_gemm as job
+    from hf_fastpath.eval.bench_ops import LINEAR_SHAPES
+    from hf_fastpath.eval.loading import pick_device, pick_dtype
+
+    wanted = job.parse_shapes(shapes) if shapes else tuple(LINEAR_SHAPES)
+    sizes = job.Sizes(wanted, job.parse_rows(rows), group_size, pick_dtype(dtype))
+    job.run(sizes, pick_device(device), Console(), out, plot)
+
+
+@bench.command("plot")
+def bench_plot(
+    numbers: Annotated[Path, typer.Argument(help="A CSV file of `bench gemm --out`.")],
+    plot: Annotated[Path, typer.Argument(help="The PNG, SVG or PDF to draw.")],
+) -> None:
+    """Draws a CSV file of `bench gemm`, of this or another machine."""
+    from hf_fastpath.eval import bench_gemm as job
+    from hf_fastpath.eval import plots
+
+    plots.bandwidth_over_rows(job.read_csv(numbers), plot)
 
 
 @app.command()
