@@ -70,7 +70,10 @@ class Sizes:
             raise ValueError(f"group size {self.group_size}: allowed are {', '.join(map(str, GROUP_SIZES))}")
         for k, n in self.shapes:
             if k < 1 or n < 1 or k % self.group_size:
-                raise ValueError(f"shape {k}x{n}: in features must be a multiple of the group size {self.group_size}")
+                raise ValueError(
+                    f"shape {k}x{n}: in features must be a multiple of the group size {self.group_size}; "
+                    f"allowed are {', '.join(map(str, GROUP_SIZES))}"
+                )
         if not isinstance(self.dtype, torch.dtype):
             raise ValueError("dtype auto: a benchmark needs bf16, fp16 or fp32")
         if not self.rows or min(self.rows) < 1:

@@ -67,8 +67,10 @@ class LayerStream:
         for names in self.missing:
             names.clear()
         self._pack_complete_layers()
+        embeddings = self.model.get_input_embeddings().weight
         for name, plan in self.plans.items():
-            if not name.startswith(self.prefix):
+            if not name.startswith(self.prefix):  # the head; transformers tied it only once all was loaded
+                plan = dataclasses.replace(plan, tied=self.model.get_submodule(name).weight is embeddings)
                 replace_linear(self.model, plan, self.state, self.walk.run_head() if self.walk else None)
 
     def _pack_complete_layers(self) -> None:

@@ -61,7 +61,7 @@ class FastpathHfQuantizer(HfQuantizer):
         return None if device_map is None else {"": self.device}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        config, self.before = self.settings, module_bytes(model)
+        config, self.before = self.settings, _bytes_once_tied(model)
         recipe = find_recipe(model)
         check_target(model, config, self.device)
         self.state = PatchState.new(model, config, recipe)
@@ -148,6 +148,16 @@ def _one_device(device_map: Any) -> torch.device:
         raise Unsupported(f"device_map={device_map!r}: hf_fastpath loads a model onto one device, such as 'cuda:0'")
     (device,) = devices
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def _bytes_once_tied(model: Any) -> dict[str, int]:
+    """Bytes of each module's tensors in a model that is not loaded yet, and whose tied tensors are still two."""
+    sizes = module_bytes(model)
+    for target, source in model.all_tied_weights_keys.items():
+        tensor = model.get_parameter_or_buffer(target)
+        if tensor is not model.get_parameter_or_buffer(source):
+            sizes[target.rpartition(".")[0]] -= tensor.nbytes
+    return sizes
 
 
 def _source_layers(model: nn.Module, source: CheckpointFormat) -> dict[str, dict[str, Any]]:

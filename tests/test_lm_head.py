@@ -102,10 +102,17 @@ def test_saving_and_loading(tmp_path: Path, tied: bool) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     patched.save_pretrained(tmp_path / "packed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert [(row.name, row.bytes_before) for row in fastpath_report(loaded).rows] == [
+        (row.name, row.bytes_before) for row in fastpath_report(patched).rows
+    ]
     for model in (loaded, again):
+        model.tie_weights()
+        assert not hasattr(model.lm_head, "weight")
         assert isinstance(model.lm_head, W4A16Linear)
         assert torch.equal(logits(model, IDS), logits(patched, IDS))
         assert torch.equal(model.model.embed_tokens.weight, patched.model.embed_tokens.weight)
+    unpatch_model(loaded, dequantize=True)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
 def test_a_model_without_a_linear_head_is_refused() -> None:
