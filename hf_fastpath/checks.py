@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_fastpath import packing_int8
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.caches.int8 import why_head_dim_unsupported
-from hf_fastpath.config import FastpathConfig, KVFormat
+from hf_fastpath.config import FastpathConfig, HeadFormat, KVFormat
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.generation import CACHES
 from hf_fastpath.packing import GROUP_SIZES
@@ -24,14 +25,15 @@ _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclasses.dataclass(frozen=True)
 class LinearPlan:
-    """What will happen to one linear layer: replaced with this group size, or left (None) for this reason.
+    """What will happen to one linear layer: packed in ``bits`` bits, or left (None) for this reason.
 
-    tied: whether its weight is the embeddings', which stay.
+    group_size: of int4. tied: whether its weight is the embeddings', which stay.
     """
 
     name: str
-    group_size: int | None
-    reason: str
+    reason: str = ""
+    bits: int | None = None
+    group_size: int | None = None
     tied: bool = False
 
 
@@ -128,7 +130,7 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
         _check_head(model, head, linears)
         targets.add(head)
     missing = sorted(targets - linears.keys())
-    plans = [LinearPlan(name, None, f"is a {_type_at(model, name)}, not a Linear") for name in missing]
+    plans = [LinearPlan(name, f"is a {_type_at(model, name)}, not a Linear") for name in missing]
     plans += [_plan_one(name, module, targets, owners, config, head) for name, module in linears.items()]
     _check_finite(linears, plans, config)
     return plans
@@ -202,7 +204,14 @@ def _plan_one(
     elif module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         reason = "has hooks, which a new module would lose"
     if reason:
-        return LinearPlan(name, None, reason)
+        return LinearPlan(name, reason)
+    if name == head and config.lm_head is HeadFormat.INT8:
+        if module.in_features % packing_int8.TILE_COLS:
+            raise Unsupported(
+                f"{name}: in_features {module.in_features} is not a multiple of {packing_int8.TILE_COLS}, which int8 "
+                "needs; use lm_head=None"
+            )
+        return LinearPlan(name, bits=8, tied=tied)
     group_size = pick_group_size(module.in_features, config.group_size)
     if group_size is None:
         sizes = ", ".join(str(size) for size in GROUP_SIZES if size <= config.group_size)
@@ -210,11 +219,11 @@ def _plan_one(
             f"{name}: in_features {module.in_features} is not a multiple of any int4 group size ({sizes}); "
             f"add {name.split('.')[-1]!r} to skip_modules to leave it in full precision"
         )
-    return LinearPlan(name, group_size, "", tied)
+    return LinearPlan(name, bits=4, group_size=group_size, tied=tied)
 
 
 def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:
-    todo = [plan.name for plan in plans if plan.group_size is not None]
+    todo = [plan.name for plan in plans if plan.bits is not None]
     todo = [name for name in todo if not linears[name].weight.is_meta]  # while loading, quantize_int4 checks alone
     for name in tqdm(todo, desc="Checking weights", unit="layer", disable=not (config.progress and todo), leave=False):
         low, high = torch.aminmax(linears[name].weight.detach())  # NaN in, NaN out; and it takes no memory

@@ -28,7 +28,7 @@ Prompt = Annotated[str | None, typer.Option("--prompt", help="What to ask the mo
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32 or auto (what the checkpoint names).")]
 Weights = Annotated[str, typer.Option("--weights", help="w4a16 or none.")]
-Head = Annotated[str, typer.Option("--lm-head", help="int4 or none.")]
+Head = Annotated[str, typer.Option("--lm-head", help="int4, int8 or none.")]
 KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, static or none.")]
 GroupSize = Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 128, 64 or 32.")]
 ZeroPoints = Annotated[bool, typer.Option("--zero-points/--no-zero-points", help="Asymmetric int4.")]

@@ -21,6 +21,7 @@ class HeadFormat(enum.Enum):
     """How the weights of the language-model head are stored."""
 
     INT4 = "int4"
+    INT8 = "int8"
 
 
 class KVFormat(enum.Enum):
@@ -71,8 +72,9 @@ class FastpathConfig:
             ``"mse"`` minimizes the error of the weights alone; ``"absmax"`` is plain rounding to the largest value.
         kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
             precision, preallocated), or None for transformers' own DynamicCache.
-        lm_head: ``"int4"`` packs the language-model head too, like the other layers; None leaves it. A head that is
-            tied to the embeddings is untied for it: the embeddings stay as they are.
+        lm_head: ``"int8"`` packs the language-model head too, with one scale an output; ``"int4"`` packs it like the
+            other layers; None leaves it. A head that is tied to the embeddings is untied for it: the embeddings stay
+            as they are.
         skip_modules: names of linear layers to leave alone, matched against each dotted component of a module's name
             (``"down_proj"``) or a whole dotted name.
         fallback: ``"reference"`` lets a patched model run on the reference implementations (plain PyTorch, slow) where

@@ -16,6 +16,24 @@ class W4A16Variant(enum.Enum):
     CUDA_DEQUANTIZE = "w4a16_dequantize kernel, then cuBLAS"
 
 
+class W8A16Variant(enum.Enum):
+    """How a W8A16 product is computed."""
+
+    REFERENCE = "reference"
+    CPU_INT8PACK = "torch _weight_int8pack_mm"
+    CUDA_KERNEL = "w8a16_linear kernel"
+    CUDA_DEQUANTIZE = "w8a16_dequantize kernel, then cuBLAS"
+
+
+def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16Variant:
+    """As :func:`w4a16_variant`, for int8."""
+    if device_type == "cpu":
+        return W8A16Variant.CPU_INT8PACK
+    if reference:
+        return W8A16Variant.REFERENCE
+    return W8A16Variant.CUDA_KERNEL if rows <= MAX_ROWS else W8A16Variant.CUDA_DEQUANTIZE
+
+
 def w4a16_variant(device_type: str, rows: int, reference: bool = False) -> W4A16Variant:
     """The variant for ``rows`` rows of activations on ``"cpu"`` or ``"cuda"``.
 

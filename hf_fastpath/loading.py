@@ -25,7 +25,7 @@ class LayerStream:
 
     def __init__(self, model: Any, state: PatchState, plans: list[LinearPlan]) -> None:
         self.model, self.state = model, state
-        self.plans = {plan.name: plan for plan in plans if plan.group_size is not None}
+        self.plans = {plan.name: plan for plan in plans if plan.bits is not None}
         self.weights = {f"{name}.weight" for name in self.plans}
         self.prefix = f"{state.recipe.decoder_layers}."
         self.missing: list[set[str]] = [set() for _ in model.get_submodule(state.recipe.decoder_layers)]

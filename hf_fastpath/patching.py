@@ -13,7 +13,7 @@ from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import LinearPlan, check_model, choose_reference, plan_linears
 from hf_fastpath.config import FastpathConfig, ScaleSearch
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.modules import PackedLinear
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.registration import register
 from hf_fastpath.report import FastpathReport, module_bytes
@@ -132,16 +132,16 @@ def _state(model: Any) -> PatchState:
 def _replace_linears(model: Any, plans: list[LinearPlan], state: PatchState) -> None:
     """Quantizes and swaps layer by layer, noting each in ``replaced``; one layer at a time exists in both forms."""
     config = state.config
-    todo = [plan for plan in plans if plan.group_size is not None]
+    todo = [plan for plan in plans if plan.bits is not None]
     energy: dict[str, Any] = {}
     if todo and config.scale_search is ScaleSearch.ACTIVATION:
         names = [plan.name for plan in todo]
         energy = input_energy(model, state.recipe.decoder_layers, names, progress=config.progress)
-    for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
+    for plan in tqdm(todo, desc="Quantizing", unit="layer", disable=not (config.progress and todo)):
         replace_linear(model, plan, state, energy.get(plan.name))
 
 
-def _plain_linear(packed: W4A16Linear, dtype: Any) -> nn.Linear:
+def _plain_linear(packed: PackedLinear, dtype: Any) -> nn.Linear:
     weight = packed.dequantized_weight().to(dtype)
     linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight)

@@ -177,3 +177,26 @@ def quantize_int4(
         scale[start:stop] = best.scale.squeeze(-1).to(dtype)
         zero[start:stop] = best.zero.squeeze(-1).to(torch.uint8)
     return GroupQuantized(q, scale, zero if zero_points else None, group_size)
+
+
+@torch.no_grad()
+def quantize_int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes -127..127 of a float ``(N, K)`` weight, int8, and one 16-bit scale for each of its rows, ``(N,)``.
+
+    The scale puts the row's largest value at 127. Rows of zeros have scale 0.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
+    """
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], dtype=scale_dtype(weight.dtype), device=weight.device)
+    rows = max(1, _CHUNK_ELEMENTS["cuda"] // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        chunk = weight[start : start + rows].float()
+        if not bool(chunk.isfinite().all()):
+            raise ValueError("the weight holds NaN or infinity, which int8 cannot store")
+        scale = (chunk.abs().amax(-1) / 127).to(scales.dtype)
+        scales[start : start + rows] = scale
+        codes = (chunk / _safe(scale.float()).unsqueeze(-1)).round_().clamp_(-127, 127)
+        q[start : start + rows] = codes.to(torch.int8)
+    return q, scales

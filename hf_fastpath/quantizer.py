@@ -26,11 +26,10 @@ from hf_fastpath.checks import LinearPlan, check_target, choose_reference, plan_
 from hf_fastpath.config import QUANT_METHOD, FastpathConfig
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.loading import LayerStream, place_converted
-from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.packing import GROUP_SIZES
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.report import module_bytes
-from hf_fastpath.saving import FastpathQuantizationConfig, layout_of
+from hf_fastpath.saving import INT4, FastpathQuantizationConfig, empty_packed
 from hf_fastpath.steps import PatchState, finish_patch
 
 _INT4_BYTES = 0.55  # of a weight, scales and zero points included: what transformers reserves on the GPU beforehand
@@ -78,17 +77,11 @@ class FastpathHfQuantizer(HfQuantizer):
     def _place_empty_layers(self, model: Any, layers: dict[str, dict[str, Any]]) -> list[LinearPlan]:
         for name, layout in layers.items():
             linear = _linear_at(model, name)
-            empty = W4A16Linear.empty(
-                linear.in_features,
-                linear.out_features,
-                **layout_of(layout),
-                bias=linear.bias is not None,
-                dtype=model.dtype,
-            )
-            model.set_submodule(name, empty)
+            shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+            model.set_submodule(name, empty_packed(layout, *shape, bias=bias, dtype=model.dtype))
             self.state.replaced[name] = None
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        return [LinearPlan(name, None, "not packed in the checkpoint") for name in linears]
+        return [LinearPlan(name, "not packed in the checkpoint") for name in linears]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor passes through :class:`LayerStream`: all tensors of the decoder layers do."""
@@ -163,7 +156,8 @@ def _bytes_once_tied(model: Any) -> dict[str, int]:
 def _source_layers(model: nn.Module, source: CheckpointFormat) -> dict[str, dict[str, Any]]:
     """The layers that another tool's checkpoint holds as int4. Their real layout is known once they are converted."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    layers = {name: {"group_size": GROUP_SIZES[-1], "zeros": False} for name in linears if source.quantizes(name)}
+    layout = {"format": INT4, "group_size": GROUP_SIZES[-1], "zeros": False}
+    layers = {name: layout for name in linears if source.quantizes(name)}
     if not layers:
         raise Unsupported(f"the {source.METHOD} checkpoint quantizes no linear layer of {type(model).__name__}")
     return layers

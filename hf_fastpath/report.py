@@ -7,7 +7,7 @@ import re
 
 from torch import nn
 
-from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.modules import PackedLinear
 
 LEFT = "left"
 
@@ -76,7 +76,7 @@ def module_bytes(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, W4A16Linear):
+        if isinstance(module, PackedLinear):
             sizes[name] = module.nbytes
             continue
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

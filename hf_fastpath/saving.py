@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_fastpath
 from hf_fastpath.config import QUANT_METHOD, FastpathConfig
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.modules import PackedLinear, W4A16Linear, W8A16Linear
 
-INT4 = "int4"
+INT4, INT8 = "int4", "int8"
 _ABSENT = object()
 
 
@@ -23,9 +24,9 @@ class FastpathQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         config: the :class:`FastpathConfig` that it was patched with.
-        packed: groups of packed layers, each a dict: ``format`` ("int4"), ``group_size``, ``zeros`` (whether it has
-            zero points), ``input_order`` (whether its columns are permuted), ``modules`` (their names). None: a
-            checkpoint that is not packed yet.
+        packed: groups of packed layers, each a dict: ``format`` ("int4" or "int8"), ``modules`` (their names), and for
+            int4 ``group_size``, ``zeros`` (whether it has zero points) and ``input_order`` (whether its columns are
+            permuted). None: a checkpoint that is not packed yet.
         source: the ``quantization_config`` of a GPTQ, AWQ or compressed-tensors checkpoint that is being converted.
     """
 
@@ -54,7 +55,7 @@ class FastpathQuantizationConfig(QuantizationConfigMixin):
         try:
             config = FastpathConfig(**config_dict["config"])
             packed = [dict(group) for group in config_dict["packed"]]
-            names = [name for group in packed for name in group["modules"] if group["format"] == INT4]
+            names = [name for group in packed for name in group["modules"] if group["format"] in (INT4, INT8)]
             complete = len(names) == sum(len(group["modules"]) for group in packed)
         except (KeyError, TypeError, ValueError) as error:
             raise Unsupported(_unreadable(version) + f": {error!r}") from None
@@ -65,9 +66,14 @@ class FastpathQuantizationConfig(QuantizationConfigMixin):
         return (result, kwargs) if return_unused_kwargs else result  # type: ignore[return-value]
 
 
-def layout_of(group: dict[str, Any]) -> dict[str, Any]:
-    """What ``W4A16Linear.empty`` wants to know of a packed group."""
-    return {name: group[name] for name in ("group_size", "zeros", "input_order") if name in group}
+def empty_packed(
+    group: dict[str, Any], in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype
+) -> PackedLinear:
+    """A layer of a packed group, on the meta device, for a checkpoint to be loaded into."""
+    if group["format"] == INT8:
+        return W8A16Linear.empty(in_features, out_features, bias=bias, dtype=dtype)
+    layout = {name: group[name] for name in ("group_size", "zeros", "input_order") if name in group}
+    return W4A16Linear.empty(in_features, out_features, **layout, bias=bias, dtype=dtype)
 
 
 def _unreadable(version: str) -> str:
@@ -79,15 +85,23 @@ def _unreadable(version: str) -> str:
 
 def describe_packed(model: nn.Module) -> list[dict[str, Any]]:
     """The ``packed`` groups of a model's layers."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: list[dict[str, Any]] = []
     for name, module in model.named_modules():
-        if isinstance(module, W4A16Linear):
-            key = (module.group_size, module.zeros is not None, module.input_order is not None)
-            groups.setdefault(key, []).append(name)
-    return [
-        {"format": INT4, "group_size": size, "zeros": zeros, "input_order": order, "modules": names}
-        for (size, zeros, order), names in groups.items()
-    ]
+        if not isinstance(module, PackedLinear):
+            continue
+        layout = _layout_of(module)
+        group = next((known for known in groups if known | layout == known), None)
+        if group is None:
+            groups.append(group := layout | {"modules": []})
+        group["modules"].append(name)
+    return groups
+
+
+def _layout_of(module: PackedLinear) -> dict[str, Any]:
+    if not isinstance(module, W4A16Linear):
+        return {"format": INT8}
+    flags = {"zeros": module.zeros is not None, "input_order": module.input_order is not None}
+    return {"format": INT4, "group_size": module.group_size, **flags}
 
 
 def save_packed(model: Any, config: FastpathConfig, *args: Any, **kwargs: Any) -> Any:

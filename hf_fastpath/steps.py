@@ -14,9 +14,9 @@ from hf_fastpath import generation
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import LinearPlan
 from hf_fastpath.config import FastpathConfig, KVFormat
-from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.modules import PackedLinear, W4A16Linear, W8A16Linear
 from hf_fastpath.patches.recipe import Recipe
-from hf_fastpath.quantize import quantize_int4
+from hf_fastpath.quantize import quantize_int4, quantize_int8_rows
 from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
 from hf_fastpath.saving import save_packed
 from hf_fastpath.tying import Tie, untie
@@ -47,16 +47,20 @@ class PatchState:
 
 def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: torch.Tensor | None) -> None:
     """Quantizes one linear layer and puts the packed one in its place."""
-    assert plan.group_size is not None
     config, original = state.config, model.get_submodule(plan.name)
-    quantized = quantize_int4(
-        original.weight,
-        plan.group_size,
-        zero_points=config.zero_points,
-        search=config.scale_search,
-        importance=importance,
-    )
-    packed = W4A16Linear.from_quantized(quantized, original.bias)
+    packed: PackedLinear
+    if plan.bits == 8:
+        packed = W8A16Linear.from_quantized(*quantize_int8_rows(original.weight), original.bias)
+    else:
+        assert plan.group_size is not None
+        quantized = quantize_int4(
+            original.weight,
+            plan.group_size,
+            zero_points=config.zero_points,
+            search=config.scale_search,
+            importance=importance,
+        )
+        packed = W4A16Linear.from_quantized(quantized, original.bias)
     packed.train(original.training)
     if plan.tied:  # the embeddings keep its weight in memory
         kept = original
@@ -100,9 +104,8 @@ def _build_report(
     wrappers = {name: 0 for name in planned if name not in before}
     for name, size in (before | wrappers).items():
         module = model.get_submodule(name)
-        if isinstance(module, W4A16Linear):
-            kind, action = "Linear", f"int4 g{module.group_size}" + ("" if module.zeros is None else " + zeros")
-            reason = ""
+        if isinstance(module, PackedLinear):
+            kind, action, reason = "Linear", module.layout, ""
         else:
             kind, action = type(module).__name__, LEFT
             reason = planned[name].reason if name in planned else "not a linear layer of the recipe"

@@ -1,4 +1,4 @@
-"""The packed language-model head, tied and untied."""
+"""The packed language-model head, int4 and int8, tied and untied."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_fastpath import FastpathConfig, Unsupported, fastpath_report, patch_model, unpatch_model
-from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.modules import W4A16Linear, W8A16Linear
 
+KINDS = {"int4": W4A16Linear, "int8": W8A16Linear}
 IDS = torch.randint(0, 199, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -22,20 +23,21 @@ def patch(model: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_packed_and_the_embeddings_stay(tied: bool) -> None:
+@pytest.mark.parametrize("lm_head", ["int4", "int8"])
+def test_the_head_is_packed_and_the_embeddings_stay(lm_head: str, tied: bool) -> None:
     model = make_llama(torch.bfloat16, tie_word_embeddings=tied)
     before, embeddings = logits(model, IDS).float(), model.model.embed_tokens.weight.clone()
-    patch(model, weights=None)
-    assert isinstance(model.lm_head, W4A16Linear)
+    patch(model, weights=None, lm_head=lm_head)
+    assert isinstance(model.lm_head, KINDS[lm_head])
     assert model.get_output_embeddings() is model.lm_head
     assert torch.equal(model.model.embed_tokens.weight, embeddings)
     assert not model.config.tie_word_embeddings
     row = next(row for row in fastpath_report(model).rows if row.name == "lm_head")
-    assert row.action.startswith("int4")
+    assert row.action.startswith(lm_head)
     assert (row.bytes_before == 0) == tied
     after = logits(model, IDS).float()
-    # int4 of weights of one spread: half a step is 1/30 of a group's range, some 6 standard deviations wide.
-    assert 0 < float((after - before).norm() / before.norm()) < 0.15
+    # Half a step is 1/30 (1/254) of a group's range, some 6 standard deviations wide; bf16 logits add 2^-9.
+    assert 0 < float((after - before).norm() / before.norm()) < {"int4": 0.15, "int8": 0.02}[lm_head]
 
 
 def test_the_head_weighs_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +97,10 @@ def test_an_untied_head_needs_its_original() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_saving_and_loading(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize("lm_head", ["int4", "int8"])
+def test_saving_and_loading(tmp_path: Path, lm_head: str, tied: bool) -> None:
     make_llama(torch.bfloat16, tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
-    config = FastpathConfig(lm_head="int4", progress=False)  # type: ignore[arg-type]
+    config = FastpathConfig(lm_head=lm_head, progress=False)  # type: ignore[arg-type]
     patched = patch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), config)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     patched.save_pretrained(tmp_path / "packed")
@@ -108,7 +111,7 @@ def test_saving_and_loading(tmp_path: Path, tied: bool) -> None:
     for model in (loaded, again):
         model.tie_weights()
         assert not hasattr(model.lm_head, "weight")
-        assert isinstance(model.lm_head, W4A16Linear)
+        assert isinstance(model.lm_head, KINDS[lm_head])
         assert torch.equal(logits(model, IDS), logits(patched, IDS))
         assert torch.equal(model.model.embed_tokens.weight, patched.model.embed_tokens.weight)
     unpatch_model(loaded, dequantize=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from hf_fastpath import heuristics, packing
 from hf_fastpath.heuristics import W4A16Variant
+from hf_fastpath.modules.packed_linear import PackedLinear
 from hf_fastpath.ops import w4a16_dequantize, w4a16_linear
 from hf_fastpath.quantize import GroupQuantized
 from hf_fastpath.runtime import require_device
@@ -16,38 +15,17 @@ from hf_fastpath.runtime import require_device
 _IDENTITY_ROWS = 512
 
 
-class _ProductWithGradient(torch.autograd.Function):
-    """The packed product, which has no gradient of its own; backward expands the weight."""
+class W4A16Linear(PackedLinear):
+    """``W[n, k] = (q[n, k] - zero[n, k // g]) * scale[n, k // g]`` (layout: :mod:`hf_fastpath.packing`).
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: W4A16Linear) -> torch.Tensor:
-        ctx.layer = layer
-        return layer._product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad,) = grad_outputs
-        return grad @ ctx.layer.dequantized_weight().to(grad.dtype), None
-
-
-class W4A16Linear(nn.Module):
-    """``y = x W^T + b`` with W as int4 groups (layout and formula: :mod:`hf_fastpath.packing`).
-
-    Inputs ``(..., in_features)`` in fp16 or bf16, on the CPU also fp32; the output has the input's dtype.
-
-    On CUDA the weight lives in ``qweight``. On the CPU it lives in the layout of torch's own int4 product instead
-    (``cpu_qweight``, made at the first call; never both), which multiplies bf16 activations and accumulates in fp32:
-    fp16 and fp32 inputs are rounded to bf16 for it, and so is ``(8 - zero) * scale``. ``state_dict()`` always holds
-    ``qweight``. Where gradients are wanted they flow to the input; the weight itself is frozen.
+    The CPU's layout is that of torch's own int4 product, which multiplies bf16 activations and accumulates in fp32:
+    fp16 and fp32 inputs are rounded to bf16 for it, and so is ``(8 - zero) * scale``.
 
     ``input_order``, int32 ``(in_features,)`` or None: the stored column k multiplies ``x[..., input_order[k]]``
     (checkpoints whose groups are not neighbouring columns, GPTQ's ``desc_act``).
     """
 
-    qweight: torch.Tensor
-    scales: torch.Tensor
     zeros: torch.Tensor | None
-    bias: torch.Tensor | None
     input_order: torch.Tensor | None
 
     def __init__(
@@ -62,15 +40,13 @@ class W4A16Linear(nn.Module):
         bias: torch.Tensor | None,
         input_order: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        super().__init__(in_features, out_features)
+        self.group_size = group_size
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
         self.register_buffer("bias", bias)
         self.register_buffer("input_order", input_order)
-        self._cpu_layout: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.reference = False  # on CUDA: run the reference implementations
 
     @classmethod
     def from_quantized(
@@ -117,25 +93,19 @@ class W4A16Linear(nn.Module):
             input_order=torch.empty(in_features, dtype=torch.int32, device="meta") if input_order else None,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            return _ProductWithGradient.apply(x, self)
-        return self._product(x)
+    @property
+    def layout(self) -> str:
+        return f"int4 g{self.group_size}" + ("" if self.zeros is None else " + zeros")
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if self.input_order is not None:
             rows = rows.index_select(1, self.input_order)
-        variant = heuristics.w4a16_variant(x.device.type, rows.shape[0], self.reference)
-        if rows.shape[0] == 0:
-            out = x.new_empty((0, self.out_features))
-        elif variant is W4A16Variant.CPU_INT4PACK:
-            out = self._forward_cpu(rows)
-        else:
-            out = self._forward_cuda(rows, variant)
-        return out.view(*x.shape[:-1], self.out_features)
+        variant = heuristics.w4a16_variant(rows.device.type, rows.shape[0], self.reference)
+        if variant is W4A16Variant.CPU_INT4PACK:
+            return self._multiply_on_cpu(rows)
+        return self._multiply_on_cuda(rows, variant)
 
-    def _forward_cuda(self, x: torch.Tensor, variant: W4A16Variant) -> torch.Tensor:
+    def _multiply_on_cuda(self, x: torch.Tensor, variant: W4A16Variant) -> torch.Tensor:
         n, g = self.out_features, self.group_size
         reference = variant is W4A16Variant.REFERENCE
         if not reference:
@@ -145,19 +115,19 @@ class W4A16Linear(nn.Module):
         weight = w4a16_dequantize(self.qweight, self.scales, self.zeros, self.in_features, n, g)
         return nn.functional.linear(x, weight, self.bias)
 
-    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        if self._cpu_layout is None:
-            self._to_cpu_layout()
-        assert self._cpu_layout is not None
-        cpu_qweight, scales_and_zeros = self._cpu_layout
+    def _multiply_on_cpu(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cpu_layout is None:
+            self.hold_cpu_layout(self._make_cpu_layout())
+        assert self.cpu_layout is not None
+        cpu_qweight, scales_and_zeros = self.cpu_layout
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.to(torch.bfloat16).contiguous(), cpu_qweight, self.group_size, scales_and_zeros
         )
         out = out[:, : self.out_features]
         return out.to(x.dtype) if self.bias is None else (out + self.bias).to(x.dtype)
 
-    def _to_cpu_layout(self) -> None:
-        """Moves the codes from ``qweight`` to torch's layout, which differs from one CPU to another."""
+    def _make_cpu_layout(self) -> tuple[torch.Tensor, ...]:
+        """The weight in torch's layout, which differs from one CPU to another."""
         padded_rows = self.qweight.shape[0] * packing.TILE_ROWS
         q = packing.unpack_int4(self.qweight, padded_rows, self.in_features)
         cpu_qweight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 2)
@@ -167,18 +137,12 @@ class W4A16Linear(nn.Module):
         if self.zeros is not None:
             zero = (packing.SYMMETRIC_ZERO - packing.unpack_per_group(self.zeros, padded_rows).float()) * scale
         scales_and_zeros = torch.stack((scale, zero), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
-        self._cpu_layout = (cpu_qweight, scales_and_zeros)
-        self.qweight = self.qweight.new_empty((0, *self.qweight.shape[1:]))
-
-    def _to_canonical_layout(self) -> None:
-        """Moves the codes back to ``qweight``, the layout that every device and file understands."""
-        self.qweight, self._cpu_layout = self.canonical_qweight(), None
+        return cpu_qweight, scales_and_zeros
 
     def canonical_qweight(self) -> torch.Tensor:
-        """``qweight`` in the documented layout, whichever layout the module holds at present."""
-        if self._cpu_layout is None:
+        if self.cpu_layout is None:
             return self.qweight
-        cpu_qweight, scales_and_zeros = self._cpu_layout
+        cpu_qweight, scales_and_zeros = self.cpu_layout
         # Multiplying the identity with scale 1 and zero 0 gives q - 8, exactly; a band of it at a time, to save memory.
         ones = torch.ones_like(scales_and_zeros)
         ones[..., 1] = 0
@@ -192,34 +156,8 @@ class W4A16Linear(nn.Module):
         return packing.pack_int4(torch.cat(columns, dim=1))
 
     def dequantized_weight(self) -> torch.Tensor:
-        """The float weight ``(out_features, in_features)`` in the dtype of ``scales``, columns in the input's order."""
         qweight, n, k = self.canonical_qweight(), self.out_features, self.in_features
         if qweight.is_cuda and not self.reference:
             require_device(qweight.device)
         weight = w4a16_dequantize(qweight, self.scales, self.zeros, k, n, self.group_size, reference=self.reference)
         return weight if self.input_order is None else weight[:, self.input_order.argsort()]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that this module holds now, in whichever layout."""
-        held = [*self.buffers(), *(self._cpu_layout or ())]
-        return sum(tensor.nbytes for tensor in held)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> W4A16Linear:
-        self._to_canonical_layout()
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "qweight"] = self.canonical_qweight()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if prefix + "qweight" in state_dict:
-            self._to_canonical_layout()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        zeros = "zero points" if self.zeros is not None else "symmetric"
-        bias = self.bias is not None
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, int4 group {self.group_size} {zeros}, {bias=}"
