@@ -192,8 +192,8 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[4], const KeyTile<
     const uint32_t lo_words[4] = {lo.x, lo.y, lo.z, lo.w}, hi_words[4] = {hi.x, hi.y, hi.z, hi.w};
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-      const uint32_t a[4] = {int8_pair(lo_words[word]), int8_pair(hi_words[word]), int8_pair(lo_words[word] >> 8),
-                             int8_pair(hi_words[word] >> 8)};
+      const uint32_t a[4] = {int8_pair<__half>(lo_words[word]), int8_pair<__half>(hi_words[word]),
+                             int8_pair<__half>(lo_words[word] >> 8), int8_pair<__half>(hi_words[word] >> 8)};
       mma_m16n8k16<__half>(products, a, q.b[block][word][0], q.b[block][word][1]);
     }
   }
@@ -251,7 +251,8 @@ __device__ __forceinline__ void multiply_values(Running<kPaddedDim>& r, const Va
         // Bytes 0, 1 (or 2, 3) of two tokens side by side: int8_pair() then picks one dimension of both.
         const uint32_t lo = __byte_perm(w[0], w[1], half ? 0x7632 : 0x5410);
         const uint32_t hi = __byte_perm(w[2], w[3], half ? 0x7632 : 0x5410);
-        const uint32_t a[4] = {int8_pair(lo), int8_pair(lo >> 8), int8_pair(hi), int8_pair(hi >> 8)};
+        const uint32_t a[4] = {int8_pair<__half>(lo), int8_pair<__half>(lo >> 8), int8_pair<__half>(hi),
+                               int8_pair<__half>(hi >> 8)};
         mma_m16n8k16<__half>(r.out[(block * kVWords + word) * 2 + half], a, weights.x, weights.y);
       }
     }

@@ -1,6 +1,6 @@
 // The host entry points of the kernels. Raw pointers, sizes and a stream: kernels do not know torch.
-// Every launcher returns the error of its launch (cudaGetLastError), so that nothing fails silently. The packed int4
-// layout is described in hf_fastpath/packing.py.
+// Every launcher returns the error of its launch (cudaGetLastError), so that nothing fails silently. The packed
+// layouts are described in hf_fastpath/packing.py (int4) and packing_int8.py.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,20 +11,26 @@ namespace hf_fastpath {
 
 enum class Dtype { kFloat16, kBFloat16 };
 
-// ---- w4a16_linear.cu ------------------------------------------------------------------------------------------------
+// ---- w4a16_linear.cu, w4a16_linear_fused.cu, w4a16_swiglu.cu --------------------------------------------------------
 struct W4A16LinearArgs {
-  const void* x;  // (m, k), rows x_row_stride elements apart, aligned to one element only
+  const void* x;  // (m, k), rows x_row_stride elements apart, aligned to one element only (fused: to 16 bytes)
   int64_t x_row_stride;
   const void* qweight;   // (ceil(n/16), ceil(k/64), 32, 4) int32, 16-byte aligned
   const void* scales;    // (ceil(n/16), k/group, 16), 4-byte aligned
   const uint8_t* zeros;  // like scales, 2-byte aligned; nullptr: symmetric
   const void* bias;      // (n,) or nullptr
-  void* y;               // (m, n) contiguous
+  void* y;               // (m, n) contiguous; of swiglu (m, n / 2)
   int m, n, k;
   int group_size;  // 32, 64, 128
+  // Of the fused products only:
+  const void* norm_weight;  // (k,), 16-byte aligned: x is replaced by its RMSNorm; or nullptr
+  float eps;
+  const void* residual;  // (m, n) contiguous, or nullptr; not of swiglu
 };
 constexpr int kMaxLinearRows = 16;
 cudaError_t launch_w4a16_linear(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+cudaError_t launch_w4a16_linear_fused(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+cudaError_t launch_w4a16_swiglu(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
 // ---- w4a16_dequantize.cu --------------------------------------------------------------------------------------------
 struct W4A16DequantizeArgs {
@@ -35,6 +41,27 @@ struct W4A16DequantizeArgs {
   int n, k, group_size;
 };
 cudaError_t launch_w4a16_dequantize(const W4A16DequantizeArgs& args, Dtype dtype, cudaStream_t stream);
+
+// ---- w8a16_linear.cu ------------------------------------------------------------------------------------------------
+struct W8A16LinearArgs {
+  const void* x;  // (m, k), rows x_row_stride elements apart, aligned to one element only
+  int64_t x_row_stride;
+  const void* qweight;  // (ceil(n/16), k/32, 32, 16) int8, 16-byte aligned
+  const void* scales;   // (n,)
+  const void* bias;     // (n,) or nullptr
+  void* y;              // (m, n) contiguous
+  int m, n, k;
+};
+cudaError_t launch_w8a16_linear(const W8A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
+// ---- w8a16_dequantize.cu --------------------------------------------------------------------------------------------
+struct W8A16DequantizeArgs {
+  const void* qweight;
+  const void* scales;
+  void* out;  // (n, k) contiguous, 16-byte aligned
+  int n, k;
+};
+cudaError_t launch_w8a16_dequantize(const W8A16DequantizeArgs& args, Dtype dtype, cudaStream_t stream);
 
 // ---- kv_int8.cu -----------------------------------------------------------------------------------------------------
 // One of the two halves of an append: (batch, heads, tokens, dim) floats to int8 and one fp16 scale a token and head.

@@ -1,134 +1,13 @@
-// The hf_fastpath operators on CUDA: argument checks, dispatch on the dtype, launch. The only file that knows torch,
-// and only its stable ABI, so that one library serves every torch from 2.11 on. Schemas are defined in
-// hf_fastpath/ops/*.py; tests/test_op_schemas.py compares them with the signatures here, since the ABI does not check
-// types.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
+// The hf_fastpath operators on CUDA: argument checks, dispatch on the dtype, launch. This file and ops_checks.h are
+// the only ones that know torch, and only its stable ABI, so that one library serves every torch from 2.11 on. Schemas
+// are defined in hf_fastpath/ops/*.py; tests/test_op_schemas.py compares them with the signatures here, since the ABI
+// does not check types.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <array>
-#include <atomic>
-#include <initializer_list>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-
-#include "kernels.h"
-
-// Lives in libtorch_cuda, which a CPU-only torch lacks; weak, so that the library loads there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "ops_checks.h"
 
 namespace hf_fastpath {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::ostream& operator<<(std::ostream& out, const Tensor& tensor) {
-  out << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
-  return out << ")";
-}
-
-// One op's checks: every message starts with the op's name.
-struct Check {
-  const char* op;
-
-  template <typename... Parts>
-  void operator()(bool ok, const Parts&... parts) const {
-    if (ok) return;
-    std::ostringstream message;
-    message << "hf_fastpath::" << op << ": ";
-    (message << ... << parts);
-    throw std::runtime_error(message.str());
-  }
-
-  void dtype(const Tensor& t, ScalarType expected, const char* name, const char* dtype_name) const {
-    (*this)(t.scalar_type() == expected, name, " must be ", dtype_name);
-  }
-  // A negative size stands for any.
-  void shape(const Tensor& t, std::initializer_list<int64_t> sizes, const char* name, const char* meaning) const {
-    bool ok = t.dim() == static_cast<int64_t>(sizes.size());
-    for (size_t i = 0; ok && i < sizes.size(); ++i) {
-      ok = sizes.begin()[i] < 0 || t.size(static_cast<int64_t>(i)) == sizes.begin()[i];
-    }
-    (*this)(ok, name, " must have shape ", meaning, ", got ", t);
-  }
-  void contiguous(const Tensor& t, const char* name) const { (*this)(t.is_contiguous(), name, " must be contiguous"); }
-  void aligned(const Tensor& t, uintptr_t bytes, const char* name) const {
-    (*this)(reinterpret_cast<uintptr_t>(t.data_ptr()) % bytes == 0, name, " must be aligned to ", bytes, " bytes");
-  }
-  void same_device(const Tensor& first, const Tensor& t, const char* name) const {
-    (*this)(t.is_cuda() && t.get_device_index() == first.get_device_index(), name,
-            " must be on cuda:", first.get_device_index(), " like the other arguments");
-  }
-  Dtype float_dtype(const Tensor& t, const char* name) const {
-    const ScalarType type = t.scalar_type();
-    (*this)(type == ScalarType::Half || type == ScalarType::BFloat16, name, " must be float16 or bfloat16");
-    return type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
-  }
-  void launched(cudaError_t error) const {
-    (*this)(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
-  }
-};
-
-// torch's C functions return 0 for success. (The headers' own check has another name in every torch.)
-void require_success(AOTITorchError code, const char* what) {
-  if (code != 0) throw std::runtime_error(std::string("hf_fastpath: torch failed to ") + what);
-}
-
-// Makes a tensor's device current, and gives torch's current stream there.
-class Launch {
- public:
-  explicit Launch(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
-    if (!aoti_torch_get_current_cuda_stream) throw std::runtime_error("hf_fastpath: this torch was built without CUDA");
-    require_success(aoti_torch_get_current_cuda_stream(device_, reinterpret_cast<void**>(&stream_)), "give its stream");
-  }
-  cudaStream_t stream() const { return stream_; }
-
-  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
-    std::array<int64_t, 4> strides{};
-    int64_t stride = 1;
-    for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
-    const int32_t code = dtype == ScalarType::Half       ? aoti_torch_dtype_float16()
-                         : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                         : aoti_torch_dtype_float32();
-    AtenTensorHandle handle = nullptr;
-    require_success(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), code,
-                                             aoti_torch_device_type_cuda(), device_, &handle),
-                    "allocate a tensor");
-    return Tensor(handle);
-  }
-
-  int sm_count() const {
-    static std::array<std::atomic<int>, 64> counts{};
-    std::atomic<int>& count = counts[device_ % counts.size()];
-    if (int known = count.load(std::memory_order_relaxed)) return known;
-    int value = 0;
-    if (cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device_) != cudaSuccess) value = 1;
-    count.store(value, std::memory_order_relaxed);
-    return value;
-  }
-
- private:
-  int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-};
-
-template <typename T = void>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-template <typename T = void>
-const T* data(const std::optional<Tensor>& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-
-constexpr int64_t kMaxInt = 2147483647;
 
 // The packed weight's tensors, as described in hf_fastpath/packing.py. Returns the scales' dtype.
 Dtype check_packed(const Check& check, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
@@ -169,14 +48,13 @@ void check_cache(const Check& check, const Tensor& cache, const Tensor& scale, i
   check.contiguous(scale, scale_name);
 }
 
-Tensor w4a16_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
-                    const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
-  constexpr Check check{"w4a16_linear"};
+// x and bias of a product whose packed weight was checked before.
+void check_rows(const Check& check, const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                const std::optional<Tensor>& bias, int64_t out_features, const char* many_rows) {
   check.shape(x, {-1, -1}, "x", "(M, K)");
-  const int64_t m = x.size(0), k = x.size(1);
-  check(m <= kMaxLinearRows, "takes up to ", kMaxLinearRows, " rows, got ", m, "; use w4a16_dequantize for more");
+  check(x.size(0) <= kMaxLinearRows, "takes up to ", kMaxLinearRows, " rows, got ", x.size(0), "; use ", many_rows,
+        " for more");
   check(x.stride(1) == 1, "x must be contiguous in its last dimension");
-  const Dtype dtype = check_packed(check, qweight, scales, zeros, k, out_features, group_size);
   check(x.scalar_type() == scales.scalar_type(), "x and scales must have the same dtype");
   check.same_device(x, qweight, "qweight");
   if (bias) {
@@ -185,22 +63,148 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales
     check.contiguous(*bias, "bias");
     check.same_device(x, *bias, "bias");
   }
+}
+
+// What only the fused products ask for: aligned rows, and the norm's weight.
+void check_fused(const Check& check, const Tensor& x, const std::optional<Tensor>& norm_weight, double eps) {
+  check.aligned(x, 16, "x");
+  check(x.size(0) <= 1 || x.stride(0) % 8 == 0, "the row stride of x must be a multiple of 8, got ", x.stride(0));
+  if (!norm_weight) return;
+  check(norm_weight->scalar_type() == x.scalar_type(), "norm_weight and x must have the same dtype");
+  check.shape(*norm_weight, {x.size(1)}, "norm_weight", "(K,)");
+  check.contiguous(*norm_weight, "norm_weight");
+  check.aligned(*norm_weight, 16, "norm_weight");
+  check.same_device(x, *norm_weight, "norm_weight");
+  check(eps >= 0, "eps must not be negative, got ", eps);
+}
+
+W4A16LinearArgs int4_args(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                          const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, const Tensor& y,
+                          int64_t out_features, int64_t group_size) {
+  W4A16LinearArgs args = {};
+  args.x = data(x);
+  args.x_row_stride = x.stride(0);
+  args.qweight = data(qweight);
+  args.scales = data(scales);
+  args.zeros = data<uint8_t>(zeros);
+  args.bias = data(bias);
+  args.y = y.data_ptr();
+  args.m = static_cast<int>(x.size(0));
+  args.n = static_cast<int>(out_features);
+  args.k = static_cast<int>(x.size(1));
+  args.group_size = static_cast<int>(group_size);
+  return args;
+}
+
+Tensor w4a16_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+                    const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
+  constexpr Check check{"w4a16_linear"};
+  check.shape(x, {-1, -1}, "x", "(M, K)");
+  const Dtype dtype = check_packed(check, qweight, scales, zeros, x.size(1), out_features, group_size);
+  check_rows(check, x, qweight, scales, bias, out_features, "w4a16_dequantize");
   const Launch launch(x);
-  Tensor y = launch.empty({m, out_features}, x.scalar_type());
-  if (m == 0) return y;
-  const W4A16LinearArgs args{data(x),
+  Tensor y = launch.empty({x.size(0), out_features}, x.scalar_type());
+  if (x.size(0) == 0) return y;
+  const W4A16LinearArgs args = int4_args(x, qweight, scales, zeros, bias, y, out_features, group_size);
+  check.launched(launch_w4a16_linear(args, dtype, launch.sm_count(), launch.stream()));
+  return y;
+}
+
+Tensor w4a16_linear_fused(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                          const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& norm_weight, double eps, const std::optional<Tensor>& residual,
+                          int64_t out_features, int64_t group_size) {
+  constexpr Check check{"w4a16_linear_fused"};
+  check.shape(x, {-1, -1}, "x", "(M, K)");
+  const Dtype dtype = check_packed(check, qweight, scales, zeros, x.size(1), out_features, group_size);
+  check_rows(check, x, qweight, scales, bias, out_features, "separate modules");
+  check_fused(check, x, norm_weight, eps);
+  if (residual) {
+    check(residual->scalar_type() == x.scalar_type(), "residual and x must have the same dtype");
+    check.shape(*residual, {x.size(0), out_features}, "residual", "(M, N)");
+    check.contiguous(*residual, "residual");
+    check.same_device(x, *residual, "residual");
+  }
+  const Launch launch(x);
+  Tensor y = launch.empty({x.size(0), out_features}, x.scalar_type());
+  if (x.size(0) == 0) return y;
+  W4A16LinearArgs args = int4_args(x, qweight, scales, zeros, bias, y, out_features, group_size);
+  args.norm_weight = data(norm_weight);
+  args.eps = static_cast<float>(eps);
+  args.residual = data(residual);
+  check.launched(launch_w4a16_linear_fused(args, dtype, launch.sm_count(), launch.stream()));
+  return y;
+}
+
+Tensor w4a16_swiglu(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+                    const std::optional<Tensor>& bias, const std::optional<Tensor>& norm_weight, double eps,
+                    int64_t intermediate_size, int64_t group_size) {
+  constexpr Check check{"w4a16_swiglu"};
+  check(intermediate_size >= 16 && intermediate_size <= kMaxInt / 2 - 16 && intermediate_size % 16 == 0,
+        "intermediate_size must be a positive multiple of 16, got ", intermediate_size);
+  check.shape(x, {-1, -1}, "x", "(M, K)");
+  const int64_t rows = 2 * intermediate_size;
+  const Dtype dtype = check_packed(check, qweight, scales, zeros, x.size(1), rows, group_size);
+  check_rows(check, x, qweight, scales, bias, rows, "separate modules");
+  check_fused(check, x, norm_weight, eps);
+  const Launch launch(x);
+  Tensor y = launch.empty({x.size(0), intermediate_size}, x.scalar_type());
+  if (x.size(0) == 0) return y;
+  W4A16LinearArgs args = int4_args(x, qweight, scales, zeros, bias, y, rows, group_size);
+  args.norm_weight = data(norm_weight);
+  args.eps = static_cast<float>(eps);
+  check.launched(launch_w4a16_swiglu(args, dtype, launch.sm_count(), launch.stream()));
+  return y;
+}
+
+// The packed weight's tensors, as described in hf_fastpath/packing_int8.py. Returns the scales' dtype.
+Dtype check_packed_int8(const Check& check, const Tensor& qweight, const Tensor& scales, int64_t k, int64_t n) {
+  check(n >= 1 && n <= kMaxInt - 16, "out_features must be positive, got ", n);
+  check(k >= 32 && k <= kMaxInt - 128 && k % 32 == 0, "in_features must be a positive multiple of 32, got ", k);
+  check.dtype(qweight, ScalarType::Char, "qweight", "int8");
+  check.shape(qweight, {(n + 15) / 16, k / 32, 32, 16}, "qweight", "(ceil(N/16), K/32, 32, 16)");
+  check.contiguous(qweight, "qweight");
+  check.aligned(qweight, 16, "qweight");
+  const Dtype dtype = check.float_dtype(scales, "scales");
+  check.shape(scales, {n}, "scales", "(N,)");
+  check.contiguous(scales, "scales");
+  check.same_device(qweight, scales, "scales");
+  return dtype;
+}
+
+Tensor w8a16_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& bias,
+                    int64_t out_features) {
+  constexpr Check check{"w8a16_linear"};
+  check.shape(x, {-1, -1}, "x", "(M, K)");
+  const Dtype dtype = check_packed_int8(check, qweight, scales, x.size(1), out_features);
+  check_rows(check, x, qweight, scales, bias, out_features, "w8a16_dequantize");
+  const Launch launch(x);
+  Tensor y = launch.empty({x.size(0), out_features}, x.scalar_type());
+  if (x.size(0) == 0) return y;
+  const W8A16LinearArgs args{data(x),
                              x.stride(0),
                              data(qweight),
                              data(scales),
-                             data<uint8_t>(zeros),
                              data(bias),
                              y.data_ptr(),
-                             static_cast<int>(m),
+                             static_cast<int>(x.size(0)),
                              static_cast<int>(out_features),
-                             static_cast<int>(k),
-                             static_cast<int>(group_size)};
-  check.launched(launch_w4a16_linear(args, dtype, launch.sm_count(), launch.stream()));
+                             static_cast<int>(x.size(1))};
+  check.launched(launch_w8a16_linear(args, dtype, launch.sm_count(), launch.stream()));
   return y;
+}
+
+Tensor w8a16_dequantize(const Tensor& qweight, const Tensor& scales, int64_t out_features) {
+  constexpr Check check{"w8a16_dequantize"};
+  check.shape(qweight, {-1, -1, -1, -1}, "qweight", "(ceil(N/16), K/32, 32, 16)");
+  const int64_t in_features = qweight.size(1) * 32;
+  const Dtype dtype = check_packed_int8(check, qweight, scales, in_features, out_features);
+  const Launch launch(qweight);
+  Tensor out = launch.empty({out_features, in_features}, scales.scalar_type());
+  const W8A16DequantizeArgs args{data(qweight), data(scales), out.data_ptr(), static_cast<int>(out_features),
+                                 static_cast<int>(in_features)};
+  check.launched(launch_w8a16_dequantize(args, dtype, launch.stream()));
+  return out;
 }
 
 Tensor w4a16_dequantize(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
@@ -340,6 +344,10 @@ Tensor attn_decode_int8(const Tensor& query, const Tensor& k_data, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("w4a16_linear", TORCH_BOX(&hf_fastpath::w4a16_linear));
+  m.impl("w4a16_linear_fused", TORCH_BOX(&hf_fastpath::w4a16_linear_fused));
+  m.impl("w4a16_swiglu", TORCH_BOX(&hf_fastpath::w4a16_swiglu));
+  m.impl("w8a16_linear", TORCH_BOX(&hf_fastpath::w8a16_linear));
+  m.impl("w8a16_dequantize", TORCH_BOX(&hf_fastpath::w8a16_dequantize));
   m.impl("w4a16_dequantize", TORCH_BOX(&hf_fastpath::w4a16_dequantize));
   m.impl("kv_int8_append", TORCH_BOX(&hf_fastpath::kv_int8_append));
   m.impl("kv_int8_dequantize", TORCH_BOX(&hf_fastpath::kv_int8_dequantize));

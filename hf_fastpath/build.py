@@ -38,7 +38,7 @@ COMPILE_FLAGS = (
     "-fPIC,-fvisibility=hidden",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 )
-# libtorch.so is what brings in libtorch_cuda, and with it the stream function that ops.cpp declares weak.
+# libtorch.so is what brings in libtorch_cuda, and with it the stream function that ops_checks.h declares weak.
 LINK_FLAGS = ("-shared", "-cudart", "static", "-Xlinker", "--no-as-needed", "-ltorch")
 ERROR_LINES = 40
 

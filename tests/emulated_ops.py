@@ -25,15 +25,92 @@ class EmulatedOps:
         out_features: int,
         group_size: int,
     ) -> torch.Tensor:
-        y = x.new_empty(x.shape[0], out_features)
+        packed = (qweight, scales, zeros, bias)
+        return self._int4_product(0, x, packed, out_features, None, 0.0, None, out_features, group_size)
+
+    def w4a16_linear_fused(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        out_features: int,
+        group_size: int,
+    ) -> torch.Tensor:
+        packed = (qweight, scales, zeros, bias)
+        return self._int4_product(1, x, packed, out_features, norm_weight, eps, residual, out_features, group_size)
+
+    def w4a16_swiglu(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        intermediate_size: int,
+        group_size: int,
+    ) -> torch.Tensor:
+        packed = (qweight, scales, zeros, bias)
+        rows = 2 * intermediate_size
+        return self._int4_product(2, x, packed, rows, norm_weight, eps, None, intermediate_size, group_size)
+
+    def _int4_product(
+        self,
+        product: int,
+        x: torch.Tensor,
+        packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+        rows: int,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        columns: int,
+        group_size: int,
+    ) -> torch.Tensor:
+        qweight, scales, zeros, bias = packed
+        y = x.new_empty(x.shape[0], columns)
         self._library.call(
             "emulated_w4a16_linear",
-            *(x, x.stride(0), qweight, scales, zeros, bias, y),
-            *(x.shape[0], out_features, x.shape[1], group_size, x.dtype is torch.bfloat16, self.sm_count),
+            *(x, x.stride(0), qweight, scales, zeros, bias, y, x.shape[0], rows, x.shape[1], group_size),
+            *(norm_weight, eps, residual, x.dtype is torch.bfloat16, self.sm_count, product),
             **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
+            **_inputs(norm_weight=norm_weight, residual=residual),
             y=(y, OUTPUT),
         )
         return y
+
+    def w8a16_linear(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_features: int,
+    ) -> torch.Tensor:
+        y = x.new_empty(x.shape[0], out_features)
+        self._library.call(
+            "emulated_w8a16_linear",
+            *(x, x.stride(0), qweight, scales, bias, y, x.shape[0], out_features, x.shape[1]),
+            *(x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, bias=bias),
+            y=(y, OUTPUT),
+        )
+        return y
+
+    def w8a16_dequantize(self, qweight: torch.Tensor, scales: torch.Tensor, out_features: int) -> torch.Tensor:
+        out = scales.new_empty(out_features, qweight.shape[1] * 32)
+        self._library.call(
+            "emulated_w8a16_dequantize",
+            *(qweight, scales, out, *out.shape, scales.dtype is torch.bfloat16),
+            **_inputs(qweight=qweight, scales=scales),
+            out=(out, OUTPUT),
+        )
+        return out
 
     def w4a16_dequantize(
         self,

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,23 @@ needs_emulator = pytest.mark.skipif(
 )
 
 
-def _compile(
-    source: Path, flags: Sequence[str], headers: str, include: Path
-) -> tuple[Path, subprocess.Popen[str] | None]:
-    """The object of a source file, and the compiler that makes it if it is not there yet."""
+def _partial(path: Path) -> str:
+    """Where a file is made; the renaming is atomic, and two processes do not write one file."""
+    return f"{path}.{os.getpid()}"
+
+
+def _compile(source: Path, flags: Sequence[str], headers: str, include: Path) -> Path:
+    """The object of a source file, which may be there already."""
     key = hashlib.sha256(f"{headers}{flags}{source.read_text()}".encode()).hexdigest()[:16]
     target = CACHE / f"{source.name}-{key}.o"
     if target.exists():
-        return target, None
+        return target
     places = [f"-I{HERE}", f"-I{build.source_dir()}", "-isystem", str(include)]
-    command = ["g++", *COMMON_FLAGS, *flags, *places, "-c", str(source), "-o", f"{target}.new"]
-    return target, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["g++", *COMMON_FLAGS, *flags, *places, "-c", str(source), "-o", _partial(target)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"compiling {source.name} for the emulator failed:\n{result.stderr[-4000:]}")
+    return Path(_partial(target)).replace(target)
 
 
 def build_emulator() -> Path:
@@ -95,21 +102,14 @@ def build_emulator() -> Path:
     csrc = build.source_dir()
     header_files = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *csrc.glob("*.h"), *csrc.glob("common/*.cuh")])
     headers = "".join(file.read_text() for file in header_files) + f"{COMMON_FLAGS}{include}"
-    kernels = sorted([*csrc.glob("*.cu"), *HERE.glob("*.cu")])
-    jobs = [_compile(file, KERNEL_FLAGS, headers, include) for file in kernels]
-    jobs += [_compile(file, EMULATOR_FLAGS, headers, include) for file in sorted(HERE.glob("*.cpp"))]
-    for target, compiler in jobs:
-        if compiler is None:
-            continue
-        _, errors = compiler.communicate()
-        if compiler.returncode:
-            raise RuntimeError(f"compiling {target.name} for the emulator failed:\n{errors[-4000:]}")
-        Path(f"{target}.new").replace(target)
-    objects = [str(target) for target, _ in jobs]
+    jobs = [(file, KERNEL_FLAGS) for file in sorted([*csrc.glob("*.cu"), *HERE.glob("*.cu")])]
+    jobs += [(file, EMULATOR_FLAGS) for file in sorted(HERE.glob("*.cpp"))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(lambda job: _compile(job[0], job[1], headers, include), jobs)]
     library = CACHE / f"emulator-{hashlib.sha256(''.join(objects).encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        subprocess.run(["g++", "-shared", "-o", f"{library}.new", *objects, "-Wl,-z,defs"], check=True)
-        Path(f"{library}.new").replace(library)
+        subprocess.run(["g++", "-shared", "-o", _partial(library), *objects, "-Wl,-z,defs"], check=True)
+        Path(_partial(library)).replace(library)
     return library
 
 

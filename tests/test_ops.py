@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_fastpath import ops, packing
+from hf_fastpath import ops, packing, packing_int8
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8_reference
 from hf_fastpath.ops.kv_int8_append import quantize_int8
+from hf_fastpath.ops.w4a16_linear_fused import rms_norm
+from hf_fastpath.ops.w8a16_linear import w8a16_linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -41,6 +44,56 @@ def test_w4a16_linear(n: int, k: int, group: int, zeros: bool, dtype: torch.dtyp
     assert relative_error(got, x.double() @ exact.T + bias.double()) < tolerance
     exact[0, 0] += 20 * exact.abs().max()  # a planted fault of one weight is seen
     assert relative_error(got, x.double() @ exact.T + bias.double()) > tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_has_transformers_bits(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    norm = LlamaRMSNorm(96, eps=1e-5).to(dtype).requires_grad_(False)
+    norm.weight.normal_(1, 0.2)
+    x = (torch.randn(5, 96) * torch.logspace(-3, 3, 5)[:, None]).to(dtype)
+    x[2] = 0
+    assert torch.equal(rms_norm(x, norm.weight, 1e-5), norm(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_fused_products(zeros: bool, dtype: torch.dtype) -> None:
+    """The unfused modules in float64, with x normalized by transformers' own norm."""
+    torch.manual_seed(4)
+    qweight, scales, stored_zero, exact = packed_weight(64, 96, 32, zeros, dtype)
+    norm = LlamaRMSNorm(96, eps=1e-3).to(dtype).requires_grad_(False)
+    norm.weight.normal_(1, 0.2)
+    x, bias, residual = (torch.randn(shape).to(dtype) for shape in ((3, 96), (64,), (3, 64)))
+    packed = (qweight, scales, stored_zero, bias)
+    tolerance = 3 * max(torch.finfo(dtype).eps, 2e-7)  # a rounded weight, a result, and in swiglu two values in between
+    for weight, rows in ((norm.weight, norm(x)), (None, x)):
+        product = rows.double() @ exact.T + bias.double()
+        got = ops.w4a16_linear_fused(x, *packed, weight, 1e-3, residual, 64, 32)
+        assert relative_error(got, product + residual.double()) < tolerance
+        assert relative_error(got, product) > tolerance  # the residual counts
+        assert relative_error(ops.w4a16_linear_fused(x, *packed, weight, 1e-3, None, 64, 32), product) < tolerance
+        gate, up = product.chunk(2, dim=-1)
+        got = ops.w4a16_swiglu(x, *packed, weight, 1e-3, 32, 32)
+        assert relative_error(got, torch.nn.functional.silu(gate) * up) < tolerance
+        assert relative_error(got, torch.nn.functional.silu(up) * gate) > tolerance  # which half is the gate counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (100, 96), (40, 288)])
+def test_w8a16_linear(n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(n)
+    q = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    scale, bias = (torch.rand(n) * 0.01 + 0.001).to(dtype), torch.randn(n).to(dtype)
+    exact = q.double() * scale.double()[:, None]
+    x = torch.randn(3, 2 * k).to(dtype)[:, 1 : k + 1]
+    for tiles in (1, 2, 256):  # in bands of rows, the last one shorter
+        monkeypatch.setitem(w8a16_linear_reference.__globals__, "BAND_TILES", tiles)
+        got = ops.w8a16_linear(x, packing_int8.pack_int8(q), scale, bias, n)
+        # Rounded once.
+        assert relative_error(got, x.double() @ exact.T + bias.double()) < torch.finfo(dtype).eps
+        plain = ops.w8a16_linear(x, packing_int8.pack_int8(q), scale, None, n)
+        assert relative_error(plain, x.double() @ exact.T) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,7 +212,14 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     qweight, scales, zero, _ = packed_weight(20, 64, 32, True, torch.bfloat16)
     cache = int8_cache(2, 2, 16, 16, 32)
     new = torch.randn(2, 2, 3, 32)
+    x, norm_weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
+    merged = packed_weight(32, 64, 32, False, torch.bfloat16)[:3]
+    int8 = packing_int8.pack_int8(torch.randint(-128, 128, (20, 64), dtype=torch.int8)), torch.rand(20).bfloat16()
     return [
+        ("w4a16_linear_fused", (x, qweight, scales, zero, None, norm_weight, 1e-5, x[:, :20].contiguous(), 20, 32)),
+        ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
+        ("w8a16_linear", (x, *int8, None, 20)),
+        ("w8a16_dequantize", (*int8, 20)),
         ("w4a16_linear", (torch.randn(3, 64).bfloat16(), qweight, scales, zero, None, 20, 32)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
         ("kv_int8_append", (new, new.clone(), *cache, 4)),

@@ -41,11 +41,24 @@ __device__ __forceinline__ void int4_fragment(uint32_t word, uint32_t zero_lo, u
   }
 }
 
-// Bytes 0 and 2 of a word, as signed integers, to a pair of fp16; shift the word by 8 for bytes 1 and 3. Flipping the
-// sign bit adds 128, so 1024 + 128 is subtracted.
-__device__ __forceinline__ uint32_t int8_pair(uint32_t word) {
+// Bytes 0 and 2 of a word, as signed integers, to a pair of floats, exactly; shift the word by 8 for bytes 1 and 3.
+template <typename T>
+__device__ __forceinline__ uint32_t int8_pair(uint32_t word);
+
+// Flipping the sign bit adds 128, so 1024 + 128 is subtracted.
+template <>
+__device__ __forceinline__ uint32_t int8_pair<__half>(uint32_t word) {
   const uint32_t biased = and_xor(word, 0x00ff00ff, 0x64806480);
   return as_bits(__hsub2(as_pair<__half2>(biased), as_pair<__half2>(0x64806480)));
+}
+
+// Seven mantissa bits hold the byte without its sign; the sign bit, added to the bits of 128, makes what is subtracted
+// 256.
+template <>
+__device__ __forceinline__ uint32_t int8_pair<__nv_bfloat16>(uint32_t word) {
+  const uint32_t biased = and_or(word, 0x007f007f, kIntegerBase<__nv_bfloat16>);
+  const uint32_t bias = and_or(word, 0x00800080, kIntegerBase<__nv_bfloat16>);
+  return as_bits(__hsub2(as_pair<__nv_bfloat162>(biased), as_pair<__nv_bfloat162>(bias)));
 }
 
 }  // namespace hf_fastpath

@@ -13,6 +13,12 @@ __device__ __forceinline__ float warp_max_nan(float v) {
   return v;
 }
 
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(kFullWarp, v, offset);
+  return v;
+}
+
 // Over the lanes that share t = lane % 4.
 __device__ __forceinline__ float max_over_g(float v) {
 #pragma unroll

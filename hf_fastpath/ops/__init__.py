@@ -6,6 +6,10 @@ from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
+from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
+from hf_fastpath.ops.w4a16_swiglu import w4a16_swiglu
+from hf_fastpath.ops.w8a16_dequantize import w8a16_dequantize
+from hf_fastpath.ops.w8a16_linear import w8a16_linear
 
 __all__ = [
     "NAMESPACE",
@@ -15,4 +19,8 @@ __all__ = [
     "kv_int8_dequantize",
     "w4a16_dequantize",
     "w4a16_linear",
+    "w4a16_linear_fused",
+    "w4a16_swiglu",
+    "w8a16_dequantize",
+    "w8a16_linear",
 ]

@@ -12,11 +12,27 @@ Dtype dtype_of(int bfloat16) {
 }
 }  // namespace
 
+// The three products of an int4 weight: 0 plain, 1 fused, 2 swiglu.
 EXPORT int emulated_w4a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                  const uint8_t* zeros, const void* bias, void* y, int m, int n, int k, int group_size,
-                                 int bfloat16, int sm_count) {
-  const W4A16LinearArgs args{x, x_row_stride, qweight, scales, zeros, bias, y, m, n, k, group_size};
-  return launch_w4a16_linear(args, dtype_of(bfloat16), sm_count, nullptr);
+                                 const void* norm_weight, float eps, const void* residual, int bfloat16, int sm_count,
+                                 int product) {
+  const W4A16LinearArgs args{x, x_row_stride, qweight,     scales, zeros,   bias, y, m, n,
+                             k, group_size,   norm_weight, eps,    residual};
+  const auto launch = product == 0   ? launch_w4a16_linear
+                      : product == 1 ? launch_w4a16_linear_fused
+                                     : launch_w4a16_swiglu;
+  return launch(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+EXPORT int emulated_w8a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
+                                 const void* bias, void* y, int m, int n, int k, int bfloat16, int sm_count) {
+  const W8A16LinearArgs args{x, x_row_stride, qweight, scales, bias, y, m, n, k};
+  return launch_w8a16_linear(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+EXPORT int emulated_w8a16_dequantize(const void* qweight, const void* scales, void* out, int n, int k, int bfloat16) {
+  return launch_w8a16_dequantize({qweight, scales, out, n, k}, dtype_of(bfloat16), nullptr);
 }
 
 EXPORT int emulated_w4a16_dequantize(const void* qweight, const void* scales, const uint8_t* zeros, void* out, int n,

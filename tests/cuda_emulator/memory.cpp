@@ -5,6 +5,7 @@
 // have none.
 #include <link.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -252,10 +253,12 @@ struct SourceLocation {
   const char* file;
   uint32_t line, column;
 };
-#define UNDEFINED_BEHAVIOUR(kind, text)                                               \
-  void __ubsan_handle_##kind##_abort(const SourceLocation* at) {                      \
-    fault(std::string(text) + " at " + at->file + ":" + std::to_string(at->line));    \
-    abort(); /* outside a kernel: the message is lost, the debugger's stack is not */ \
+#define UNDEFINED_BEHAVIOUR(kind, text)                                                                 \
+  void __ubsan_handle_##kind##_abort(const SourceLocation* at) {                                        \
+    const std::string message = std::string(text) + " at " + at->file + ":" + std::to_string(at->line); \
+    fault(message);                                                                                     \
+    fprintf(stderr, "in a launcher: %s\n", message.c_str()); /* a kernel does not come here */          \
+    abort();                                                                                            \
   }
 UNDEFINED_BEHAVIOUR(type_mismatch_v1, "a misaligned access")
 UNDEFINED_BEHAVIOUR(out_of_bounds, "an array index out of bounds")

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_common import DEVICE, make_weight, randn
+from fused_cases import make_int8_weight
+from gpu_common import DEVICE, GPU, make_weight, randn
 from kernel_cases import generator
 
 from hf_fastpath.ops import (
@@ -15,6 +16,10 @@ from hf_fastpath.ops import (
     kv_int8_dequantize,
     w4a16_dequantize,
     w4a16_linear,
+    w4a16_linear_fused,
+    w4a16_swiglu,
+    w8a16_dequantize,
+    w8a16_linear,
 )
 
 pytestmark = pytest.mark.gpu
@@ -28,6 +33,9 @@ class Step:
         dtype = torch.bfloat16
         weight = make_weight(rng, 256, 512, 128, dtype)
         self.qweight, self.scales = weight.qweight.to(device), weight.scales.to(device)
+        head = make_int8_weight(GPU, rng, 100, 512, dtype)
+        self.head, self.head_scales = head.qweight.to(device), head.scales.to(device)
+        self.norm_weight = randn(rng, 512, dtype=dtype).to(device)
         self.x = randn(rng, 2, 512, dtype=dtype).to(device)
         shape = (2, 2, 600)
         self.k_data, self.v_data = (torch.zeros(*shape, 64, dtype=torch.int8, device=device) for _ in range(2))
@@ -47,7 +55,12 @@ class Step:
         self.append(new[:, 0].unsqueeze(2), new[:, 1].unsqueeze(2), 599)
         out = self.attend(y.view(2, 4, 64))
         keys = kv_int8_dequantize(self.k_data, self.k_scale, 600, torch.bfloat16)
-        return [y, out, keys, w4a16_dequantize(self.qweight, self.scales, None, 512, 256, 128)]
+        packed = (self.qweight, self.scales, None, None, self.norm_weight, 1e-5)
+        fused = w4a16_linear_fused(self.x, *packed, y, 256, 128)
+        activated = w4a16_swiglu(self.x, *packed, 128, 128)
+        logits = w8a16_linear(self.x, self.head, self.head_scales, None, 100)
+        weights = w4a16_dequantize(self.qweight, self.scales, None, 512, 256, 128)
+        return [y, out, keys, fused, activated, logits, weights, w8a16_dequantize(self.head, self.head_scales, 100)]
 
 
 def test_a_captured_graph_replays_with_new_inputs() -> None:
@@ -104,6 +117,16 @@ def test_opcheck() -> None:
     ops = torch.ops.hf_fastpath
     checks: list[tuple[Callable[..., object], tuple[object, ...]]] = [
         (ops.w4a16_linear.default, (step.x, step.qweight, step.scales, None, None, 256, 128)),
+        (
+            ops.w4a16_linear_fused.default,
+            (step.x, step.qweight, step.scales, None, None, step.norm_weight, 1e-5, None, 256, 128),
+        ),
+        (
+            ops.w4a16_swiglu.default,
+            (step.x, step.qweight, step.scales, None, None, step.norm_weight, 1e-5, 128, 128),
+        ),
+        (ops.w8a16_linear.default, (step.x, step.head, step.head_scales, None, 100)),
+        (ops.w8a16_dequantize.default, (step.head, step.head_scales, 100)),
         (ops.w4a16_dequantize.default, (step.qweight, step.scales, None, 512, 256, 128)),
         (
             ops.attn_decode_int8.default,

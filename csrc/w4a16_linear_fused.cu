@@ -1,0 +1,22 @@
+// y = residual + RMSNorm(x) @ W.T + bias for 1..16 rows of x and W packed int4; see common/decode_linear.cuh.
+#include "common/int4_weights.cuh"
+
+namespace hf_fastpath {
+namespace {
+
+template <typename T>
+cudaError_t launch(const W4A16LinearArgs& args, int sm_count, cudaStream_t stream) {
+  return linear::for_int4_format<T>(args.group_size, args.zeros, [&](auto format) {
+    constexpr auto kResidual = linear::Epilogue::kResidual;
+    return linear::launch_fused<decltype(format), kResidual>(linear::int4_params<T>(args), sm_count, stream);
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_w4a16_linear_fused(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {
+  if (dtype == Dtype::kFloat16) return launch<__half>(args, sm_count, stream);
+  return launch<__nv_bfloat16>(args, sm_count, stream);
+}
+
+}  // namespace hf_fastpath
