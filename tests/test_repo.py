@@ -169,6 +169,7 @@ def test_named_files_commands_and_targets_exist(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)(?=[`\n ]*)", "\n".join(code_in(text)))) <= targets
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
+    commands |= {group.name for group in cli.app.registered_groups}
     assert set(re.findall(r"hf-fastpath ([a-z]+)", "\n".join(code_in(text)))) <= commands
     for name in re.findall(r"`((?:hf_fastpath|csrc|patches|eval|tests|tools)/[\w./-]*)`", text):
         assert (ROOT / name).exists(), f"{document} names {name}"

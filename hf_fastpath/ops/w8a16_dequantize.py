@@ -19,9 +19,14 @@ def _fake(qweight: torch.Tensor, scales: torch.Tensor, out_features: int) -> tor
 _op = _library.define(SCHEMA, w8a16_dequantize_reference, _fake)
 
 
-def w8a16_dequantize(qweight: torch.Tensor, scales: torch.Tensor, out_features: int) -> torch.Tensor:
+def w8a16_dequantize(
+    qweight: torch.Tensor, scales: torch.Tensor, out_features: int, *, reference: bool = False
+) -> torch.Tensor:
     """The weight ``(out_features, K)`` in ``scales.dtype``; bit-identical on every device.
 
-    Args: see :mod:`hf_fastpath.packing_int8` for ``qweight`` and ``scales``.
+    Args:
+        qweight, scales: see :mod:`hf_fastpath.packing_int8`.
+        reference: run the reference implementation, on any device.
     """
-    return _op(qweight, scales, out_features)
+    run = w8a16_dequantize_reference if reference else _op
+    return run(qweight, scales, out_features)

@@ -38,7 +38,13 @@ _op = _library.define(SCHEMA, w8a16_linear_reference, _fake)
 
 
 def w8a16_linear(
-    x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out_features: int
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    *,
+    reference: bool = False,
 ) -> torch.Tensor:
     """``(M, K)`` times packed ``(N, K)`` transposed: ``(M, N)`` in ``x.dtype``, accumulated in float32.
 
@@ -46,8 +52,10 @@ def w8a16_linear(
         x: ``(M, K)``, last dimension contiguous, any row stride. On CUDA: M in 1..16, the dtype of ``scales``.
         qweight, scales: see :mod:`hf_fastpath.packing_int8`.
         bias: ``(N,)`` in ``x.dtype`` or None.
+        reference: run the reference implementation, on any device, for any M.
 
     The scale is applied to the sum, so unlike in :func:`w8a16_dequantize` no weight is rounded to 16 bits. A row's
     result has the same bits for every M.
     """
-    return _op(x, qweight, scales, bias, out_features)
+    run = w8a16_linear_reference if reference else _op
+    return run(x, qweight, scales, bias, out_features)
