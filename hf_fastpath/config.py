@@ -28,6 +28,7 @@ class ScaleSearch(enum.Enum):
     ABSMAX = "absmax"
     MSE = "mse"
     ACTIVATION = "activation"
+    OUTPUT = "output"
 
 
 def _parse_enum(field: str, value: Any, kind: type[enum.Enum], optional: bool) -> enum.Enum | None:
@@ -52,9 +53,11 @@ class FastpathConfig:
             multiple of it takes the next smaller size that divides.
         zero_points: give every group an integer zero point (asymmetric int4): 0.06 more bits a weight at group 128,
             and less error.
-        scale_search: ``"activation"`` searches scales and zero points that minimize the error of the layer's output,
-            its input channels weighted by how strongly random tokens drive them (no data needed; a second or so);
-            ``"mse"`` minimizes the error of the weights alone; ``"absmax"`` is plain rounding to the largest value.
+        scale_search: ``"output"`` minimizes the error of each layer's output, codes and scales making up for each
+            other's errors, on the calibration text given to ``patch_model`` or, without one, on text that the model
+            writes itself; ``"activation"`` weighs the error of each weight by how strongly random tokens drive its
+            input channel (a few times faster); ``"mse"`` minimizes the error of the weights alone; ``"absmax"`` is
+            plain rounding to the largest value.
         kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
             precision, preallocated), or None for transformers' own DynamicCache.
         skip_modules: names of linear layers to leave alone, matched against each dotted component of a module's name
@@ -66,7 +69,7 @@ class FastpathConfig:
     weights: WeightFormat | None = WeightFormat.W4A16
     group_size: int = 128
     zero_points: bool = True
-    scale_search: ScaleSearch = ScaleSearch.ACTIVATION
+    scale_search: ScaleSearch = ScaleSearch.OUTPUT
     kv_cache: KVFormat | None = KVFormat.INT8
     skip_modules: tuple[str, ...] = ("lm_head",)
     keep_original: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,14 +14,16 @@ from tqdm.auto import tqdm
 
 from hf_fastpath import generation
 from hf_fastpath.activations import input_energy
+from hf_fastpath.blockwise import quantize_blockwise
 from hf_fastpath.caches.attention import ATTENTION_NAME
+from hf_fastpath.calibration import check_tokens, self_written_tokens
 from hf_fastpath.checks import LinearPlan, check_model, needs_kernels, plan_linears
 from hf_fastpath.config import FastpathConfig, KVFormat, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.patches.recipe import Recipe
-from hf_fastpath.quantize import quantize_int4
+from hf_fastpath.quantize import GroupQuantized, quantize_int4
 from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
 from hf_fastpath.runtime import require_device
 
@@ -39,7 +42,9 @@ class PatchState:
     report: FastpathReport
 
 
-def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = None, **overrides: Any) -> Any:
+def patch_model(
+    model: Any, config: FastpathConfig | dict[str, Any] | None = None, *, calibration: Any = None, **overrides: Any
+) -> Any:
     """Makes a loaded transformers model run on int4 weights and a compressed KV cache, in place.
 
     ``generate()`` and ``model(...)`` stay what they were for the caller. The original float weights are freed one layer
@@ -48,12 +53,15 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     Args:
         model: a transformers model of a supported family, on the CPU or on one CUDA GPU, not quantized.
         config: a :class:`FastpathConfig` or a dict of its fields; ``overrides`` are single fields on top.
+        calibration: for ``scale_search="output"``, token ids ``(n, T)`` of a text like those that the model will
+            read, a tensor or n sequences of one length (:func:`hf_fastpath.calibration.calibration_tokens` makes
+            them). None: the model writes its own.
 
     Returns:
         The same model object.
 
     Raises:
-        ValueError: a bad configuration value, or weights that hold NaN or infinity.
+        ValueError: a bad configuration value, bad token ids, or weights that hold NaN or infinity.
         Unsupported: this model cannot be patched; the message says why and what is possible.
             In both cases the model is as it was.
     """
@@ -63,6 +71,8 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     recipe = find_recipe(model)
     check_model(model, config)
     plans = plan_linears(model, recipe, config)
+    if calibration is not None:
+        calibration = _check_calibration(model, config, calibration)
     if needs_kernels(config):
         require_device(model.device)
     generation.register()
@@ -71,7 +81,7 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     empty = FastpathReport("", (), ())
     state = PatchState(config, recipe, model.dtype, model.config._attn_implementation, {}, empty)
     try:
-        _replace_linears(model, plans, config, state.replaced)
+        _replace_linears(model, recipe, plans, config, calibration, state.replaced)
         _install_cache(model, config)
     except BaseException as error:
         _restore(model, state)
@@ -157,32 +167,58 @@ def _state(model: Any) -> PatchState:
     return state
 
 
+def _check_calibration(model: Any, config: FastpathConfig, calibration: Any) -> torch.Tensor:
+    if config.weights is None or config.scale_search is not ScaleSearch.OUTPUT:
+        raise ValueError("calibration is for weights='w4a16' with scale_search='output', and nothing else reads it")
+    return check_tokens(calibration, model.config.vocab_size)
+
+
 def _replace_linears(
-    model: Any, plans: list[LinearPlan], config: FastpathConfig, replaced: dict[str, nn.Linear | None]
+    model: Any,
+    recipe: Recipe,
+    plans: list[LinearPlan],
+    config: FastpathConfig,
+    calibration: torch.Tensor | None,
+    replaced: dict[str, nn.Linear | None],
 ) -> None:
     """Quantizes and swaps layer by layer, noting each in ``replaced``; one layer at a time exists in both forms."""
     todo = [plan for plan in plans if plan.group_size is not None]
-    energy: dict[str, torch.Tensor] = {}
-    if todo and config.scale_search is ScaleSearch.ACTIVATION:
-        energy = input_energy(model, [plan.name for plan in todo], progress=config.progress)
-    for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not (config.progress and todo)):
-        assert plan.group_size is not None
+    for plan, quantized in _quantized(model, recipe, todo, config, calibration) if todo else ():
         original = model.get_submodule(plan.name)
-        quantized = quantize_int4(
-            original.weight,
-            plan.group_size,
-            zero_points=config.zero_points,
-            search=config.scale_search,
-            importance=energy.get(plan.name),
-        )
         packed = W4A16Linear.from_quantized(quantized, original.bias)
         packed.train(original.training)
         kept = original.to("cpu") if config.keep_original else None
         model.set_submodule(plan.name, packed)
         replaced[plan.name] = kept
+        del original
     if todo and torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _quantized(
+    model: Any, recipe: Recipe, todo: list[LinearPlan], config: FastpathConfig, calibration: torch.Tensor | None
+) -> Iterator[tuple[LinearPlan, GroupQuantized]]:
+    """Each layer's int4 weight; the layer is to be swapped before the next one is asked for."""
+    if config.scale_search is ScaleSearch.OUTPUT:
+        tokens = self_written_tokens(model, progress=config.progress) if calibration is None else calibration
+        yield from quantize_blockwise(model, recipe, todo, config, tokens)
+        return
+    energy: dict[str, torch.Tensor] = {}
+    if config.scale_search is ScaleSearch.ACTIVATION:
+        energy = input_energy(model, [plan.name for plan in todo], progress=config.progress)
+    for plan in tqdm(todo, desc="Quantizing to int4", unit="layer", disable=not config.progress):
+        assert plan.group_size is not None
+        yield (
+            plan,
+            quantize_int4(
+                model.get_submodule(plan.name).weight,
+                plan.group_size,
+                zero_points=config.zero_points,
+                search=config.scale_search,
+                importance=energy.get(plan.name),
+            ),
+        )
 
 
 def _plain_linear(packed: W4A16Linear, dtype: torch.dtype) -> nn.Linear:

@@ -98,7 +98,7 @@ def test_originals_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> 
         return quantize(weight, *args, **kwargs)
 
     monkeypatch.setattr(patching, "quantize_int4", counting)
-    patch_model(model, **QUIET)
+    patch_model(model, scale_search="activation", **QUIET)
     assert alive == list(range(21, 0, -1))
     assert not any(ref() is not None for ref in originals)
 
@@ -231,7 +231,7 @@ def test_an_interrupted_patch_leaves_no_half_patched_model(
 
     monkeypatch.setattr(patching, "quantize_int4", interrupted)
     with pytest.raises(KeyboardInterrupt) as error:
-        patch_model(model, keep_original=kept, **QUIET)
+        patch_model(model, keep_original=kept, scale_search="activation", **QUIET)
     assert not any(isinstance(module, W4A16Linear) for module in model.modules())
     notes = getattr(error.value, "__notes__", [])
     if kept:
