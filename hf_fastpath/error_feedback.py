@@ -22,7 +22,7 @@ from hf_fastpath.quantize import GroupQuantized, quantize_int4
 
 # Elements worked on at once; about five float32 copies of them are held.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-_SWEEPS = 3
+_SWEEPS = 2  # a third takes another 2% off a layer's error, and half as much time again
 # Of some thousand tokens the correlations between channels are known less well than their energies: this share of
 # them is taken for chance. Without it a 1,536-wide layer's error on other text was above plain rounding's.
 _SHRINKAGE = 0.5
@@ -96,24 +96,28 @@ class CoordinateDescent:
         for group in range(self.scale.shape[0]):
             columns = slice(group * self.group_size, (group + 1) * self.group_size)
             inner = self.hessian[columns, columns]
-            gradient = self.gradient[columns].clone()
-            change = self._move_codes(group, columns, inner, gradient)
+            change = self._move_codes(group, columns, inner)
+            gradient = torch.addmm(self.gradient[columns], inner, change, alpha=-1)
             change += self._move_scale(group, columns, inner, gradient)
             self.gradient.addmm_(self.hessian[:, columns], change, alpha=-1)
 
-    def _move_codes(self, group: int, columns: slice, inner: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Puts each code at its minimum; the change of the values, ``(group_size, rows)``. Updates ``gradient``."""
+    def _move_codes(self, group: int, columns: slice, inner: torch.Tensor) -> torch.Tensor:
+        """Puts each code of a group at its minimum; the change of the values, ``(group_size, rows)``."""
         scale, codes = self.scale[group], self.codes[columns]
         inverse = torch.where(scale > 0, 1 / scale, 0)  # a group of zeros stays one
-        steps = inverse / inner.diagonal().unsqueeze(1)
-        change = torch.empty_like(codes)
-        for i in range(self.group_size):
-            code = torch.addcmul(codes[i], gradient[i], steps[i]).round_().clamp_(0, 15)
-            torch.mul(torch.sub(code, codes[i]), scale, out=change[i])
-            codes[i] = code
-            gradient[i + 1 :].addr_(inner[i + 1 :, i], change[i], alpha=-1)
-        gradient.copy_(self.gradient[columns]).addmm_(inner, change, alpha=-1)
-        return change
+        # In units of a code a column's step does not depend on the row. That leaves four small operations a column,
+        # and on a GPU it is their number that takes the time.
+        diagonal = inner.diagonal()
+        weights = inner / diagonal
+        optima = codes + self.gradient[columns] * inverse / diagonal.unsqueeze(1)
+        moved, steps = torch.empty_like(codes), torch.empty_like(codes)
+        rows = zip(optima.unbind(), codes.unbind(), moved.unbind(), steps.unbind(), weights.unbind(), strict=True)
+        for i, (optimum, code, new, step, weight) in enumerate(rows, start=1):
+            torch.round(optimum, out=new).clamp_(0, 15)
+            torch.sub(new, code, out=step)
+            optima[i:].addr_(weight[i:], step, alpha=-1)
+        codes.copy_(moved)
+        return steps.mul_(scale)
 
     def _move_scale(self, group: int, columns: slice, inner: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Puts a group's scale at its minimum, as far as 16 bits can say it; the change of the values."""
