@@ -123,7 +123,10 @@ def self_written_tokens(
             out = model(input_ids=written[-1], past_key_values=cache, use_cache=True)
             cache, likelihood = out.past_key_values, out.logits[:, -1].float().softmax(-1)
             if not bool(likelihood.isfinite().all()):
-                raise ValueError(f"the model's logits are not finite in {model.dtype}, so it cannot write a text")
+                raise ValueError(
+                    f"the model's logits are not finite in {model.dtype}, so it cannot write a text to calibrate on; "
+                    "scale_search='mse' does not look at activations"
+                )
             written.append(torch.multinomial(likelihood, 1, generator=generator))
     return torch.cat(written, dim=1).cpu()
 
