@@ -3,9 +3,11 @@
 Columns of the CSV, one row a configuration of the demo's model (or ``--model``):
 
 model, scale_search, group_size, zero_points   how its weights were quantized; the KV cache is int8
+calibration          the text given with --calibration, for scale_search="output"; empty: the model wrote its own
 bits_per_weight      of the quantized layers, scales and zero points included
 patch_s              seconds patch_model took
 ppl, ppl_change, ppl_change_se   perplexity, its relative change from stock and that change's standard error
+kl                   divergence of its predictions from stock's, nats a token
 top1                 share of tokens with stock's most likely next token
 tokens, dtype, device, torch, transformers, commit
 """
@@ -26,14 +28,15 @@ from rich.console import Console
 from hf_fastpath import FastpathConfig, fastpath_report, info, patch_model
 from hf_fastpath.eval import compare, demo
 from hf_fastpath.eval.bench_ops import commit_of
-from hf_fastpath.eval.perplexity import Perplexity
+from hf_fastpath.eval.loading import Loaded
+from hf_fastpath.eval.perplexity import Divergence, Perplexity
 
 COLUMNS = (
-    *("model", "scale_search", "group_size", "zero_points", "bits_per_weight", "patch_s"),
-    *("ppl", "ppl_change", "ppl_change_se", "top1"),
+    *("model", "scale_search", "calibration", "group_size", "zero_points", "bits_per_weight", "patch_s"),
+    *("ppl", "ppl_change", "ppl_change_se", "kl", "top1"),
     *("tokens", "dtype", "device", "torch", "transformers", "commit"),
 )
-SEARCHES = ("absmax", "mse", "activation")
+SEARCHES = ("absmax", "mse", "activation", "output")
 GROUPS = (128, 64)
 
 Row = dict[str, Any]
@@ -50,40 +53,56 @@ def bits_per_weight(model: Any) -> float:
     return stored / count
 
 
-def configurations(base: FastpathConfig) -> Iterator[FastpathConfig | None]:
-    """None for the stock model, then every search at every size."""
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to quantize, and the text it is calibrated on, if any."""
+
+    config: FastpathConfig
+    calibration: Path | None = None
+
+
+def variants(base: FastpathConfig, calibration: Path | None) -> Iterator[Variant | None]:
+    """None for the stock model, then every search at every size; last ``base`` on the calibration text."""
     yield None
     for search, group, zeros in itertools.product(SEARCHES, GROUPS, (False, True)):
-        yield dataclasses.replace(base, scale_search=search, group_size=group, zero_points=zeros)  # type: ignore[arg-type]
+        yield Variant(dataclasses.replace(base, scale_search=search, group_size=group, zero_points=zeros))  # type: ignore[arg-type]
+    if calibration:
+        yield Variant(base, calibration)
 
 
-def quantize(model: Any, config: FastpathConfig) -> Row:
+def quantize(loaded: Loaded, variant: Variant) -> Row:
     """Patches the model; the columns that say how."""
+    config = variant.config
+    tokens = demo.read_calibration(loaded, config, variant.calibration)
     start = time.perf_counter()
-    patch_model(model, config)
+    patch_model(loaded.model, config, calibration=tokens)
     return {
         "scale_search": config.scale_search.value,
+        "calibration": variant.calibration.name if variant.calibration else None,
         "group_size": config.group_size,
         "zero_points": config.zero_points,
         "patch_s": round(time.perf_counter() - start, 1),
-        "bits_per_weight": round(bits_per_weight(model), 3),
+        "bits_per_weight": round(bits_per_weight(loaded.model), 3),
     }
 
 
 def rows(request: demo.Request, console: Console) -> Iterator[Row]:
     """One row a configuration, without the machine's columns."""
     stock: Perplexity | None = None
-    for config in configurations(request.config):
+    divergence = Divergence()
+    for variant in variants(request.config, request.calibration):
         loaded = demo.load_with_status(request.model, request.device, request.dtype, console)
         settings = demo.perplexity_settings(loaded, request)
-        row = {"model": loaded.name} | (quantize(loaded.model, config) if config else {})
-        result = compare.measure(loaded.model, config, settings, console).perplexity
+        row = {"model": loaded.name} | (quantize(loaded, variant) if variant else {})
+        config, see = (variant.config, divergence.compare) if variant else (None, divergence.remember)
+        result = compare.measure(loaded.model, config, settings, console, on_logits=see).perplexity
         stock = stock or result
         change, error = result.change_from(stock)
         yield row | {
             "ppl": round(result.ppl, 4),
             "ppl_change": round(change, 5),
             "ppl_change_se": round(error, 5),
+            "kl": round(divergence.take(), 4),
             "top1": round(result.top1_agreement(stock), 4),
             "tokens": result.tokens,
             "dtype": "float32" if settings.float32_perplexity else request.dtype,
@@ -94,10 +113,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of int4 scale searches; see the top of the file.")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
     parser.add_argument("--model", help="a local folder or a hub id (default: the demo's model)")
+    parser.add_argument("--calibration", type=Path, help="a UTF-8 text; adds a row calibrated on it")
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
     console = Console()
-    request = demo.Request(FastpathConfig(progress=False), model=arguments.model, device="cpu", new_tokens=0)
+    config = FastpathConfig(progress=False)
+    request = demo.Request(config, model=arguments.model, device="cpu", new_tokens=0, calibration=arguments.calibration)
     versions = info.versions()
     machine = {
         "device": info.cpu_name(),
@@ -112,7 +133,7 @@ def main() -> None:
         for row in rows(request, console):
             writer.writerow(row | machine)
             file.flush()
-            console.print({name: row.get(name) for name in COLUMNS[1:10]})
+            console.print({name: row.get(name) for name in COLUMNS[1:12]})
 
 
 if __name__ == "__main__":

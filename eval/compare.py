@@ -85,8 +85,17 @@ def empty_cache(model: Any, kv_cache: KVFormat | None) -> Any:
     return StaticKVCache(model.config) if kv_cache is KVFormat.STATIC else DynamicCache(config=model.config)
 
 
-def measure(model: Any, config: FastpathConfig | None, settings: Settings, console: Console) -> Measured:
-    """Measures ``model`` as it stands; ``config`` is what it was patched with, None for a stock model."""
+def measure(
+    model: Any,
+    config: FastpathConfig | None,
+    settings: Settings,
+    console: Console,
+    on_logits: Callable[[torch.Tensor], None] | None = None,
+) -> Measured:
+    """Measures ``model`` as it stands; ``config`` is what it was patched with, None for a stock model.
+
+    ``on_logits``: see :func:`hf_fastpath.eval.perplexity.perplexity`.
+    """
     title = describe(config)
     kv_cache = config.kv_cache if config else None
     rate = None
@@ -102,6 +111,7 @@ def measure(model: Any, config: FastpathConfig | None, settings: Settings, conso
             max_windows=settings.max_windows,
             cache_factory=lambda: empty_cache(model, kv_cache),
             progress=step,
+            on_logits=on_logits,
         )
     kv_bytes = cache_bytes_per_token(model, empty_cache(model, kv_cache))
     # The weights come last: on the CPU a packed layer takes its final layout at its first use.

@@ -13,7 +13,9 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from hf_fastpath import FastpathConfig, info, patch_model, unpatch_model
+from hf_fastpath.calibration import calibration_tokens
 from hf_fastpath.checks import check_model
+from hf_fastpath.config import HeadFormat, ScaleSearch
 from hf_fastpath.eval import compare
 from hf_fastpath.eval.compare import Measured, Settings
 from hf_fastpath.eval.loading import Loaded, encode_prompt, load
@@ -40,6 +42,7 @@ class Request:
     window: int = 1024
     max_windows: int | None = 8
     json: Path | None = None
+    calibration: Path | None = None
 
 
 def load_with_status(
@@ -66,13 +69,14 @@ def run(request: Request, console: Console) -> list[Measured]:
     find_recipe(loaded.model)  # before minutes of measuring, not after
     check_model(loaded.model, request.config)
     settings = perplexity_settings(loaded, request)
+    calibration = read_calibration(loaded, request.config, request.calibration)
     console.print(f"[bold]{loaded.name}[/] on {info.device_name(loaded.model.device)}", highlight=False)
     results = [compare.measure(loaded.model, None, settings, console)]
     shown = dataclasses.replace(request.config, progress=request.config.progress and console.is_terminal)
     todo = compare.variants(shown)
     for index, config in enumerate(todo):
         last = index == len(todo) - 1
-        patch_model(loaded.model, config)
+        patch_model(loaded.model, config, calibration=calibration if _packs_int4(config) else None)
         if last and request.new_tokens:
             stream(loaded, request.prompt, console, max_new_tokens=max(request.new_tokens, 64), do_sample=False)
         results.append(compare.measure(loaded.model, config, settings, console))
@@ -85,6 +89,21 @@ def run(request: Request, console: Console) -> list[Measured]:
     if request.json:
         request.json.write_text(json.dumps(_as_json(loaded, request, settings, results), indent=2) + "\n")
     return results
+
+
+def _packs_int4(config: FastpathConfig) -> bool:
+    return config.weights is not None or config.lm_head is HeadFormat.INT4
+
+
+def read_calibration(loaded: Loaded, config: FastpathConfig, path: Path | None) -> torch.Tensor | None:
+    """The tokens of a calibration text; asking for one that nothing would read raises ValueError."""
+    if path is None:
+        return None
+    if not _packs_int4(config):
+        raise ValueError("--calibration is for int4 weights, and these options leave all as they are")
+    if config.scale_search not in (ScaleSearch.AUTO, ScaleSearch.OUTPUT):
+        raise ValueError(f"--calibration needs --scale-search output: {config.scale_search.value!r} reads no text")
+    return calibration_tokens(loaded.tokenizer, path)
 
 
 def stream(loaded: Loaded, prompt: str, console: Console, **options: Any) -> None:
@@ -138,6 +157,7 @@ def _as_json(loaded: Loaded, request: Request, settings: Settings, results: list
         "versions": info.versions(),
         "dtype": request.dtype,
         "config": request.config.to_dict(),
+        "calibration": request.calibration.name if request.calibration else None,
         "window": settings.window,
         "perplexity_dtype": "float32" if settings.float32_perplexity else request.dtype,
         "new_tokens": settings.new_tokens,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_fastpath import FastpathConfig, __version__
+from hf_fastpath.config import ScaleSearch
 
 app = typer.Typer(
     help="int4 weights and int8 KV caches for transformers models.",
@@ -33,6 +34,9 @@ KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, static or none."
 GroupSize = Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 128, 64 or 32.")]
 ZeroPoints = Annotated[bool, typer.Option("--zero-points/--no-zero-points", help="Asymmetric int4.")]
 Search = Annotated[str | None, typer.Option("--scale-search", help="How scales are chosen (see FastpathConfig).")]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="UTF-8 text to choose int4 weights by. Default: the model's own.")
+]
 Text = Annotated[
     Path | None, typer.Option("--text", help="UTF-8 text for the perplexity. Default: WikiText-2's start.")
 ]
@@ -70,6 +74,7 @@ def demo(
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
     scale_search: Search = None,
+    calibration: Calibration = None,
     text: Text = None,
     window: Window = 1024,
     max_windows: MaxWindows = 8,
@@ -80,7 +85,8 @@ def demo(
 
     config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
     speed: dict[str, Any] = {"prompt": prompt or job.PROMPT, "new_tokens": max_new_tokens}
-    request = job.Request(config, model, device, dtype, **speed, **_text_options(text, window, max_windows), json=json)
+    options = speed | _text_options(text, window, max_windows)
+    request = job.Request(config, model, device, dtype, **options, json=json, calibration=calibration)
     job.run(request, Console())
 
 
@@ -98,6 +104,7 @@ def evaluate(
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
     scale_search: Search = None,
+    calibration: Calibration = None,
     json: Json = None,
 ) -> None:
     """Perplexity of a text, stock against patched, with the quantized cache in the loop."""
@@ -105,7 +112,7 @@ def evaluate(
 
     config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
     options = _text_options(text, window, max_windows)
-    request = job.Request(config, model, device, dtype, new_tokens=0, **options, json=json)
+    request = job.Request(config, model, device, dtype, new_tokens=0, **options, json=json, calibration=calibration)
     job.run(request, Console())
 
 
@@ -126,17 +133,23 @@ def generate(
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
     scale_search: Search = None,
+    calibration: Calibration = None,
     report: Annotated[bool, typer.Option("--report", help="Say what was patched and what was left.")] = False,
 ) -> None:
     """Streams a patched model's answer."""
     import torch
 
-    from hf_fastpath import fastpath_report
+    from hf_fastpath import fastpath_report, patch_model
     from hf_fastpath.eval import demo as job
 
     console = Console()
     config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
-    loaded = job.load_with_status(model, device, dtype, console, config)
+    if calibration is None and config.scale_search is not ScaleSearch.OUTPUT:
+        loaded = job.load_with_status(model, device, dtype, console, config)
+    else:
+        loaded = job.load_with_status(model, device, dtype, console)
+        tokens = job.read_calibration(loaded, config, calibration)
+        patch_model(loaded.model, config, calibration=tokens, progress=console.is_terminal)
     if report:
         print(fastpath_report(loaded.model))
     torch.manual_seed(seed)

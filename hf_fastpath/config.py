@@ -38,11 +38,14 @@ class Fallback(enum.Enum):
 
 
 class ScaleSearch(enum.Enum):
-    """How the scale (and zero point) of each group of weights is chosen."""
+    """How the codes and scales (and zero points) of int4 weights are chosen."""
+
+    AUTO = "auto"
 
     ABSMAX = "absmax"
     MSE = "mse"
     ACTIVATION = "activation"
+    OUTPUT = "output"
 
 
 def _parse_enum(field: str, value: Any, kind: type[enum.Enum], optional: bool) -> enum.Enum | None:
@@ -67,9 +70,12 @@ class FastpathConfig:
             multiple of it takes the next smaller size that divides.
         zero_points: give every group an integer zero point (asymmetric int4): 0.06 more bits a weight at group 128,
             and less error.
-        scale_search: ``"activation"`` searches scales and zero points that minimize the error of the layer's output,
-            its input channels weighted by how strongly random tokens drive them (no data needed; a second or so);
-            ``"mse"`` minimizes the error of the weights alone; ``"absmax"`` is plain rounding to the largest value.
+        scale_search: how int4 codes and scales are chosen. ``"output"`` minimizes the error of each layer's output,
+            codes and scales making up for each other's errors, on the calibration text given to ``patch_model`` or,
+            without one, on text that the model writes itself. ``"activation"`` weighs the error of each weight by how
+            strongly random tokens drive its input channel (several times faster); ``"mse"`` minimizes the error of
+            the weights alone; ``"absmax"`` is plain rounding to the largest value. ``"auto"`` is ``"output"`` in
+            ``patch_model``, and ``"activation"`` where a model is quantized while it loads, and cannot run yet.
         kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
             precision, preallocated), or None for transformers' own DynamicCache.
         lm_head: ``"int8"`` packs the language-model head too, with one scale an output; ``"int4"`` packs it like the
@@ -87,7 +93,7 @@ class FastpathConfig:
     weights: WeightFormat | None = WeightFormat.W4A16
     group_size: int = 128
     zero_points: bool = True
-    scale_search: ScaleSearch = ScaleSearch.ACTIVATION
+    scale_search: ScaleSearch = ScaleSearch.AUTO
     kv_cache: KVFormat | None = KVFormat.INT8
     lm_head: HeadFormat | None = None
     skip_modules: tuple[str, ...] = ()
@@ -121,6 +127,10 @@ class FastpathConfig:
 
         register()
         return QUANT_METHOD
+
+    def with_search(self, automatic: ScaleSearch) -> FastpathConfig:
+        """This configuration with ``scale_search="auto"`` replaced."""
+        return dataclasses.replace(self, scale_search=automatic) if self.scale_search is ScaleSearch.AUTO else self
 
     def _parse_skip_modules(self) -> tuple[str, ...]:
         names = self.skip_modules

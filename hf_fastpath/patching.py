@@ -9,20 +9,24 @@ from tqdm.auto import tqdm
 
 from hf_fastpath import generation
 from hf_fastpath.activations import input_energy
+from hf_fastpath.blockwise import quantize_blockwise
 from hf_fastpath.caches.attention import ATTENTION_NAME
+from hf_fastpath.calibration import check_tokens, self_written_tokens
 from hf_fastpath.checks import LinearPlan, check_model, choose_reference, plan_linears
-from hf_fastpath.config import FastpathConfig, ScaleSearch
+from hf_fastpath.config import FastpathConfig, HeadFormat, ScaleSearch
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.modules import PackedLinear
+from hf_fastpath.modules import PackedLinear, W4A16Linear
 from hf_fastpath.patches import find_recipe
 from hf_fastpath.registration import register
 from hf_fastpath.report import FastpathReport, module_bytes
 from hf_fastpath.saving import forget_quantization
-from hf_fastpath.steps import STATE, PatchState, finish_patch, replace_linear
+from hf_fastpath.steps import STATE, PatchState, finish_patch, put_packed, replace_linear
 from hf_fastpath.tying import tie_again
 
 
-def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = None, **overrides: Any) -> Any:
+def patch_model(
+    model: Any, config: FastpathConfig | dict[str, Any] | None = None, *, calibration: Any = None, **overrides: Any
+) -> Any:
     """Makes a loaded transformers model run on int4 weights and a compressed KV cache, in place.
 
     ``generate()`` and ``model(...)`` stay what they were for the caller. The original float weights are freed one layer
@@ -31,28 +35,33 @@ def patch_model(model: Any, config: FastpathConfig | dict[str, Any] | None = Non
     Args:
         model: a transformers model of a supported family, on the CPU or on one CUDA GPU, not quantized.
         config: a :class:`FastpathConfig` or a dict of its fields; ``overrides`` are single fields on top.
+        calibration: for ``scale_search="output"``, token ids ``(n, T)`` of a text like those that the model will
+            read, a tensor or n sequences of one length (:func:`hf_fastpath.calibration.calibration_tokens` makes
+            them). None: the model writes its own.
 
     Returns:
         The same model object.
 
     Raises:
-        ValueError: a bad configuration value, or weights that hold NaN or infinity.
+        ValueError: a bad configuration value, bad token ids, or weights that hold NaN or infinity.
         Unsupported: this model cannot be patched; the message says why and what is possible.
             In both cases the model is as it was.
     """
-    config = FastpathConfig.build(config, overrides)
+    config = FastpathConfig.build(config, overrides).with_search(ScaleSearch.OUTPUT)
     if hasattr(model, STATE):
         raise Unsupported("this model is already patched by hf_fastpath: call unpatch_model(model) first")
     recipe = find_recipe(model)
     check_model(model, config)
     plans = plan_linears(model, recipe, config)
+    if calibration is not None:
+        calibration = _check_calibration(model, config, calibration)
     reference = choose_reference(model, config, model.device)
     register()
 
     before = module_bytes(model)
     state = PatchState.new(model, config, recipe, reference)
     try:
-        _replace_linears(model, plans, state)
+        _replace_linears(model, plans, state, calibration)
         finish_patch(model, state, plans, before)
     except BaseException as error:
         _restore(model, state)
@@ -129,13 +138,27 @@ def _state(model: Any) -> PatchState:
     return state
 
 
-def _replace_linears(model: Any, plans: list[LinearPlan], state: PatchState) -> None:
+def _check_calibration(model: Any, config: FastpathConfig, calibration: Any) -> Any:
+    int4 = config.weights is not None or config.lm_head is HeadFormat.INT4
+    if not int4 or config.scale_search is not ScaleSearch.OUTPUT:
+        raise ValueError("calibration is for int4 weights with scale_search='output', and nothing else reads it")
+    return check_tokens(calibration, model.config.vocab_size)
+
+
+def _replace_linears(model: Any, plans: list[LinearPlan], state: PatchState, calibration: Any) -> None:
     """Quantizes and swaps layer by layer, noting each in ``replaced``; one layer at a time exists in both forms."""
     config = state.config
     todo = [plan for plan in plans if plan.bits is not None]
     energy: dict[str, Any] = {}
-    if todo and config.scale_search is ScaleSearch.ACTIVATION:
-        names = [plan.name for plan in todo]
+    int4 = [plan for plan in todo if plan.bits == 4]
+    if int4 and config.scale_search is ScaleSearch.OUTPUT:
+        tokens = self_written_tokens(model, progress=config.progress) if calibration is None else calibration
+        for plan, quantized in quantize_blockwise(model, state.recipe, int4, config, tokens):
+            bias = model.get_submodule(plan.name).bias
+            put_packed(model, plan, state, W4A16Linear.from_quantized(quantized, bias))
+        todo = [plan for plan in todo if plan.bits != 4]
+    elif int4 and config.scale_search is ScaleSearch.ACTIVATION:
+        names = [plan.name for plan in int4]
         energy = input_energy(model, state.recipe.decoder_layers, names, progress=config.progress)
     for plan in tqdm(todo, desc="Quantizing", unit="layer", disable=not (config.progress and todo)):
         replace_linear(model, plan, state, energy.get(plan.name))

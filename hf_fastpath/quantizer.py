@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 
 from hf_fastpath.checkpoints import CheckpointFormat, detect_format
 from hf_fastpath.checks import LinearPlan, check_target, choose_reference, plan_linears
-from hf_fastpath.config import QUANT_METHOD, FastpathConfig
+from hf_fastpath.config import QUANT_METHOD, FastpathConfig, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.loading import LayerStream, place_converted
 from hf_fastpath.packing import GROUP_SIZES
@@ -60,7 +60,12 @@ class FastpathHfQuantizer(HfQuantizer):
         return None if device_map is None else {"": self.device}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        config, self.before = self.settings, _bytes_once_tied(model)
+        config, self.before = self.settings.with_search(ScaleSearch.ACTIVATION), _bytes_once_tied(model)
+        if self.source is None and self.description.packed is None and config.scale_search is ScaleSearch.OUTPUT:
+            raise Unsupported(
+                "scale_search='output' runs the whole model, which is not there while it is quantized layer by layer: "
+                "use 'auto' here, or load the model as it is and call patch_model"
+            )
         recipe = find_recipe(model)
         check_target(model, config, self.device)
         self.state = PatchState.new(model, config, recipe)

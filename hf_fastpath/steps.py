@@ -48,25 +48,29 @@ class PatchState:
 def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: torch.Tensor | None) -> None:
     """Quantizes one linear layer and puts the packed one in its place."""
     config, original = state.config, model.get_submodule(plan.name)
-    packed: PackedLinear
     if plan.bits == 8:
-        packed = W8A16Linear.from_quantized(*quantize_int8_rows(original.weight), original.bias)
-    else:
-        assert plan.group_size is not None
-        quantized = quantize_int4(
-            original.weight,
-            plan.group_size,
-            zero_points=config.zero_points,
-            search=config.scale_search,
-            importance=importance,
-        )
-        packed = W4A16Linear.from_quantized(quantized, original.bias)
+        put_packed(model, plan, state, W8A16Linear.from_quantized(*quantize_int8_rows(original.weight), original.bias))
+        return
+    assert plan.group_size is not None
+    quantized = quantize_int4(
+        original.weight,
+        plan.group_size,
+        zero_points=config.zero_points,
+        search=config.scale_search,
+        importance=importance,
+    )
+    put_packed(model, plan, state, W4A16Linear.from_quantized(quantized, original.bias))
+
+
+def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLinear) -> None:
+    """Puts a packed layer in the place of the original one, and notes what it takes to undo that."""
+    original = model.get_submodule(plan.name)
     packed.train(original.training)
     if plan.tied:  # the embeddings keep its weight in memory
         kept = original
         state.tie = untie(model, plan.name)
     else:
-        kept = original.to("cpu") if config.keep_original else None
+        kept = original.to("cpu") if state.config.keep_original else None
     model.set_submodule(plan.name, packed)
     state.replaced[plan.name] = kept
 

@@ -54,6 +54,7 @@ def test_options_reach_the_job(requests: list[demo.Request], tmp_path: Path) -> 
         "max-windows": 0,
         "text": tmp_path,
         "json": "out.json",
+        "calibration": "read.txt",
     }
     args = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     result = hf_fastpath("demo", "--no-zero-points", *args)
@@ -65,7 +66,8 @@ def test_options_reach_the_job(requests: list[demo.Request], tmp_path: Path) -> 
         zero_points=False,
         scale_search="mse",  # type: ignore[arg-type]
     )
-    wanted = demo.Request(config, "some/model", "cpu", "fp16", "Hi", 7, tmp_path, 99, None, Path("out.json"))
+    files = {"json": Path("out.json"), "calibration": Path("read.txt")}
+    wanted = demo.Request(config, "some/model", "cpu", "fp16", "Hi", 7, tmp_path, 99, None, **files)
     assert requests == [wanted]
 
 

@@ -15,7 +15,7 @@ from tiny_models import make_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_fastpath import FastpathConfig, Unsupported
+from hf_fastpath import FastpathConfig, Unsupported, patching
 from hf_fastpath.eval import compare, demo
 from hf_fastpath.eval.loading import load, pick_device
 
@@ -63,6 +63,31 @@ def test_perplexity_is_computed_in_float32_on_the_cpu(request_: demo.Request, mo
     monkeypatch.setattr(demo, "_FLOAT32_PARAMETERS", 0)  # a model too large for it
     run(request_)
     assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+
+
+def test_calibration_text_reaches_the_int4_weights(request_: demo.Request, tmp_path: Path, count_calls: Any) -> None:
+    text = tmp_path / "read.txt"
+    text.write_text("b a dd c zz " * 4000)
+    calls = count_calls(patching, "quantize_blockwise")
+    numbers = tmp_path / "numbers.json"
+    run(dataclasses.replace(request_, calibration=text, new_tokens=0, json=numbers))
+    (call,) = calls
+    assert call[-1].shape == (64, 256)
+    assert json.loads(numbers.read_text())["calibration"] == "read.txt"
+
+
+def test_calibration_that_cannot_be_used_is_refused_before_it_is_measured(
+    request_: demo.Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "measure", lambda *args: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="calibration text holds 100 tokens"):
+        run(dataclasses.replace(request_, calibration=request_.text))
+    no_weights = dataclasses.replace(CONFIG, weights=None)
+    with pytest.raises(ValueError, match="--calibration is for int4 weights"):
+        run(dataclasses.replace(request_, calibration=request_.text, config=no_weights))
+    searched = dataclasses.replace(CONFIG, scale_search="mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--scale-search output"):
+        run(dataclasses.replace(request_, calibration=request_.text, config=searched))
 
 
 def test_a_model_that_cannot_be_patched_is_refused_before_it_is_measured(

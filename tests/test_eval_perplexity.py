@@ -10,7 +10,7 @@ from tiny_models import make_llama
 from transformers import LlamaForCausalLM
 
 from hf_fastpath import Int8KVCache, StaticKVCache
-from hf_fastpath.eval.perplexity import SLICE, Perplexity, perplexity, window_starts
+from hf_fastpath.eval.perplexity import SLICE, Divergence, Perplexity, perplexity, window_starts
 
 # Logits are float32 numbers of magnitude below 2^7, so log-probabilities carry about 2^7 * 2^-24 = 8e-6 each.
 NLL_TOLERANCE = 1e-4
@@ -106,6 +106,23 @@ def test_change_and_agreement_against_a_reference() -> None:
     assert change == pytest.approx(shifted.ppl / reference.ppl - 1, rel=1e-5)
     assert error == pytest.approx(0, abs=1e-6)  # every token changed alike
     assert shifted.top1_agreement(reference) == pytest.approx(2 / 3)
+
+
+def test_divergence_matches_float64_and_starts_anew(llama: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    other = make_llama(seed=1)
+    divergence = Divergence()
+    perplexity(llama, ids, window=16, on_logits=divergence.remember)
+    with torch.no_grad():
+        windows = torch.stack([ids[start : start + 16] for start in (0, 16, 32)])
+        log_p, log_q = (
+            torch.log_softmax(model(windows, use_cache=False).logits[:, :-1].double(), dim=-1)
+            for model in (llama, other)
+        )
+    expected = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    for model, divergence_of in ((other, expected), (llama, 0.0), (other, expected)):
+        perplexity(model, ids, window=16, on_logits=divergence.compare)
+        # fp16 log-probabilities of magnitude below 2^6 are off by 2^-6 at most, likely ones by far less, both ways.
+        assert divergence.take() == pytest.approx(divergence_of, abs=2e-3)
 
 
 def test_the_shipped_text_is_three_whole_articles() -> None:

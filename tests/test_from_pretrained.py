@@ -13,10 +13,11 @@ from tiny_models import logits, make_llama
 from transformers import AutoModelForCausalLM
 
 from hf_fastpath import FastpathConfig, Unsupported, fastpath_report, patch_model, register, unpatch_model
+from hf_fastpath.config import ScaleSearch
 from hf_fastpath.modules import W4A16Linear
 
 IDS = torch.randint(0, 199, (2, 9), generator=torch.Generator().manual_seed(1))
-QUIET = FastpathConfig(progress=False)
+QUIET = FastpathConfig(progress=False)  # while loading, scale_search="auto" is "activation"
 FAST = FastpathConfig(scale_search="absmax", progress=False)
 
 
@@ -52,9 +53,16 @@ def test_quantizing_while_loading_gives_what_patch_model_gives(float_folder: Pat
     assert loaded.is_quantized
 
 
+def test_searching_by_output_needs_the_whole_model(float_folder: Path) -> None:
+    with pytest.raises(Unsupported, match="use 'auto' here"):
+        load(float_folder, quantization_config=FastpathConfig(scale_search="output"))
+    auto = load(float_folder, quantization_config=QUIET)
+    assert auto._fastpath.config.scale_search is ScaleSearch.ACTIVATION
+
+
 def test_biases_survive_loading(tmp_path: Path) -> None:
     small_llama(attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "float")
-    patched = patch_model(load(tmp_path / "float"), progress=False)
+    patched = patch_model(load(tmp_path / "float"), scale_search="activation", progress=False)
     patched.save_pretrained(tmp_path / "packed")
     for folder, config in ((tmp_path / "float", QUIET), (tmp_path / "packed", None)):
         loaded = load(folder, quantization_config=config) if config else load(folder)

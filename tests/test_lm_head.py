@@ -19,7 +19,9 @@ IDS = torch.randint(0, 199, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def patch(model: Any, **options: Any) -> Any:
-    return patch_model(model, **({"lm_head": "int4", "kv_cache": None, "progress": False} | options))
+    return patch_model(
+        model, **({"lm_head": "int4", "kv_cache": None, "scale_search": "activation", "progress": False} | options)
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -100,7 +102,7 @@ def test_an_untied_head_needs_its_original() -> None:
 @pytest.mark.parametrize("lm_head", ["int4", "int8"])
 def test_saving_and_loading(tmp_path: Path, lm_head: str, tied: bool) -> None:
     make_llama(torch.bfloat16, tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
-    config = FastpathConfig(lm_head=lm_head, progress=False)  # type: ignore[arg-type]
+    config = FastpathConfig(lm_head=lm_head, scale_search="activation", progress=False)  # type: ignore[arg-type]
     patched = patch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), config)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     patched.save_pretrained(tmp_path / "packed")
@@ -116,6 +118,20 @@ def test_saving_and_loading(tmp_path: Path, lm_head: str, tied: bool) -> None:
         assert torch.equal(model.model.embed_tokens.weight, patched.model.embed_tokens.weight)
     unpatch_model(loaded, dequantize=True)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_the_head_is_chosen_by_its_output_last() -> None:
+    """On the error of its output, which the search by activations leaves larger."""
+    model, other = make_llama(hidden_size=128), make_llama(hidden_size=128)
+    tokens = torch.randint(0, 199, (16, 32), generator=torch.Generator().manual_seed(2))
+    inputs: list[torch.Tensor] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
+    expected = logits(model, tokens).flatten(0, 1)
+    handle.remove()
+    patch_model(model, weights=None, lm_head="int4", scale_search="output", progress=False, calibration=tokens)
+    patch(other, weights=None)
+    errors = [(m.lm_head(inputs[0]) - expected).square().mean() for m in (model, other)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_a_model_without_a_linear_head_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_originals_are_freed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> 
         return quantize(weight, *args, **kwargs)
 
     monkeypatch.setattr(steps, "quantize_int4", counting)
-    patch_model(model, **QUIET)
+    patch_model(model, scale_search="activation", **QUIET)
     assert alive == list(range(21, 0, -1))
     assert not any(ref() is not None for ref in originals)
 
@@ -176,8 +177,9 @@ def test_gradients_flow_in_lossless_mode(prompt: torch.Tensor) -> None:
 
 
 def test_configs_as_object_dict_and_overrides() -> None:
-    model = patch_model(make_llama(), FastpathConfig(group_size=32, progress=False), kv_cache=None)
-    assert model._fastpath.config == FastpathConfig(group_size=32, progress=False, kv_cache=None)
+    base = FastpathConfig(group_size=32, scale_search="mse", progress=False)  # type: ignore[arg-type]
+    model = patch_model(make_llama(), base, kv_cache=None)
+    assert model._fastpath.config == dataclasses.replace(base, kv_cache=None)
     model = patch_model(make_llama(), {"weights": None, "kv_cache": "int8"})
     assert model._fastpath.config.weights is None
 
@@ -231,7 +233,7 @@ def test_an_interrupted_patch_leaves_no_half_patched_model(
 
     monkeypatch.setattr(steps, "quantize_int4", interrupted)
     with pytest.raises(KeyboardInterrupt) as error:
-        patch_model(model, keep_original=kept, **QUIET)
+        patch_model(model, keep_original=kept, scale_search="activation", **QUIET)
     assert not any(isinstance(module, W4A16Linear) for module in model.modules())
     notes = getattr(error.value, "__notes__", [])
     if kept:

@@ -141,13 +141,14 @@ def test_refusals_are_clear_and_leave_the_model_alone(
         assert fingerprint(model) == state
 
 
-def test_activations_that_overflow_are_refused() -> None:
+@pytest.mark.parametrize(("search", "message"), [("activation", "on random tokens"), ("output", "cannot write a text")])
+def test_activations_that_overflow_are_refused(search: str, message: str) -> None:
     model = make_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(1e38)
     state = fingerprint(model)
-    with pytest.raises(ValueError, match="not finite on random tokens"):
-        patch_model(model, **QUIET)
+    with pytest.raises(ValueError, match=f"not finite.*{message}.*scale_search='mse'"):
+        patch_model(model, scale_search=search, **QUIET)
     assert fingerprint(model) == state
 
 

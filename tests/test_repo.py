@@ -157,7 +157,9 @@ def check_options(document: str, call: ast.Call) -> None:
     """Options of patch_model and FastpathConfig in a snippet are fields of the configuration, with allowed values."""
     if not isinstance(call.func, ast.Name) or call.func.id not in ("patch_model", "FastpathConfig"):
         return
-    options = {option.arg: option.value for option in call.keywords if option.arg and option.arg != "config"}
+    options = {
+        option.arg: option.value for option in call.keywords if option.arg not in (None, "config", "calibration")
+    }
     known = {field.name for field in dataclasses.fields(FastpathConfig)}
     assert set(options) <= known, f"{document}: {set(options) - known}"
     FastpathConfig(**{name: ast.literal_eval(value) for name, value in options.items()})
