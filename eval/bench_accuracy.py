@@ -25,11 +25,12 @@ from typing import Any
 
 from rich.console import Console
 
-from hf_fastpath import FastpathConfig, fastpath_report, info, patch_model
+from hf_fastpath import FastpathConfig, info, patch_model
 from hf_fastpath.eval import compare, demo
 from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.loading import Loaded
 from hf_fastpath.eval.perplexity import Divergence, Perplexity
+from hf_fastpath.modules import W4A16Linear
 
 COLUMNS = (
     *("model", "scale_search", "calibration", "group_size", "zero_points", "bits_per_weight", "patch_s"),
@@ -43,13 +44,11 @@ Row = dict[str, Any]
 
 
 def bits_per_weight(model: Any) -> float:
-    """Bits stored for each weight of the layers that were quantized."""
+    """Bits stored for each weight of the layers that were quantized, in the documented layout."""
     stored = count = 0
-    for row in fastpath_report(model).rows:
-        if row.action.startswith("int4"):
-            layer = model.get_submodule(row.name)
-            stored += 8 * row.bytes_after
-            count += layer.in_features * layer.out_features
+    for layer in (module for module in model.modules() if isinstance(module, W4A16Linear)):
+        stored += sum(8 * tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias")
+        count += layer.in_features * layer.out_features
     return stored / count
 
 
