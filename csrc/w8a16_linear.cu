@@ -24,18 +24,18 @@ struct Int8Weights {
     uint4 tile[kRowTiles][2];
   };
 
-  template <Epilogue kEpilogue, int kRowTiles>
+  // Offsets are 32 bits wide, in units of 16 bytes: enough for 6 * 10^10 weights.
+  template <bool kWhole, Epilogue kEpilogue, int kRowTiles>
   static __device__ __forceinline__ void load(Unit<kRowTiles>& w, const Params<T>& p, Cursor at, int lane) {
+    const int unit = kWhole ? min(at.unit, p.units - 1) : at.unit;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int64_t row_tile = linear::row_tile_of<kEpilogue, kRowTiles>(p, at.block, r);
+      const unsigned row_tile = linear::row_tile_of<kEpilogue, kRowTiles>(p, at.block, r);
+      const uint4* tiles = p.qweight + ((row_tile * p.col_tiles + unit * 2) * 32 + lane);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int col_tile = at.unit * 2 + c;
-        w.tile[r][c] = make_uint4(0, 0, 0, 0);
-        if (col_tile < p.col_tiles) {
-          w.tile[r][c] = load_once16(p.qweight + (row_tile * p.col_tiles + col_tile) * 32 + lane);
-        }
+        if constexpr (!kWhole) w.tile[r][c] = make_uint4(0, 0, 0, 0);
+        if (kWhole || unit * 2 + c < p.col_tiles) w.tile[r][c] = load_once16(tiles + 32 * c);
       }
     }
   }

@@ -61,8 +61,9 @@ struct Cursor {
 
 // Row tile r of a block. The last block may be one row tile short: it reads that tile twice and stores it once.
 template <Epilogue kEpilogue, int kRowTiles, typename T>
-__device__ __forceinline__ int64_t row_tile_of(const Params<T>& p, int block, int r) {
+__device__ __forceinline__ int row_tile_of(const Params<T>& p, int block, int r) {
   if constexpr (kEpilogue == Epilogue::kSwiGlu) return block + r * (p.row_tiles / 2);
+  if constexpr (kRowTiles == 1) return block;
   return min(block * kRowTiles + r, p.row_tiles - 1);
 }
 
@@ -72,19 +73,34 @@ struct Activations {
   uint4 half_tile[kColTiles][kUnitCols / 32];
 };
 
-template <typename T, bool kAligned, int kColTiles, int kUnitCols>
-__device__ __forceinline__ void load_activations(Activations<kColTiles, kUnitCols>& x, const Params<T>& p, int unit,
-                                                 int lane) {
-  const int g = lane / 4, t = lane % 4;
+// Where this lane's part of each of its rows of x begins. Rows that are not there are the last one once more: what the
+// tensor core makes of them is a column of its own, which nobody stores, and a clamped pointer costs less than a zero.
+template <typename T, int kColTiles>
+struct Rows {
+  const T* begin[kColTiles];
+
+  __device__ __forceinline__ Rows(const Params<T>& p, int lane) {
+#pragma unroll
+    for (int c = 0; c < kColTiles; ++c) {
+      begin[c] = p.x + min(lane / 4 + 8 * c, p.m - 1) * p.x_row_stride + 8 * (lane % 4);
+    }
+  }
+};
+
+// kWhole (see launch()): unit < p.units, and rows are aligned to 16 bytes.
+template <bool kWhole, typename T, int kColTiles, int kUnitCols>
+__device__ __forceinline__ void load_activations(Activations<kColTiles, kUnitCols>& x, const Params<T>& p,
+                                                 const Rows<T, kColTiles>& rows, int unit) {
 #pragma unroll
   for (int c = 0; c < kColTiles; ++c) {
-    const int row = g + 8 * c;
+    const T* begin = rows.begin[c] + unit * kUnitCols;
 #pragma unroll
     for (int h = 0; h < kUnitCols / 32; ++h) {
-      const int col = unit * kUnitCols + 32 * h;
-      x.half_tile[c][h] = make_uint4(0, 0, 0, 0);
-      if (row < p.m && col < p.k) {
-        x.half_tile[c][h] = load_8x16bit<kAligned>(p.x + row * p.x_row_stride + col + 8 * t);
+      if constexpr (kWhole) {
+        x.half_tile[c][h] = load_early16(begin + 32 * h);
+      } else {
+        x.half_tile[c][h] = make_uint4(0, 0, 0, 0);
+        if (unit * kUnitCols + 32 * h < p.k) x.half_tile[c][h] = load_8x16bit<false>(begin + 32 * h);
       }
     }
   }
@@ -171,6 +187,7 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kRowTiles][kColT
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 8 * c + 2 * t + i % 2, out = g + 8 * (i / 2);
+        if (row >= p.m) continue;
         partial[warp * kWarpFloats + r * kTileFloats + row * kPartialPitch + out] = acc[r][c][i];
       }
     }
@@ -187,17 +204,19 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kRowTiles][kColT
   };
   if constexpr (kEpilogue == Epilogue::kSwiGlu) {
     const int half = p.n / 2;
-    for (int i = threadIdx.x; i < kRows * 16; i += kThreads) {
-      const int out = i % 16, row = i / 16, column = block * 16 + out;
-      if (row >= p.m) continue;
+#pragma unroll
+    for (int first = 0; first < kRows * 16; first += kThreads) {
+      const int i = first + threadIdx.x, out = i % 16, row = i / 16, column = block * 16 + out;
+      if (row >= min(p.m, kRows)) continue;
       const T result = swiglu<T>(total(0, row, out, column), total(1, row, out, half + column));
       p.y[static_cast<int64_t>(row) * half + column] = result;
     }
   } else {
-    for (int i = threadIdx.x; i < kRowTiles * kRows * 16; i += kThreads) {
-      const int out = i % 16, row = i / 16 % kRows, r = i / (16 * kRows);
+#pragma unroll
+    for (int first = 0; first < kRowTiles * kRows * 16; first += kThreads) {
+      const int i = first + threadIdx.x, out = i % 16, row = i / 16 % kRows, r = i / (16 * kRows);
       const int column = (block * kRowTiles + r) * 16 + out;
-      if (row >= p.m || column >= p.n) continue;
+      if (r >= kRowTiles || row >= p.m || column >= p.n) continue;
       float sum = total(r, row, out, column);
       const int64_t index = static_cast<int64_t>(row) * p.n + column;
       if constexpr (kEpilogue == Epilogue::kResidual) {
@@ -218,7 +237,7 @@ __device__ __forceinline__ void clear(float (&acc)[kRowTiles][kColTiles][4]) {
 template <Epilogue kEpilogue, int kColTiles>
 constexpr int kRowTilesOf = kEpilogue == Epilogue::kSwiGlu ? 2 : kColTiles;
 
-template <typename W, int kColTiles, bool kAligned, Epilogue kEpilogue, bool kNorm>
+template <typename W, int kColTiles, bool kWhole, Epilogue kEpilogue, bool kNorm>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) linear_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
   constexpr int kRowTiles = kRowTilesOf<kEpilogue, kColTiles>;
@@ -236,11 +255,15 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) linear_kernel(const Para
   typename W::template Unit<kRowTiles> weights[kDepth];
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
-    if (ahead.block < blocks) W::template load<kEpilogue>(weights[d], p, ahead, lane);
+    if (ahead.block < blocks) W::template load<kWhole, kEpilogue>(weights[d], p, ahead, lane);
     ahead.advance(units, warp);
   }
+  const Rows<T, kColTiles> rows(p, lane);
   Activations<kColTiles, W::kUnitCols> x[kXDepth];
-  if constexpr (kXDepth == 2) load_activations<T, kAligned>(x[0], p, now.unit, lane);
+  const auto load_x = [&](int d, int unit) {
+    load_activations<kWhole>(x[d % kXDepth], p, rows, kWhole ? min(unit, p.units - 1) : unit);
+  };
+  if constexpr (kXDepth == 2) load_x(0, now.unit);
   [[maybe_unused]] float inverse[kColTiles];
   if constexpr (kNorm) inverse_rms(inverse, p);
   float acc[kRowTiles][kColTiles][4] = {};
@@ -251,12 +274,15 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) linear_kernel(const Para
       if (now.block >= blocks) continue;  // not `break`: a loop with a second exit is not unrolled around a barrier
       Cursor next = now;
       next.advance(units, warp);
-      if constexpr (kXDepth == 1) load_activations<T, kAligned>(x[0], p, now.unit, lane);
-      if constexpr (kXDepth == 2) load_activations<T, kAligned>(x[(d + 1) % 2], p, next.unit, lane);
+      if constexpr (kXDepth == 1) load_x(0, now.unit);
+      if constexpr (kXDepth == 2) load_x(d + 1, next.unit);
       if constexpr (kNorm) normalize(x[d % kXDepth], p, inverse, now.unit, lane);
+      // An empty unit was loaded with scales of 0, or what has none as the last unit once more: that is not counted.
+      if (!kWhole || !W::kRowScales || now.unit < p.units) {
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) W::multiply(acc[r], weights[d], r, x[d % kXDepth], lane);
-      if (ahead.block < blocks) W::template load<kEpilogue>(weights[d], p, ahead, lane);
+        for (int r = 0; r < kRowTiles; ++r) W::multiply(acc[r], weights[d], r, x[d % kXDepth], lane);
+      }
+      if (ahead.block < blocks) W::template load<kWhole, kEpilogue>(weights[d], p, ahead, lane);
       ahead.advance(units, warp);
       if (now.last_of_block(units)) {
         finish_block<W, kEpilogue>(acc, partial[buffer], p, now.block);
@@ -268,43 +294,44 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) linear_kernel(const Para
   }
 }
 
-template <typename W, int kColTiles, bool kAligned, Epilogue kEpilogue, bool kNorm>
+// kWhole: rows of x start at multiples of 16 bytes, and units are whole, so that nothing has to be checked for each
+// load.
+template <typename W, int kColTiles, bool kWhole, Epilogue kEpilogue, bool kNorm>
 cudaError_t launch(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   constexpr int kRowTiles = kRowTilesOf<kEpilogue, kColTiles>;
   const int blocks = kEpilogue == Epilogue::kSwiGlu ? p.row_tiles / 2 : (p.row_tiles + kRowTiles - 1) / kRowTiles;
   const int grid = std::min(blocks, kCtasPerSm * sm_count);
-  return launch_kernel(linear_kernel<W, kColTiles, kAligned, kEpilogue, kNorm>, grid, kThreads, stream, p);
+  return launch_kernel(linear_kernel<W, kColTiles, kWhole, kEpilogue, kNorm>, grid, kThreads, stream, p);
 }
 
-// Rows of x start at multiples of 16 bytes.
 template <typename T>
 bool aligned_rows(const Params<T>& p) {
   return aligned_to(p.x, 16) && (p.m == 1 || p.x_row_stride % 8 == 0);
 }
 
+template <typename W, Epilogue kEpilogue, bool kNorm>
+cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
+  const bool whole = aligned_rows(p) && p.k % W::kUnitCols == 0;
+  if (p.m <= 8) {
+    return whole ? launch<W, 1, true, kEpilogue, kNorm>(p, sm_count, stream)
+                 : launch<W, 1, false, kEpilogue, kNorm>(p, sm_count, stream);
+  }
+  return whole ? launch<W, 2, true, kEpilogue, kNorm>(p, sm_count, stream)
+               : launch<W, 2, false, kEpilogue, kNorm>(p, sm_count, stream);
+}
+
 // The plain product, of x as it is.
 template <typename W>
 cudaError_t launch_plain(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  constexpr Epilogue kBias = Epilogue::kBias;
-  const bool aligned = aligned_rows(p);
-  if (p.m <= 8) {
-    return aligned ? launch<W, 1, true, kBias, false>(p, sm_count, stream)
-                   : launch<W, 1, false, kBias, false>(p, sm_count, stream);
-  }
-  return aligned ? launch<W, 2, true, kBias, false>(p, sm_count, stream)
-                 : launch<W, 2, false, kBias, false>(p, sm_count, stream);
+  return launch_for_size<W, Epilogue::kBias, false>(p, sm_count, stream);
 }
 
-// A fused product: of x's RMSNorm where there is a norm_weight. Only for aligned rows, which halves what is compiled.
+// A fused product: of x's RMSNorm where there is a norm_weight.
 template <typename W, Epilogue kEpilogue>
 cudaError_t launch_fused(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   if (!aligned_rows(p) || (p.norm_weight && !aligned_to(p.norm_weight, 16))) return cudaErrorMisalignedAddress;
-  if (p.m <= 8) {
-    return p.norm_weight ? launch<W, 1, true, kEpilogue, true>(p, sm_count, stream)
-                         : launch<W, 1, true, kEpilogue, false>(p, sm_count, stream);
-  }
-  return p.norm_weight ? launch<W, 2, true, kEpilogue, true>(p, sm_count, stream)
-                       : launch<W, 2, true, kEpilogue, false>(p, sm_count, stream);
+  return p.norm_weight ? launch_for_size<W, kEpilogue, true>(p, sm_count, stream)
+                       : launch_for_size<W, kEpilogue, false>(p, sm_count, stream);
 }
 
 }  // namespace hf_fastpath::linear

@@ -9,19 +9,19 @@
 
 namespace hf_fastpath::linear {
 
-// A lane's share of kCount consecutive per-group values from index `first`, of which `valid` exist: two neighbours when
-// there are 64, else one.
-template <int kCount, typename V>
-__device__ __forceinline__ uint32_t load_group_values(const V* values, int64_t first, int valid, int lane) {
+// A lane's share of kCount consecutive per-group values from index `first`, of which `valid` exist (all with kWhole):
+// two neighbours when there are 64, else one.
+template <bool kWhole, int kCount, typename V>
+__device__ __forceinline__ uint32_t load_group_values(const V* values, unsigned first, int valid, int lane) {
   if constexpr (kCount == 64) {
-    if (2 * lane >= valid) return 0;
+    if (!kWhole && 2 * lane >= valid) return 0;
     const V* p = values + first + 2 * lane;
     if constexpr (sizeof(V) == 2) return __ldg(reinterpret_cast<const uint32_t*>(p));
     const uint32_t both = __ldg(reinterpret_cast<const uint16_t*>(p));
     return (both & 0xff) | ((both & 0xff00) << 8);
   } else {
     const int index = lane % kCount;
-    return index < valid ? __ldg(values + first + index) : 0;
+    return kWhole || index < valid ? __ldg(values + first + index) : 0;
   }
 }
 
@@ -52,25 +52,26 @@ struct Int4Weights {
     uint32_t scales[kRowTiles], zeros[kRowTiles];
   };
 
-  template <Epilogue kEpilogue, int kRowTiles>
+  // Offsets are 32 bits wide, in units of 16 bytes of weights and of one value of a group: enough for 10^11 weights.
+  template <bool kWhole, Epilogue kEpilogue, int kRowTiles>
   static __device__ __forceinline__ void load(Unit<kRowTiles>& w, const Params<T>& p, Cursor at, int lane) {
+    const int unit = kWhole ? min(at.unit, p.units - 1) : at.unit;
     const int groups = p.k / kGroup;
-    const int first_group = at.unit * kGroups;
+    const int first_group = unit * kGroups;
     const int valid = min(kGroups, groups - first_group) * 16;  // <= 0 for an empty unit
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int64_t row_tile = row_tile_of<kEpilogue, kRowTiles>(p, at.block, r);
+      const unsigned row_tile = row_tile_of<kEpilogue, kRowTiles>(p, at.block, r);
+      const uint4* tiles = p.qweight + ((row_tile * p.col_tiles + unit * 2) * 32 + lane);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int col_tile = at.unit * 2 + c;
-        w.tile[r][c] = make_uint4(0, 0, 0, 0);
-        if (col_tile < p.col_tiles) {
-          w.tile[r][c] = load_once16(p.qweight + (row_tile * p.col_tiles + col_tile) * 32 + lane);
-        }
+        if constexpr (!kWhole) w.tile[r][c] = make_uint4(0, 0, 0, 0);
+        if (kWhole || unit * 2 + c < p.col_tiles) w.tile[r][c] = load_once16(tiles + 32 * c);
       }
-      const int64_t first = (row_tile * groups + first_group) * 16;
-      w.scales[r] = load_group_values<16 * kGroups>(p.scales, first, valid, lane);
-      if constexpr (kZeros) w.zeros[r] = load_group_values<16 * kGroups>(p.zeros, first, valid, lane);
+      const unsigned first = (row_tile * groups + first_group) * 16;
+      const uint32_t scales = load_group_values<kWhole, 16 * kGroups>(p.scales, first, valid, lane);
+      w.scales[r] = kWhole && at.unit >= p.units ? 0 : scales;
+      if constexpr (kZeros) w.zeros[r] = load_group_values<kWhole, 16 * kGroups>(p.zeros, first, valid, lane);
     }
   }
 

@@ -46,6 +46,13 @@ __device__ __forceinline__ uint2 load_once8(const void* p) {
   return v;
 }
 
+// Issued where it stands: the compiler would move it down to where its result is used, and wait for it there.
+__device__ __forceinline__ uint4 load_early16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
 // Tensor cores: c += a * b, accumulated in fp32. Fragments are those of the PTX ISA, "Matrix Fragments for
 // mma.m16n8k16"; with lane l = 4 * g + t: A rows g and g + 8, B column g, C rows g and g + 8, columns 2t and 2t + 1.
 template <typename T>

@@ -41,6 +41,9 @@ inline uint4 load_once16(const void* p) {
 inline uint2 load_once8(const void* p) {
   return *static_cast<const uint2*>(p);
 }
+inline uint4 load_early16(const void* p) {
+  return *static_cast<const uint4*>(p);
+}
 
 template <typename T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATED_SITE) {
