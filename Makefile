@@ -23,7 +23,7 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard setup.py) tools/setup_venv.p
 	@$(PYTHON) tools/setup_venv.py --venv $(VENV)
 	@touch $@
 
-demo: $(STAMP) ## install, then stock against patched on a real model (3 minutes on 2 cores)
+demo: $(STAMP) ## install, then stock against patched on a real model (some minutes on 2 cores)
 	@$(BIN)/hf-fastpath demo $(ARGS)
 
 test: $(STAMP) ## install, then every test that needs no GPU

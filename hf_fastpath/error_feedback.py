@@ -22,9 +22,9 @@ from hf_fastpath.quantize import GroupQuantized, quantize_int4
 
 # Elements worked on at once; about five float32 copies of them are held.
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-_SWEEPS = 2  # a third takes another 2% off a layer's error, and half as much time again
+_SWEEPS = 2  # a third takes another 2 to 4% off a layer's error, in half as much time again
 # Of some thousand tokens the correlations between channels are known less well than their energies: this share of
-# them is taken for chance. Without it a 1,536-wide layer's error on other text was above plain rounding's.
+# them is taken for chance. Without it a 1,536-wide layer's error on other text was above that of codes rounded singly.
 _SHRINKAGE = 0.5
 _FLOOR = 1e-3  # of the mean energy: a channel that was never seen to be driven still counts a little
 
