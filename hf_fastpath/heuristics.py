@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+from hf_fastpath.ops.w4a16_gemm import VARIANTS
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 
 
@@ -21,9 +22,28 @@ def w4a16_variant(device_type: str, rows: int) -> W4A16Variant:
     On the CPU one library kernel serves every size. On CUDA our kernel reads each weight once for up to 16 rows; with
     more rows the product is limited by arithmetic, and expanding the weight for cuBLAS costs less than it saves.
     """
+    # w4a16_gemm was written for more than 16 rows, but no GPU has run it yet: the path that was verified on hardware
+    # stays the choice until eval/bench_ops.py has compared the two. Who wants it asks w4a16_gemm_variant().
     if device_type == "cpu":
         return W4A16Variant.CPU_INT4PACK
     return W4A16Variant.CUDA_KERNEL if rows <= MAX_ROWS else W4A16Variant.CUDA_DEQUANTIZE
+
+
+def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
+    """Whether a variant of w4a16_gemm runs on GPUs of this compute capability: its instructions and shared memory."""
+    form = VARIANTS[variant]
+    if form.instruction == "wgmma":
+        return capability == (9, 0)
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a CTA, too little for a ring of tiles of 256 outputs.
+    return capability >= (8, 0) and (form.outputs <= 128 or capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)))
+
+
+def w4a16_gemm_variant(rows: int, capability: tuple[int, int]) -> int:
+    """The variant of w4a16_gemm to try first for that many rows of x; by reasoning, not yet by measurement."""
+    tokens = 32 if rows <= 32 else 64
+    fitting = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, capability) and VARIANTS[i].tokens == tokens]
+    # The more outputs in a tile, the fewer times x is read from the L2.
+    return max(fitting, key=lambda i: VARIANTS[i].outputs)
 
 
 def attn_decode_int8_supports(head_dim: int) -> bool:

@@ -22,8 +22,10 @@ struct Site {
 };
 
 // ---- scheduler.cpp --------------------------------------------------------------------------------------------------
-// Every thread calls run_thread(call); `call` has `bytes` bytes, which the kernel may read.
-cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes);
+// Every thread calls run_thread(call); `call` has `bytes` bytes, which the kernel may read, and each CTA has
+// `dynamic_bytes` of dynamic shared memory.
+cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes,
+                     size_t dynamic_bytes);
 
 void cta_barrier(Site site);
 
@@ -48,7 +50,20 @@ const Current& current();
 std::string thread_name(int64_t cta, int thread);
 
 // ---- memory.cpp -----------------------------------------------------------------------------------------------------
-void begin_grid(const void* call, size_t bytes);
+void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes);
 void begin_cta();
+unsigned char* dynamic_shared();
+
+// A copy that other hardware than the thread makes: it reads global memory and takes the target away at once, and
+// gives it at the end; in between nobody may read or write there.
+void begin_copy(void* target, const void* source, size_t bytes);
+void end_copy(void* target, const void* data, size_t bytes);
+
+// ---- async_copy.cpp -------------------------------------------------------------------------------------------------
+void cp_async(void* target, const void* source, size_t bytes, bool valid);
+void cp_async_commit();
+void cp_async_wait(int pending);
+void end_of_thread();  // what a thread must not leave behind
+void forget_copies();  // before a CTA begins
 
 }  // namespace cuda_emulator

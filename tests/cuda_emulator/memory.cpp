@@ -26,6 +26,7 @@ struct Access {
 struct Byte {
   Access read, write;
   bool defined = false;
+  bool under_copy = false;
 };
 
 struct Region {
@@ -38,6 +39,7 @@ struct Region {
 
 std::vector<Region> buffers, shared;
 Region params{"the kernel's parameters", 0, 0, false, false, {}};
+Region dynamic{"dynamic shared memory", 0, 0, true, false, {}};
 uintptr_t image_begin, image_end;
 
 Access this_access() {
@@ -88,6 +90,7 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
     if (write && !ordered(byte.read, now)) {
       fault("race: writes " + place(region, i, code) + ", without a barrier after " + who(byte.read) + " read it");
     }
+    if (write && byte.under_copy) fault("writes " + place(region, i, code) + ", under a copy that may not be done");
     if (!write && !byte.defined) fault("reads " + place(region, i, code) + ", which nobody wrote");
     if (write) {
       byte.write = now;
@@ -100,6 +103,7 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
 
 Region* find(uintptr_t address) {
   if (address >= params.begin && address < params.end) return &params;
+  if (address >= dynamic.begin && address < dynamic.end) return &dynamic;
   for (Region& region : shared) {
     if (address >= region.begin && address < region.end) return &region;
   }
@@ -113,6 +117,7 @@ Region* find(uintptr_t address) {
 const Region* nearest(uintptr_t address) {
   const Region* best = nullptr;
   uintptr_t least = 1 << 20;
+  if (dynamic.begin != dynamic.end && address - dynamic.end < 1024) return &dynamic;
   for (const auto* list : {&buffers, &shared}) {
     for (const Region& region : *list) {
       const uintptr_t distance = address < region.begin ? region.begin - address : address - region.end + 1;
@@ -164,7 +169,12 @@ int find_image(dl_phdr_info* info, size_t, void*) {
 
 }  // namespace
 
-void begin_grid(const void* call, size_t bytes) {
+void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes) {
+  static std::vector<unsigned char> memory;
+  memory.resize(dynamic_bytes + 1024);
+  dynamic.begin = (reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024;
+  dynamic.end = dynamic.begin + dynamic_bytes;
+  make_undefined(dynamic);
   params.begin = reinterpret_cast<uintptr_t>(call);
   params.end = params.begin + bytes;
   for (Region& region : buffers) {  // kernels of a stream run one after the other
@@ -176,6 +186,35 @@ void begin_cta() {
   for (Region& region : shared) {
     if (region.used) make_undefined(region);
   }
+  if (dynamic.used) make_undefined(dynamic);
+}
+
+unsigned char* dynamic_shared() {
+  return reinterpret_cast<unsigned char*>(dynamic.begin);
+}
+
+void begin_copy(void* target, const void* source, size_t bytes) {
+  if (source) check(source, bytes, false, bytes, __builtin_return_address(0));
+  check(target, bytes, true, bytes, __builtin_return_address(0));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
+  Region* region = find(begin);
+  if (!region || region->end < begin + bytes || (region != &dynamic && region->name.rfind("shared", 0) != 0)) {
+    return fault("copies to what is not shared memory");
+  }
+  for (uintptr_t i = begin; i < begin + bytes; ++i) {
+    Byte& byte = region->bytes[i - region->begin];
+    byte.defined = false;
+    byte.under_copy = true;
+  }
+  memset(target, 0xff, bytes);
+}
+
+void end_copy(void* target, const void* data, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
+  Region& region = *find(begin);
+  for (uintptr_t i = begin; i < begin + bytes; ++i) region.bytes[i - region.begin].under_copy = false;
+  check(target, bytes, true, bytes, __builtin_return_address(0));
+  memcpy(target, data, bytes);
 }
 
 }  // namespace cuda_emulator

@@ -111,6 +111,7 @@ void leave() {
 
 void thread_main() {
   cta.run_thread(cta.call);
+  end_of_thread();
   leave();
 }
 
@@ -158,6 +159,7 @@ void run_cta() {
   cta.warp_barriers.assign((count + kWarpSize - 1) / kWarpSize, 0);
   now.barriers = 0;
   begin_cta();
+  forget_copies();
   while (cta.done < count && fault_message.empty()) {
     bool progress = false;
     for (int i = 0; i < count && fault_message.empty(); ++i) {
@@ -184,7 +186,8 @@ void fault(const std::string& message) {
   if (now.in_kernel) to_scheduler();  // for good: the scheduler resumes nobody after a fault
 }
 
-cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes) {
+cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes,
+                     size_t dynamic_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || !threads || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
@@ -193,7 +196,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call)
   cta.threads.resize(threads);
   cta.run_thread = run_thread;
   cta.call = call;
-  begin_grid(call, bytes);
+  begin_grid(call, bytes, dynamic_bytes);
   now.cta = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -264,4 +267,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulator_take_faul
   taken.swap(cuda_emulator::fault_message);
   cuda_emulator::fault_message.clear();
   return taken.c_str();
+}
+
+// Every call returns its own error here, and none stays behind.
+extern "C" cudaError_t cudaGetLastError() {
+  return cudaSuccess;
 }

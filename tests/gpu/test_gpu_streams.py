@@ -14,6 +14,7 @@ from hf_fastpath.ops import (
     kv_int8_append,
     kv_int8_dequantize,
     w4a16_dequantize,
+    w4a16_gemm,
     w4a16_linear,
 )
 
@@ -47,7 +48,8 @@ class Step:
         self.append(new[:, 0].unsqueeze(2), new[:, 1].unsqueeze(2), 599)
         out = self.attend(y.view(2, 4, 64))
         keys = kv_int8_dequantize(self.k_data, self.k_scale, 600, torch.bfloat16)
-        return [y, out, keys, w4a16_dequantize(self.qweight, self.scales, None, 512, 256, 128)]
+        many = w4a16_gemm(self.x.repeat(20, 1), self.qweight, self.scales, None, None, 256, 128, 0)
+        return [y, out, keys, many, w4a16_dequantize(self.qweight, self.scales, None, 512, 256, 128)]
 
 
 def test_a_captured_graph_replays_with_new_inputs() -> None:
