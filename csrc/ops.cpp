@@ -245,7 +245,10 @@ Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
                            cols,
                            static_cast<int>(group_size),
                            form};
-  check.launched(launch_w4a16_gemm(args, dtype, launch.sm_count(), launch.stream()));
+  const cudaError_t error = launch_w4a16_gemm(args, dtype, launch.sm_count(), launch.stream());
+  check(error != cudaErrorNoKernelImageForDevice, "variant ", form,
+        " needs a GPU of compute capability 9.0, and kernels that were compiled for sm_90a");
+  check.launched(error);
   return y;
 }
 

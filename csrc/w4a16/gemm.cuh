@@ -19,14 +19,23 @@ struct GemmVariant {
   int stages;                  // of the ring in shared memory
   int ctas_per_sm;             // a split schedule has so many times the GPU's multiprocessors
   bool split;                  // which schedule
+  bool exact_weights;          // a group's sum is multiplied by its scale, not each weight
 };
 constexpr GemmVariant kGemmVariants[] = {
-    {1, 4, 4, 2, true},  // 0: mma.sync, 128 outputs x 32 tokens
-    {2, 4, 4, 1, true},  // 1: 256 x 32
-    {1, 8, 3, 2, true},  // 2: 128 x 64
-    {2, 8, 4, 1, true},  // 3: 256 x 64
+    {1, 4, 4, 2, true, true},     // 0: mma.sync, 128 outputs x 32 tokens
+    {2, 4, 4, 1, true, true},     // 1: 256 x 32
+    {1, 8, 3, 2, true, true},     // 2: 128 x 64
+    {2, 8, 4, 1, true, true},     // 3: 256 x 64
+    {2, 4, 6, 1, true, true},     // 4: wgmma, 256 x 32
+    {1, 8, 6, 1, true, true},     // 5: 128 x 64
+    {2, 8, 5, 1, true, true},     // 6: 256 x 64
+    {1, 16, 5, 1, true, true},    // 7: 128 x 128
+    {1, 16, 5, 1, false, true},   // 8: 128 x 128, whole tiles
+    {2, 16, 4, 1, true, false},   // 9: 256 x 128
+    {2, 16, 4, 1, false, false},  // 10: 256 x 128, whole tiles
 };
 
+constexpr int kFirstSm90Variant = 4;
 static_assert(sizeof kGemmVariants / sizeof kGemmVariants[0] == kW4A16GemmVariants);
 
 template <typename T>

@@ -43,6 +43,13 @@ VARIANTS = (
     GemmVariant("mma", 256, 32, split=True),
     GemmVariant("mma", 128, 64, split=True),
     GemmVariant("mma", 256, 64, split=True),
+    GemmVariant("wgmma", 256, 32, split=True),
+    GemmVariant("wgmma", 128, 64, split=True),
+    GemmVariant("wgmma", 256, 64, split=True),
+    GemmVariant("wgmma", 128, 128, split=True),
+    GemmVariant("wgmma", 128, 128, split=False),
+    GemmVariant("wgmma", 256, 128, split=True, exact_weights=False),
+    GemmVariant("wgmma", 256, 128, split=False, exact_weights=False),
 )
 
 
@@ -96,10 +103,14 @@ def w4a16_gemm(
         variant: index into :data:`VARIANTS`; every variant takes every shape. :mod:`hf_fastpath.heuristics` knows
             which to take. The CPU implementation has one form and ignores it.
 
-    Rounding on CUDA: ``q - zero`` is exact, a group's sum is float32 and is multiplied by its scale in float32; only
-    the result is rounded. The same call gives the same bits on the same GPU model; another variant or another number
-    of rows adds in another order.
+    Rounding on CUDA: ``q - zero`` is exact; with :attr:`GemmVariant.exact_weights` a group's sum is float32, is
+    multiplied by its scale in float32, and only the result is rounded; without, each weight is rounded to 16 bits
+    once besides, as in w4a16_dequantize. The same call gives the same bits on the same GPU model; another variant or
+    another number of rows adds in another order.
 
-    Raises RuntimeError for arguments that do not fit, in words. Needs a workspace of up to 34 MB on an H200.
+    Split variants need a workspace of up to two tiles in float32 for each multiprocessor: 34 MB on an H200 for
+    256 x 128.
+
+    Raises RuntimeError, in words, for arguments that do not fit and for a variant that this GPU cannot run.
     """
     return _op(x, qweight, scales, zeros, bias, out_features, group_size, variant)

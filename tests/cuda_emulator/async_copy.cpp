@@ -1,20 +1,15 @@
 // cp.async as the PTX ISA has it: the data arrives when the thread that copies waits for its group, not a moment
 // earlier; until then the target holds what nobody may read. (A GPU may be quicker. A kernel must not count on it.)
-#include <array>
 #include <cstring>
 #include <deque>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "emulator.h"
 
 namespace cuda_emulator {
 namespace {
-
-struct Copy {
-  void* target;
-  std::array<unsigned char, 16> data;  // as it was when the copy was issued
-};
 
 struct ThreadCopies {
   std::vector<Copy> open;                // not yet committed
@@ -46,7 +41,12 @@ void cp_async_wait(int pending) {
   }
 }
 
+std::vector<Copy> take_open_copies() {
+  return std::exchange(copies[current().thread].open, {});
+}
+
 void end_of_thread() {
+  if (wgmma_under_way()) fault("ended with wgmma under way that it never waited for");
   ThreadCopies& mine = copies[current().thread];
   bool left = !mine.open.empty();
   for (const auto& group : mine.groups) left |= !group.empty();

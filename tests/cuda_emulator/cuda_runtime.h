@@ -62,6 +62,13 @@ cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute attribut
   return value <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+template <typename... Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Params...)) {
+  *attributes = {};
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
 // ---- barriers and shuffles ------------------------------------------------------------------------------------------
 #define EMULATED_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 

@@ -5,8 +5,10 @@
 // have none.
 #include <link.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <unordered_map>
 #include <vector>
 
 #include "emulator.h"
@@ -21,6 +23,7 @@ struct Access {
   int64_t cta = kNone;
   int32_t thread = 0, warp = 0;
   uint32_t barriers = 0, warp_barriers = 0;
+  uint32_t tick = 0, fences = 0;
 };
 
 struct Byte {
@@ -44,14 +47,16 @@ uintptr_t image_begin, image_end;
 
 Access this_access() {
   const Current& now = current();
-  return {now.cta, now.thread, now.thread / kWarpSize, now.barriers, now.warp_barriers};
+  return {now.cta, now.thread, now.thread / kWarpSize, now.barriers, now.warp_barriers, now.tick, now.fences};
 }
 
 bool ordered(const Access& before, const Access& now) {
   if (before.cta == kNone) return true;
   if (before.cta != now.cta) return false;
   if (before.thread == now.thread || before.barriers < now.barriers) return true;
-  return before.warp == now.warp && before.warp_barriers < now.warp_barriers;
+  if (before.warp == now.warp && before.warp_barriers < now.warp_barriers) return true;
+  const uint32_t* seen = current().seen;
+  return seen && before.thread >= 0 && before.tick < seen[before.thread];
 }
 
 void merge(Access& reads, const Access& now) {
@@ -64,6 +69,33 @@ void merge(Access& reads, const Access& now) {
   if (reads.warp != now.warp) reads.warp = kSeveral;
   reads.barriers = now.barriers;
   reads.warp_barriers = std::max(reads.warp_barriers, now.warp_barriers);
+}
+
+// Further reads of a byte that are not ordered among each other, where threads have clocks: one each.
+std::unordered_map<uintptr_t, std::vector<Access>> other_reads;
+
+void add_read(uintptr_t address, Access& first, const Access& now) {
+  if (!current().seen) return merge(first, now);
+  if (ordered(first, now)) {
+    first = now;
+    return;
+  }
+  std::vector<Access>& others = other_reads[address];
+  others.erase(std::remove_if(others.begin(), others.end(), [&](const Access& a) { return ordered(a, now); }),
+               others.end());
+  others.push_back(now);
+}
+
+// A read that the write `now` would race with; nullptr when there is none.
+const Access* racing_read(uintptr_t address, const Access& first, const Access& now) {
+  if (!ordered(first, now)) return &first;
+  const auto found = other_reads.find(address);
+  if (found == other_reads.end()) return nullptr;
+  for (const Access& other : found->second) {
+    if (!ordered(other, now)) return &other;
+  }
+  other_reads.erase(found);
+  return nullptr;
 }
 
 std::string who(const Access& access) {
@@ -87,8 +119,9 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
       fault(std::string("race: ") + (write ? "writes " : "reads ") + place(region, i, code) +
             ", without a barrier after " + who(byte.write) + " wrote it");
     }
-    if (write && !ordered(byte.read, now)) {
-      fault("race: writes " + place(region, i, code) + ", without a barrier after " + who(byte.read) + " read it");
+    const Access* reader = write ? racing_read(i, byte.read, now) : nullptr;
+    if (reader) {
+      fault("race: writes " + place(region, i, code) + ", without a barrier after " + who(*reader) + " read it");
     }
     if (write && byte.under_copy) fault("writes " + place(region, i, code) + ", under a copy that may not be done");
     if (!write && !byte.defined) fault("reads " + place(region, i, code) + ", which nobody wrote");
@@ -96,7 +129,7 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
       byte.write = now;
       byte.defined = true;
     } else {
-      merge(byte.read, now);
+      add_read(i, byte.read, now);
     }
   }
 }
@@ -187,6 +220,7 @@ void begin_cta() {
     if (region.used) make_undefined(region);
   }
   if (dynamic.used) make_undefined(dynamic);
+  other_reads.clear();
 }
 
 unsigned char* dynamic_shared() {
@@ -212,9 +246,26 @@ void begin_copy(void* target, const void* source, size_t bytes) {
 void end_copy(void* target, const void* data, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
   Region& region = *find(begin);
-  for (uintptr_t i = begin; i < begin + bytes; ++i) region.bytes[i - region.begin].under_copy = false;
-  check(target, bytes, true, bytes, __builtin_return_address(0));
+  for (uintptr_t i = begin; i < begin + bytes; ++i) {
+    Byte& byte = region.bytes[i - region.begin];
+    byte.write = this_access();
+    byte.defined = true;
+    byte.under_copy = false;
+  }
   memcpy(target, data, bytes);
+}
+
+void check_async_read(const void* pointer, size_t bytes) {
+  check(pointer, bytes, false, bytes, __builtin_return_address(0));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
+  const Region* region = find(begin);
+  for (uintptr_t i = begin; i < begin + bytes; ++i) {
+    const Access& write = region->bytes[i - region->begin].write;
+    if (proxy_fences(write.thread) <= write.fences) {
+      return fault("wgmma reads " + place(*region, i, nullptr) + ", without a proxy fence after " + who(write) +
+                   " wrote it");
+    }
+  }
 }
 
 }  // namespace cuda_emulator

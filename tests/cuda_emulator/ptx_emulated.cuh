@@ -16,6 +16,8 @@ struct MmaLane {
   const uint32_t* a;  // 4
   uint32_t b[2];
 };
+float half_to_float(uint32_t bits);
+float bf16_to_float(uint32_t bits);
 void combine_mma_fp16(Lanes& lanes);
 void combine_mma_bf16(Lanes& lanes);
 void combine_transpose(Lanes& lanes);
