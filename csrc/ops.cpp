@@ -223,6 +223,7 @@ Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
     check.same_device(x, *bias, "bias");
   }
   // The smallest tile is 128 by 32, and its units of 128 columns are counted in 32 bits.
+  check(k <= 1 << 24, "in_features must be at most ", 1 << 24, ", got ", k);
   check(m <= kMaxInt - 256 && (out_features / 128 + 1) * (m / 32 + 1) <= kMaxInt / (k / 128 + 1),
         "M * N * K is too large: ", m, " * ", out_features, " * ", k);
   const Launch launch(x);

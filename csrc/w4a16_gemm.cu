@@ -32,30 +32,39 @@ __device__ __forceinline__ int x_chunk(int token, int chunk) {
   return chunk ^ (token % 2 * 4);
 }
 
-template <typename T, int kGroup, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void load_weights(Stage<kGroup, kRowTiles, kTokenTiles>& stage, const GemmParams<T>& p,
-                                             int row_block, int unit, int warp, int lane, uint64_t policy) {
-  constexpr int kGroups = kUnitCols / kGroup;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-    // Beyond the last row tile its copy, which nobody stores; beyond the last column the last tile and the last group,
-    // which meet zeros of x.
-    const int64_t row_tile = min((row_block * kRowTiles + r) * kGemmWarps + warp, p.row_tiles - 1);
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int col_tile = min(unit * 2 + c, p.col_tiles - 1);
-      cp_async16_once(&stage.weights[r][warp][c][lane], p.qweight + (row_tile * p.col_tiles + col_tile) * 32 + lane,
-                      policy);
-    }
+// What a warp copies of the weights, scales and zeros of each unit of one tile of outputs: what it will read.
+template <int kGroup, int kRowTiles>
+struct WeightShare {
+  static constexpr int kGroups = kUnitCols / kGroup;
+  TileSource<kGemmWarps> tiles;
+  int first_tile;
+
+  template <typename T>
+  __device__ __forceinline__ WeightShare(const GemmParams<T>& p, int row_block, int warp, int lane)
+      : tiles(p, row_block * kRowTiles * kGemmWarps + warp, lane),
+        first_tile(row_block * kRowTiles * kGemmWarps + warp) {}
+
+  template <typename T, int kTokenTiles>
+  __device__ __forceinline__ void copy(Stage<kGroup, kRowTiles, kTokenTiles>& stage, const GemmParams<T>& p, int unit,
+                                       int warp, int lane, uint64_t policy) const {
     const int i = lane % 16 / 2, group = min(unit * kGroups + i, p.groups - 1);
-    const int64_t first = (row_tile * p.groups + group) * 16;
-    if (lane < 2 * kGroups) {
-      cp_async16(&stage.scales[r][warp][i][lane % 2 * 8], p.scales + first + lane % 2 * 8);
-    } else if (lane >= 16 && lane < 16 + 2 * kGroups && lane % 2 == 0 && p.zeros) {
-      cp_async16(&stage.zeros[r][warp][i][0], p.zeros + first);
+    const unsigned char* columns[2] = {tiles.column(p, unit * 2), tiles.column(p, unit * 2 + 1)};
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        cp_async16_once(&stage.weights[r][warp][c][lane], tiles.at(columns[c], r), policy);
+      }
+      const int row_tile = min(first_tile + r * kGemmWarps, p.row_tiles - 1);
+      const int64_t first = (static_cast<int64_t>(row_tile) * p.groups + group) * 16;
+      if (lane < 2 * kGroups) {
+        cp_async16(&stage.scales[r][warp][i][lane % 2 * 8], p.scales + first + lane % 2 * 8);
+      } else if (lane >= 16 && lane < 16 + 2 * kGroups && lane % 2 == 0 && p.zeros) {
+        cp_async16(&stage.zeros[r][warp][i][0], p.zeros + first);
+      }
     }
   }
-}
+};
 
 template <typename T, int kGroup, int kRowTiles, int kTokenTiles>
 __device__ __forceinline__ void load_x(Stage<kGroup, kRowTiles, kTokenTiles>& stage, const GemmParams<T>& p,
@@ -131,12 +140,18 @@ __global__ void __launch_bounds__(kGemmThreads, kCtasPerSm) w4a16_gemm_kernel(co
   const uint64_t policy = evict_first_policy();
   Cursor now(p.schedule, blockIdx.x);
   Cursor ahead = now;
-  Place place = p.schedule.place(ahead.tile);
+  const Place place = p.schedule.place(ahead.tile);
+  int token_block = place.token_block;
+  WeightShare<kGroup, kRowTiles> weights(p, place.row_block, warp, lane);
   const auto load_next = [&](int stage) {
     if (ahead.left) {
-      load_weights(stages[stage], p, place.row_block, ahead.unit, warp, lane, policy);
-      load_x(stages[stage], p, place.token_block, ahead.unit, thread);
-      if (ahead.advance(p.schedule)) place = p.schedule.place(ahead.tile);
+      weights.copy(stages[stage], p, ahead.unit, warp, lane, policy);
+      load_x(stages[stage], p, token_block, ahead.unit, thread);
+      if (ahead.advance(p.schedule)) {
+        const Place next = p.schedule.place(ahead.tile);
+        token_block = next.token_block;
+        weights = WeightShare<kGroup, kRowTiles>(p, next.row_block, warp, lane);
+      }
     }
     cp_async_commit();  // even an empty group: cp_async_wait() counts them
   };
@@ -145,17 +160,19 @@ __global__ void __launch_bounds__(kGemmThreads, kCtasPerSm) w4a16_gemm_kernel(co
   float acc[kRowTiles][kTokenTiles][4] = {};
   int stage = 0;
   while (now.left) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // this stage is there for all, and nobody reads the one before it any more
-    load_next(stage == 0 ? kStages - 1 : stage - 1);
-    multiply_unit<T>(acc, stages[stage], p.zeros != nullptr, warp, lane);
-    if (now.ends_tile(p.schedule)) {
-      store_tile(acc, p, now, blockIdx.x, thread);
-#pragma unroll
-      for (int i = 0; i < kRowTiles * kTokenTiles * 4; ++i) acc[i / (kTokenTiles * 4)][i / 4 % kTokenTiles][i % 4] = 0;
+    for (bool ended = false; !ended;) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // this stage is there for all, and nobody reads the one before it any more
+      load_next(stage == 0 ? kStages - 1 : stage - 1);
+      multiply_unit<T>(acc, stages[stage], p.zeros != nullptr, warp, lane);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      ended = now.ends_tile(p.schedule);
+      if (!ended) now.advance(p.schedule);
     }
+    store_tile(acc, p, now, blockIdx.x, thread);
+#pragma unroll
+    for (int i = 0; i < kRowTiles * kTokenTiles * 4; ++i) acc[i / (kTokenTiles * 4)][i / 4 % kTokenTiles][i % 4] = 0;
     now.advance(p.schedule);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
 }
 

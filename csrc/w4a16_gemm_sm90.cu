@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1) w4a16_gemm_sm90_kernel(const Gemm
   constexpr GemmVariant v = kGemmVariants[kVariant];
   // Of the 168 registers that each of 384 threads has at the start, producers give some to consumers. kXRegisters of
   // the producers' are for x that is under way.
-  constexpr int kProducerRegisters = v.exact_weights ? 104 : 64, kConsumerRegisters = v.exact_weights ? 200 : 216;
+  constexpr int kProducerRegisters = v.exact_weights ? 104 : 88, kConsumerRegisters = v.exact_weights ? 200 : 208;
   constexpr int kXRegisters = v.exact_weights ? 64 : 32;
   using Stage = Sm90Stage<kGroup, v.row_tiles, v.token_tiles>;
   unsigned char* shared = dynamic_shared();

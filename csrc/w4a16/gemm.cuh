@@ -85,6 +85,31 @@ GemmParams<T> gemm_params(const W4A16GemmArgs& a, int sm_count) {
           gemm_schedule(kGemmVariants[a.variant], a.m, a.n, a.k, sm_count)};
 }
 
+// A lane's 16 bytes of the row tiles `tile`, `tile` + kStep, ... Beyond the last row tile there are copies of it, which
+// nobody stores; beyond the last column there is the last tile of columns, which meets zeros of x.
+template <int kStep>
+struct TileSource {
+  const unsigned char* first;  // in the first column of tiles
+  uint32_t step;               // bytes; ops.cpp takes K up to 2^24
+  int last;
+
+  template <typename T>
+  __device__ __forceinline__ TileSource(const GemmParams<T>& p, int tile, int lane) {
+    const int64_t row_tile = min(tile, p.row_tiles - 1);
+    first = reinterpret_cast<const unsigned char*>(p.qweight + row_tile * p.col_tiles * 32 + lane);
+    step = static_cast<uint32_t>(kStep) * p.col_tiles * 512;
+    last = (p.row_tiles - 1 - static_cast<int>(row_tile)) / kStep;
+  }
+  // Of the i-th row tile; `column` is a pointer from column().
+  __device__ __forceinline__ const void* at(const unsigned char* column, int i) const {
+    return column + static_cast<uint64_t>(static_cast<uint32_t>(min(i, last))) * step;
+  }
+  template <typename T>
+  __device__ __forceinline__ const unsigned char* column(const GemmParams<T>& p, int col_tile) const {
+    return first + static_cast<uint64_t>(static_cast<uint32_t>(min(col_tile, p.col_tiles - 1))) * 512;
+  }
+};
+
 // Stores columns `column` (even) and `column` + 1 of a row of n, as far as they are there.
 template <typename T>
 __device__ __forceinline__ void store_pair(T* row, int column, int n, uint32_t pair) {

@@ -21,29 +21,36 @@ struct __align__(1024) Sm90Stage {
   uint8_t zeros[kRowTiles * kGemmWarps][kGroups][16];
 };
 
-// Starts the copies of one unit's weights, scales and zeros.
-template <typename T, int kGroup, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void copy_weights(Sm90Stage<kGroup, kRowTiles, kTokenTiles>& stage, const GemmParams<T>& p,
-                                             int row_block, int unit, int thread, uint64_t policy) {
-  constexpr int kTiles = kRowTiles * kGemmWarps, kGroups = kUnitCols / kGroup;
+// What a thread copies of the weights, scales and zeros of each unit of one tile of outputs.
+template <int kGroup, int kRowTiles>
+struct WeightShare {
+  static constexpr int kTiles = kRowTiles * kGemmWarps, kGroups = kUnitCols / kGroup;
   static_assert(kProducerThreads == 128 && kTiles * kGroups * 2 <= kProducerThreads);
-  // Beyond the last row tile its copy, which nobody stores; beyond the last column the last tile and the last group,
-  // which meet zeros of x.
-  const auto row_tile = [&](int i) -> int64_t { return min(row_block * kTiles + i, p.row_tiles - 1); };
-  const int warp = thread / 32, lane = thread % 32, col_tile = min(unit * 2 + warp % 2, p.col_tiles - 1);
+  TileSource<2> tiles;  // of warps 0 and 1 the even row tiles, of 2 and 3 the odd ones; of 0 and 2 the left column
+  int64_t first_group;  // of the row tile whose scales the thread copies
+
+  template <typename T>
+  __device__ __forceinline__ WeightShare(const GemmParams<T>& p, int row_block, int thread)
+      : tiles(p, row_block * kTiles + thread / 64, thread % 32),
+        first_group(int64_t{min(row_block * kTiles + thread / (2 * kGroups), p.row_tiles - 1)} * p.groups) {}
+
+  template <typename T, int kTokenTiles>
+  __device__ __forceinline__ void copy(Sm90Stage<kGroup, kRowTiles, kTokenTiles>& stage, const GemmParams<T>& p,
+                                       int unit, int thread, uint64_t policy) const {
+    const int left_or_right = thread / 32 % 2;
+    const unsigned char* column = tiles.column(p, unit * 2 + left_or_right);
 #pragma unroll
-  for (int j = 0; j < kTiles / 2; ++j) {
-    const int i = 2 * j + warp / 2;
-    cp_async16_once(&stage.weights[i][warp % 2][lane], p.qweight + (row_tile(i) * p.col_tiles + col_tile) * 32 + lane,
-                    policy);
+    for (int j = 0; j < kTiles / 2; ++j) {
+      cp_async16_once(&stage.weights[2 * j + thread / 64][left_or_right][thread % 32], tiles.at(column, j), policy);
+    }
+    if (thread < kTiles * kGroups * 2) {
+      const int tile = thread / (2 * kGroups), i = thread / 2 % kGroups, first = thread % 2 * 8;
+      const int64_t group = first_group + min(unit * kGroups + i, p.groups - 1);
+      cp_async16(&stage.scales[tile][i][first], p.scales + group * 16 + first);
+      if (p.zeros && first == 0) cp_async16(&stage.zeros[tile][i][0], p.zeros + group * 16);
+    }
   }
-  if (thread < kTiles * kGroups * 2) {
-    const int tile = thread / (2 * kGroups), i = thread / 2 % kGroups, first = thread % 2 * 8;
-    const int64_t group = row_tile(tile) * p.groups + min(unit * kGroups + i, p.groups - 1);
-    cp_async16(&stage.scales[tile][i][first], p.scales + group * 16 + first);
-    if (p.zeros && first == 0) cp_async16(&stage.zeros[tile][i][0], p.zeros + group * 16);
-  }
-}
+};
 
 // A thread's share of 64 columns of x: 8 columns of every 16th token.
 template <int kTokenTiles>
@@ -51,17 +58,24 @@ struct XShare {
   static constexpr int kChunks = kTokenTiles / 2;
   uint4 chunk[kChunks];
 
-  template <typename T>
-  __device__ __forceinline__ void load(const GemmParams<T>& p, int token_block, int first_col, int thread) {
-    const int col = first_col + thread % 8 * 8;
+  template <bool kAligned, typename T>
+  __device__ __forceinline__ void load_rows(const T* source, int64_t row_stride, int rows) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int row = token_block * 8 * kTokenTiles + i * 16 + thread / 8;
       chunk[i] = make_uint4(0, 0, 0, 0);
-      if (row < p.m && col < p.k) {
-        const T* source = p.x + row * p.x_row_stride + col;
-        chunk[i] = p.x_aligned ? load_8x16bit<true>(source) : load_8x16bit<false>(source);
-      }
+      if (16 * i < rows) chunk[i] = load_8x16bit<kAligned>(source + 16 * i * row_stride);
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void load(const GemmParams<T>& p, int token_block, int first_col, int thread) {
+    const int col = first_col + thread % 8 * 8, row = token_block * 8 * kTokenTiles + thread / 8;
+    const int rows = col < p.k ? p.m - row : 0;
+    const T* source = p.x + (rows > 0 ? row * p.x_row_stride + col : 0);
+    if (p.x_aligned) {
+      load_rows<true>(source, p.x_row_stride, rows);
+    } else {
+      load_rows<false>(source, p.x_row_stride, rows);
     }
   }
 
@@ -92,12 +106,14 @@ __device__ __forceinline__ void produce(Sm90Stage<kGroup, kRowTiles, kTokenTiles
   const uint64_t policy = evict_first_policy();
   Cursor now(p.schedule, cta);
   Cursor ahead = now;
-  Place place = p.schedule.place(now.tile), place_ahead = place;
+  const Place place = p.schedule.place(now.tile);
+  int token_block = place.token_block;  // of `ahead`
+  WeightShare<kGroup, kRowTiles> weights(p, place.row_block, thread);
   XShare<kTokenTiles> share[kAhead];
   const auto load_ahead = [&](int run) {
     if (!ahead.left) return;
-    share[run % kAhead].load(p, place_ahead.token_block, ahead.unit * kUnitCols + run % 2 * 64, thread);
-    if (run % 2 && ahead.advance(p.schedule)) place_ahead = p.schedule.place(ahead.tile);
+    share[run % kAhead].load(p, token_block, ahead.unit * kUnitCols + run % 2 * 64, thread);
+    if (run % 2 && ahead.advance(p.schedule)) token_block = p.schedule.place(ahead.tile).token_block;
   };
 #pragma unroll
   for (int run = 0; run < kAhead; ++run) load_ahead(run);
@@ -108,7 +124,7 @@ __device__ __forceinline__ void produce(Sm90Stage<kGroup, kRowTiles, kTokenTiles
       if (!now.left) continue;
       if (run % 2 == 0) {
         mbarrier_wait(empty + stage, phase ^ 1);
-        copy_weights(stages[stage], p, place.row_block, now.unit, thread, policy);
+        weights.copy(stages[stage], p, now.unit, thread, policy);
         mbarrier_arrive_after_copies(full + stage);
       }
       share[run % kAhead].store(stages[stage].x[run % 2], thread);
@@ -116,7 +132,9 @@ __device__ __forceinline__ void produce(Sm90Stage<kGroup, kRowTiles, kTokenTiles
         fence_proxy_async();
         __syncwarp();
         if (lane == 0) mbarrier_arrive(full + stage);
-        if (now.advance(p.schedule)) place = p.schedule.place(now.tile);
+        if (now.advance(p.schedule)) {
+          weights = WeightShare<kGroup, kRowTiles>(p, p.schedule.place(now.tile).row_block, thread);
+        }
         if (++stage == kStages) stage = 0, phase ^= 1;
       }
       load_ahead(run + kAhead);  // after the fence, which may wait for loads

@@ -47,10 +47,12 @@ struct Schedule {
   }
 };
 
-// Split over `ctas` CTAs, or, when there are fewer units than that, over one CTA a unit.
+// Split over `ctas` CTAs, or over so few that each has kLeastUnits: below that, CTAs would store and add more than they
+// multiply.
+constexpr int kLeastUnits = 2;
 inline Schedule split_schedule(int row_blocks, int token_blocks, int units, int ctas) {
   Schedule schedule{row_blocks, token_blocks, units, 1, true};
-  schedule.ctas = static_cast<int>(std::min<int64_t>(schedule.all_units(), ctas));
+  schedule.ctas = static_cast<int>(std::min<int64_t>((schedule.all_units() + kLeastUnits - 1) / kLeastUnits, ctas));
   return schedule;
 }
 inline Schedule whole_schedule(int row_blocks, int token_blocks, int units, int ctas) {

@@ -65,6 +65,9 @@ void set_clock(uint32_t tick, uint32_t fences, const uint32_t* seen);
 std::string thread_name(int64_t cta, int thread);
 
 // ---- memory.cpp -----------------------------------------------------------------------------------------------------
+// `code`: where in the program, for the message.
+void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code);
+void set_image(uintptr_t begin, uintptr_t end);
 void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes);
 void begin_cta();
 unsigned char* dynamic_shared();

@@ -1,10 +1,6 @@
-// What -fsanitize=thread and -fsanitize=bounds,... call, answered with our own checks instead of the compilers' runtime
-// libraries. Of every load and store of a kernel: it lies inside a buffer that the kernel may know, is aligned, does
-// not read what nobody wrote, does not write what is read-only, and does not race. Two accesses of the same byte, one
-// of them a write, race unless a barrier lies between them that both threads took part in; threads of different CTAs
-// have none.
-#include <link.h>
-
+// Of every load and store of a kernel: it lies inside a buffer that the kernel may know, is aligned, does not read what
+// nobody wrote, does not write what is read-only, and does not race. Two accesses of the same byte, one of them a
+// write, race unless a barrier lies between them that both threads took part in; threads of different CTAs have none.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -160,6 +156,14 @@ const Region* nearest(uintptr_t address) {
   return best;
 }
 
+void make_undefined(Region& region) {
+  memset(reinterpret_cast<void*>(region.begin), 0xff, region.end - region.begin);  // NaN, -1
+  region.bytes.assign(region.end - region.begin, Byte{});
+  region.used = false;
+}
+
+}  // namespace
+
 void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code) {
   const Current& now = current();
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
@@ -180,27 +184,9 @@ void check(const void* pointer, size_t size, bool write, size_t alignment, const
   if (region->writable) check_bytes(*region, address, size, write, code);
 }
 
-void make_undefined(Region& region) {
-  memset(reinterpret_cast<void*>(region.begin), 0xff, region.end - region.begin);  // NaN, -1
-  region.bytes.assign(region.end - region.begin, Byte{});
-  region.used = false;
-}
-
-int find_image(dl_phdr_info* info, size_t, void*) {
-  const uintptr_t self = reinterpret_cast<uintptr_t>(&find_image);
-  uintptr_t begin = UINTPTR_MAX, end = 0;
-  for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const auto& segment = info->dlpi_phdr[i];
-    if (segment.p_type != PT_LOAD) continue;
-    begin = std::min<uintptr_t>(begin, info->dlpi_addr + segment.p_vaddr);
-    end = std::max<uintptr_t>(end, info->dlpi_addr + segment.p_vaddr + segment.p_memsz);
-  }
-  if (self < begin || self >= end) return 0;
+void set_image(uintptr_t begin, uintptr_t end) {
   image_begin = begin, image_end = end;
-  return 1;
 }
-
-}  // namespace
 
 void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes) {
   static std::vector<unsigned char> memory;
@@ -270,8 +256,6 @@ void check_async_read(const void* pointer, size_t bytes) {
 
 }  // namespace cuda_emulator
 
-using cuda_emulator::fault;
-
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Tells what the kernels may touch. An output is undefined until it is written.
@@ -297,63 +281,3 @@ EXPORT void emulator_add_shared(const char* name, uintptr_t address, int64_t byt
   cuda_emulator::shared.push_back({name, address, address + bytes, true, false, {}});
   cuda_emulator::make_undefined(cuda_emulator::shared.back());
 }
-
-extern "C" {
-
-void __tsan_init() {
-  if (!cuda_emulator::image_end) dl_iterate_phdr(cuda_emulator::find_image, nullptr);
-}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-
-#define ACCESS(bytes)                                                          \
-  void __tsan_read##bytes(void* p) {                                           \
-    cuda_emulator::check(p, bytes, false, bytes, __builtin_return_address(0)); \
-  }                                                                            \
-  void __tsan_write##bytes(void* p) {                                          \
-    cuda_emulator::check(p, bytes, true, bytes, __builtin_return_address(0));  \
-  }
-#define UNALIGNED(bytes)                                                   \
-  void __tsan_unaligned_read##bytes(void* p) {                             \
-    cuda_emulator::check(p, bytes, false, 1, __builtin_return_address(0)); \
-  }                                                                        \
-  void __tsan_unaligned_write##bytes(void* p) {                            \
-    cuda_emulator::check(p, bytes, true, 1, __builtin_return_address(0));  \
-  }
-ACCESS(1)
-ACCESS(2)
-ACCESS(4)
-ACCESS(8)
-ACCESS(16)
-UNALIGNED(2)
-UNALIGNED(4)
-UNALIGNED(8)
-UNALIGNED(16)
-void __tsan_read_range(void* p, uintptr_t bytes) {
-  cuda_emulator::check(p, bytes, false, 1, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, uintptr_t bytes) {
-  cuda_emulator::check(p, bytes, true, 1, __builtin_return_address(0));
-}
-
-// -fsanitize=alignment, bounds, shift, signed-integer-overflow, integer-divide-by-zero. Their data starts with the
-// place.
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-#define UNDEFINED_BEHAVIOUR(kind, text)                                               \
-  void __ubsan_handle_##kind##_abort(const SourceLocation* at) {                      \
-    fault(std::string(text) + " at " + at->file + ":" + std::to_string(at->line));    \
-    abort(); /* outside a kernel: the message is lost, the debugger's stack is not */ \
-  }
-UNDEFINED_BEHAVIOUR(type_mismatch_v1, "a misaligned access")
-UNDEFINED_BEHAVIOUR(out_of_bounds, "an array index out of bounds")
-UNDEFINED_BEHAVIOUR(shift_out_of_bounds, "a shift by more than the width, or of a negative value")
-UNDEFINED_BEHAVIOUR(add_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(sub_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(mul_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(negate_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(divrem_overflow, "a division by zero")
-
-}  // extern "C"

@@ -316,25 +316,3 @@ extern "C" __attribute__((visibility("default"))) const char* emulator_take_faul
   cuda_emulator::fault_message.clear();
   return taken.c_str();
 }
-
-// ---- what launchers ask the runtime: the emulated GPU has compute capability 9.0
-// -------------------------------------
-extern "C" {
-
-// Every call returns its own error, and none stays behind.
-cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrComputeCapabilityMajor && attribute != cudaDevAttrComputeCapabilityMinor) {
-    return cudaErrorNotSupported;
-  }
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
-  return cudaSuccess;
-}
-
-}  // extern "C"
