@@ -183,7 +183,7 @@ cudaError_t launch(const GemmParams<T>& p, cudaStream_t stream) {
   const cudaError_t error =
       launch_kernel_with_shared(w4a16_gemm_kernel<T, kGroup, v.row_tiles, v.token_tiles, v.stages, v.ctas_per_sm>,
                                 p.schedule.ctas, kGemmThreads, kBytes, stream, p);
-  return error == cudaSuccess ? launch_gemm_sum<T, v.row_tiles, v.token_tiles>(p, stream) : error;
+  return error == cudaSuccess ? launch_gemm_sum<T, v.row_tiles, v.token_tiles>(p, false, stream) : error;
 }
 
 template <typename T, int kGroup>

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1) w4a16_gemm_sm90_kernel(const Gemm
     fence_mbarrier_init();
   }
   __syncthreads();
+  let_next_kernel_begin();
   const int cta = blockIdx.x;
   if (threadIdx.x < kProducerThreads) {
     give_registers<kProducerRegisters>();
@@ -68,33 +69,36 @@ bool is_for_this_gpu(Kernel kernel) {
 }
 
 template <typename T, int kGroup, int kVariant>
-cudaError_t launch(const GemmParams<T>& p, cudaStream_t stream) {
+cudaError_t launch(const GemmParams<T>& p, bool early_sum, cudaStream_t stream) {
   constexpr GemmVariant v = kGemmVariants[kVariant];
   constexpr int kBytes = v.stages * (sizeof(Sm90Stage<kGroup, v.row_tiles, v.token_tiles>) + 2 * sizeof(uint64_t));
   static_assert(kBytes <= 227 * 1024);
   const auto kernel = w4a16_gemm_sm90_kernel<T, kGroup, kVariant>;
   if (!is_for_this_gpu(kernel)) return cudaErrorNoKernelImageForDevice;
   const cudaError_t error = launch_kernel_with_shared(kernel, p.schedule.ctas, kThreads, kBytes, stream, p);
-  return error == cudaSuccess ? launch_gemm_sum<T, v.row_tiles, v.token_tiles>(p, stream) : error;
+  return error == cudaSuccess ? launch_gemm_sum<T, v.row_tiles, v.token_tiles>(p, early_sum, stream) : error;
 }
 
-// Variants that differ in their schedule alone share a kernel.
+// Variants that differ in nothing but how they are launched share a kernel.
 template <typename T, int kGroup>
 cudaError_t launch_variant(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
   const GemmParams<T> p = gemm_params<T>(a, sm_count);
+  const bool early_sum = kGemmVariants[a.variant].early_sum;
   switch (a.variant) {
     case 4:
-      return launch<T, kGroup, 4>(p, stream);
+      return launch<T, kGroup, 4>(p, early_sum, stream);
     case 5:
-      return launch<T, kGroup, 5>(p, stream);
+    case 11:
+      return launch<T, kGroup, 5>(p, early_sum, stream);
     case 6:
-      return launch<T, kGroup, 6>(p, stream);
+    case 12:
+      return launch<T, kGroup, 6>(p, early_sum, stream);
     case 7:
     case 8:
-      return launch<T, kGroup, 7>(p, stream);
+      return launch<T, kGroup, 7>(p, early_sum, stream);
     case 9:
     case 10:
-      return launch<T, kGroup, 9>(p, stream);
+      return launch<T, kGroup, 9>(p, early_sum, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -22,9 +22,9 @@ def test_the_table_is_that_of_the_kernels() -> None:
     """Row tiles and token tiles in C++ are 128 outputs and 8 tokens."""
     text = (source_dir() / "w4a16" / "gemm.cuh").read_text()
     table = text[text.index("kGemmVariants[] = {") :].split("};")[0]
-    rows = re.findall(r"\{(\d+), (\d+), \d+, \d+, (true|false), (true|false)\}", table)
-    found = [(128 * int(r), 8 * int(c), split == "true", exact == "true") for r, c, split, exact in rows]
-    assert found == [(v.outputs, v.tokens, v.split, v.exact_weights) for v in VARIANTS]
+    rows = re.findall(r"\{(\d+), (\d+), \d+, \d+, (true|false), (true|false), (true|false)\}", table)
+    found = [(128 * int(r), 8 * int(c), *(flag == "true" for flag in flags)) for r, c, *flags in rows]
+    assert found == [(v.outputs, v.tokens, v.split, v.exact_weights, v.early_sum) for v in VARIANTS]
     first_wgmma = int(re.search(r"kFirstSm90Variant = (\d+)", text)[1])  # type: ignore[index]
     assert [v.instruction for v in VARIANTS] == ["mma"] * first_wgmma + ["wgmma"] * (len(VARIANTS) - first_wgmma)
 

@@ -75,6 +75,20 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t rows) {
   return columns;
 }
 
+// ---- programmatic dependent launch (launch_kernel_early()); nothing before compute capability 9.0 -------------------
+// Returns when the kernel before is done and its stores are visible; at once for a kernel that was launched normally.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel's CTAs may take what room there is, once every CTA has said so or ended.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- copies from global to shared memory, asynchronous --------------------------------------------------------------
 // The address of shared memory as the instructions want it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

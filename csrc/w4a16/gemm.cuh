@@ -20,19 +20,22 @@ struct GemmVariant {
   int ctas_per_sm;             // a split schedule has so many times the GPU's multiprocessors
   bool split;                  // which schedule
   bool exact_weights;          // a group's sum is multiplied by its scale, not each weight
+  bool early_sum;              // the kernel that adds the parts is launched early; compute capability 9.0
 };
 constexpr GemmVariant kGemmVariants[] = {
-    {1, 4, 4, 2, true, true},     // 0: mma.sync, 128 outputs x 32 tokens
-    {2, 4, 4, 1, true, true},     // 1: 256 x 32
-    {1, 8, 3, 2, true, true},     // 2: 128 x 64
-    {2, 8, 4, 1, true, true},     // 3: 256 x 64
-    {2, 4, 6, 1, true, true},     // 4: wgmma, 256 x 32
-    {1, 8, 6, 1, true, true},     // 5: 128 x 64
-    {2, 8, 5, 1, true, true},     // 6: 256 x 64
-    {1, 16, 5, 1, true, true},    // 7: 128 x 128
-    {1, 16, 5, 1, false, true},   // 8: 128 x 128, whole tiles
-    {2, 16, 4, 1, true, false},   // 9: 256 x 128
-    {2, 16, 4, 1, false, false},  // 10: 256 x 128, whole tiles
+    {1, 4, 4, 2, true, true, false},     // 0: mma.sync, 128 outputs x 32 tokens
+    {2, 4, 4, 1, true, true, false},     // 1: 256 x 32
+    {1, 8, 3, 2, true, true, false},     // 2: 128 x 64
+    {2, 8, 4, 1, true, true, false},     // 3: 256 x 64
+    {2, 4, 6, 1, true, true, false},     // 4: wgmma, 256 x 32
+    {1, 8, 6, 1, true, true, false},     // 5: 128 x 64
+    {2, 8, 5, 1, true, true, false},     // 6: 256 x 64
+    {1, 16, 5, 1, true, true, false},    // 7: 128 x 128
+    {1, 16, 5, 1, false, true, false},   // 8: 128 x 128, whole tiles
+    {2, 16, 4, 1, true, false, false},   // 9: 256 x 128
+    {2, 16, 4, 1, false, false, false},  // 10: 256 x 128, whole tiles
+    {1, 8, 6, 1, true, true, true},      // 11: 128 x 64, early sum
+    {2, 8, 5, 1, true, true, true},      // 12: 256 x 64, early sum
 };
 
 constexpr int kFirstSm90Variant = 4;
@@ -164,6 +167,7 @@ __device__ __forceinline__ void store_tile(const float (&acc)[kRowTiles][kTokenT
 // Adds the parts of the tiles that several CTAs computed, in the order of K. One CTA a tile, row tile and token tile.
 template <typename T, int kRowTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kGemmThreads) w4a16_gemm_sum_kernel(const GemmParams<T> p) {
+  wait_for_previous_kernel();  // even where there is nothing to add: the stream's next kernel waits for this one alone
   const Schedule& s = p.schedule;
   const int tile = blockIdx.x;
   const int64_t unit = static_cast<int64_t>(tile) * s.units;
@@ -183,10 +187,12 @@ __global__ void __launch_bounds__(kGemmThreads) w4a16_gemm_sum_kernel(const Gemm
 }
 
 template <typename T, int kRowTiles, int kTokenTiles>
-cudaError_t launch_gemm_sum(const GemmParams<T>& p, cudaStream_t stream) {
+cudaError_t launch_gemm_sum(const GemmParams<T>& p, bool early, cudaStream_t stream) {
   if (!p.schedule.has_partial_tiles()) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(p.schedule.tiles()), kRowTiles * kTokenTiles);
-  return launch_kernel(w4a16_gemm_sum_kernel<T, kRowTiles, kTokenTiles>, grid, kGemmThreads, stream, p);
+  const auto kernel = w4a16_gemm_sum_kernel<T, kRowTiles, kTokenTiles>;
+  if (early) return launch_kernel_early(kernel, grid, kGemmThreads, stream, p);
+  return launch_kernel(kernel, grid, kGemmThreads, stream, p);
 }
 
 // Floats of `partial` that a schedule needs.

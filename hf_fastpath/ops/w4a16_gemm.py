@@ -24,6 +24,8 @@ class GemmVariant:
     split: whether K is divided, so that all multiprocessors get equal shares however few tiles there are ("stream-K").
     exact_weights: a group's sum is multiplied by its scale in float32; else each weight, ``(q - zero) * scale``, is
         rounded to 16 bits first, to the bits of w4a16_dequantize.
+    early_sum: the second kernel of split variants, which adds the parts, is launched while the first still runs
+        (programmatic dependent launch).
     """
 
     instruction: str
@@ -31,11 +33,13 @@ class GemmVariant:
     tokens: int
     split: bool
     exact_weights: bool = True
+    early_sum: bool = False
 
     @property
     def name(self) -> str:
         """For tables: "mma_256x64_split"."""
-        return f"{self.instruction}_{self.outputs}x{self.tokens}_{'split' if self.split else 'whole'}"
+        schedule = "split" if self.split else "whole"
+        return f"{self.instruction}_{self.outputs}x{self.tokens}_{schedule}" + ("_early" if self.early_sum else "")
 
 
 VARIANTS = (
@@ -50,6 +54,8 @@ VARIANTS = (
     GemmVariant("wgmma", 128, 128, split=False),
     GemmVariant("wgmma", 256, 128, split=True, exact_weights=False),
     GemmVariant("wgmma", 256, 128, split=False, exact_weights=False),
+    GemmVariant("wgmma", 128, 64, split=True, early_sum=True),
+    GemmVariant("wgmma", 256, 64, split=True, early_sum=True),
 )
 
 

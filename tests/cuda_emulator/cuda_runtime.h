@@ -49,7 +49,9 @@ struct KernelCall {
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  if (config->numAttrs) return cudaErrorNotSupported;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {  // grids run one after the other: an early launch is a launch
+    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) return cudaErrorNotSupported;
+  }
   const cuda_emulator::KernelCall<Params...> call{kernel, {std::forward<Args>(args)...}};
   return cuda_emulator::run_grid(config->gridDim, config->blockDim, call.run, &call, sizeof call,
                                  config->dynamicSmemBytes);
