@@ -32,6 +32,27 @@ cudaError_t launch_w4a16_linear(const W4A16LinearArgs& args, Dtype dtype, int sm
 cudaError_t launch_w4a16_linear_fused(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 cudaError_t launch_w4a16_swiglu(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
+// ---- w4a16_gemm.cu --------------------------------------------------------------------------------------------------
+struct W4A16GemmArgs {
+  const void* x;  // as in W4A16LinearArgs, with any number of rows
+  int64_t x_row_stride;
+  const void* qweight;
+  const void* scales;    // 16-byte aligned
+  const uint8_t* zeros;  // 16-byte aligned; nullptr: symmetric
+  const void* bias;
+  void* y;
+  float* workspace;  // w4a16_gemm_workspace_floats() floats, 16-byte aligned, or nullptr when that is 0
+  int m, n, k;
+  int group_size;
+  int variant;  // 0 .. kW4A16GemmVariants - 1, see hf_fastpath/ops/w4a16_gemm.py
+};
+constexpr int kW4A16GemmVariants = 13;
+int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_count);
+// cudaErrorNoKernelImageForDevice when the variant is not for this GPU, or was not compiled for it.
+cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+// w4a16_gemm_sm90.cu: the variants with wgmma, which launch_w4a16_gemm() passes on.
+cudaError_t launch_w4a16_gemm_sm90(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
 // ---- w4a16_dequantize.cu --------------------------------------------------------------------------------------------
 struct W4A16DequantizeArgs {
   const void* qweight;

@@ -207,6 +207,56 @@ Tensor w8a16_dequantize(const Tensor& qweight, const Tensor& scales, int64_t out
   return out;
 }
 
+Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size, int64_t variant) {
+  constexpr Check check{"w4a16_gemm"};
+  check(variant >= 0 && variant < kW4A16GemmVariants, "variant must be in 0 to ", kW4A16GemmVariants - 1, ", got ",
+        variant);
+  check.shape(x, {-1, -1}, "x", "(M, K)");
+  const int64_t m = x.size(0), k = x.size(1);
+  check(x.stride(1) == 1, "x must be contiguous in its last dimension");
+  const Dtype dtype = check_packed(check, qweight, scales, zeros, k, out_features, group_size);
+  check.aligned(scales, 16, "scales");
+  if (zeros) check.aligned(*zeros, 16, "zeros");
+  check(x.scalar_type() == scales.scalar_type(), "x and scales must have the same dtype");
+  check.same_device(x, qweight, "qweight");
+  if (bias) {
+    check(bias->scalar_type() == x.scalar_type(), "bias and x must have the same dtype");
+    check.shape(*bias, {out_features}, "bias", "(N,)");
+    check.contiguous(*bias, "bias");
+    check.same_device(x, *bias, "bias");
+  }
+  // The smallest tile is 128 by 32, and its units of 128 columns are counted in 32 bits.
+  check(k <= 1 << 24, "in_features must be at most ", 1 << 24, ", got ", k);
+  check(m <= kMaxInt - 256 && (out_features / 128 + 1) * (m / 32 + 1) <= kMaxInt / (k / 128 + 1),
+        "M * N * K is too large: ", m, " * ", out_features, " * ", k);
+  const Launch launch(x);
+  Tensor y = launch.empty({m, out_features}, x.scalar_type());
+  if (m == 0) return y;
+  const int rows = static_cast<int>(m), n = static_cast<int>(out_features), cols = static_cast<int>(k);
+  const int form = static_cast<int>(variant);
+  const int64_t floats = w4a16_gemm_workspace_floats(rows, n, cols, form, launch.sm_count());
+  const Tensor workspace = launch.empty({floats}, ScalarType::Float);
+  const W4A16GemmArgs args{data(x),
+                           x.stride(0),
+                           data(qweight),
+                           data(scales),
+                           data<uint8_t>(zeros),
+                           data(bias),
+                           y.data_ptr(),
+                           static_cast<float*>(workspace.data_ptr()),
+                           rows,
+                           n,
+                           cols,
+                           static_cast<int>(group_size),
+                           form};
+  const cudaError_t error = launch_w4a16_gemm(args, dtype, launch.sm_count(), launch.stream());
+  check(error != cudaErrorNoKernelImageForDevice, "variant ", form,
+        " needs a GPU of compute capability 9.0, and kernels that were compiled for sm_90a");
+  check.launched(error);
+  return y;
+}
+
 Tensor w4a16_dequantize(const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
                         int64_t in_features, int64_t out_features, int64_t group_size) {
   constexpr Check check{"w4a16_dequantize"};
@@ -348,6 +398,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("w4a16_swiglu", TORCH_BOX(&hf_fastpath::w4a16_swiglu));
   m.impl("w8a16_linear", TORCH_BOX(&hf_fastpath::w8a16_linear));
   m.impl("w8a16_dequantize", TORCH_BOX(&hf_fastpath::w8a16_dequantize));
+  m.impl("w4a16_gemm", TORCH_BOX(&hf_fastpath::w4a16_gemm));
   m.impl("w4a16_dequantize", TORCH_BOX(&hf_fastpath::w4a16_dequantize));
   m.impl("kv_int8_append", TORCH_BOX(&hf_fastpath::kv_int8_append));
   m.impl("kv_int8_dequantize", TORCH_BOX(&hf_fastpath::kv_int8_dequantize));

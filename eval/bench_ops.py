@@ -3,9 +3,11 @@
 Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays
 it, and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
 
-op            linear or attn_decode
-impl          hf_fastpath_int4, tinygemm_int4, cublas_bf16; hf_fastpath_int8, sdpa_bf16
-m, k, n       rows of x, in and out features (linear)
+op            linear, gemm or attn_decode
+impl          linear: hf_fastpath_int4, tinygemm_int4, cublas_bf16; gemm: each variant of w4a16_gemm that the GPU runs,
+              dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16; attn_decode:
+              hf_fastpath_int8, sdpa_bf16
+m, k, n       rows of x, in and out features (linear, gemm)
 batch, tokens, heads, kv_heads, dim (attn_decode)
 bytes         what one call must move: each input read once, each output written once
 us_p20, us_p50, us_p80   microseconds a call, over the replays
@@ -22,6 +24,7 @@ import math
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ import torch
 import torch.nn.functional as F
 
 from hf_fastpath.build import load_library
-from hf_fastpath.ops import attn_decode_int8, w4a16_linear
+from hf_fastpath.heuristics import w4a16_gemm_runs_on
+from hf_fastpath.ops import attn_decode_int8, w4a16_dequantize, w4a16_gemm, w4a16_linear
+from hf_fastpath.ops.w4a16_gemm import VARIANTS
 
 COLUMNS = (
     *("op", "impl", "m", "k", "n", "batch", "tokens", "heads", "kv_heads", "dim", "bytes"),
@@ -45,6 +50,7 @@ LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
     (2048, 6144),
     (2048, 2048),
 ]
+GEMM_ROWS = (32, 64, 128, 512, 2048, 8192)
 GROUP = 128
 HEADS, KV_HEADS, DIM = 32, 8, 128
 ROTATE_BYTES = 300_000_000  # five times the L2 of an H200
@@ -93,10 +99,24 @@ def bf16(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
-def int4_call(x: torch.Tensor, k: int, n: int) -> Call:
+def int4_weight(k: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.randint(-(2**31), 2**31, (n // 16, k // 64, 32, 4), dtype=torch.int32, device="cuda")
-    scales = torch.rand(n // 16, k // GROUP, 16, device="cuda").bfloat16()
+    return q, torch.rand(n // 16, k // GROUP, 16, device="cuda").bfloat16()
+
+
+def int4_call(x: torch.Tensor, k: int, n: int) -> Call:
+    q, scales = int4_weight(k, n)
     return lambda: w4a16_linear(x, q, scales, None, None, n, GROUP)
+
+
+def gemm_call(variant: int, x: torch.Tensor, k: int, n: int) -> Call:
+    q, scales = int4_weight(k, n)
+    return lambda: w4a16_gemm(x, q, scales, None, None, n, GROUP, variant)
+
+
+def dequantize_call(x: torch.Tensor, k: int, n: int) -> Call:
+    q, scales = int4_weight(k, n)
+    return lambda: F.linear(x, w4a16_dequantize(q, scales, None, k, n, GROUP))
 
 
 def tinygemm_call(x: torch.Tensor, k: int, n: int) -> Call:
@@ -124,6 +144,20 @@ def linear_rows() -> Iterator[Row]:
                 ("cublas_bf16", 2 * n * k, cublas_call),
             ):
                 yield result("linear", impl, size, moved + ends, lambda make=make, x=x, k=k, n=n: make(x, k, n))  # type: ignore[misc]
+
+
+def gemm_rows() -> Iterator[Row]:
+    fitting = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, torch.cuda.get_device_capability())]
+    for k, n in LINEAR_SHAPES:
+        int4_bytes = n * k // 2 + 2 * (n * k // GROUP)
+        impls: list[tuple[str, int, Callable[..., Call]]] = [
+            (f"gemm_{VARIANTS[i].name}", int4_bytes, partial(gemm_call, i)) for i in fitting
+        ]
+        impls += [("dequantize_cublas", int4_bytes, dequantize_call), ("cublas_bf16", 2 * n * k, cublas_call)]
+        for m in GEMM_ROWS:
+            x = bf16(m, k)
+            for impl, moved, make in impls:
+                yield result("gemm", impl, {"m": m, "k": k, "n": n}, moved + 2 * m * (k + n), partial(make, x, k, n))
 
 
 def int8_attention_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
@@ -159,6 +193,9 @@ def attention_rows() -> Iterator[Row]:
                 )
 
 
+PARTS = {"linear": linear_rows, "gemm": gemm_rows, "attn_decode": attention_rows}
+
+
 def copy_rate() -> float:
     """GB/s of a large device copy, bytes read plus bytes written: what memory-bound code can reach.
 
@@ -182,6 +219,7 @@ def commit_of(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the GPU ops; see the top of the file for the columns.")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
+    parser.add_argument("--only", choices=PARTS, help="one of the ops (default: all)")
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
     loaded = load_library()
@@ -199,13 +237,13 @@ def main() -> None:
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for rows in (linear_rows(), attention_rows()):
-            for row in rows:
+        for rows in [PARTS[arguments.only]] if arguments.only else PARTS.values():
+            for row in rows():
                 row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
                 row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
                 writer.writerow(row | machine)
                 size = " ".join(f"{name}={row[name]}" for name in COLUMNS[2:8] if name in row)
-                print(f"{row['impl']:18} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
+                print(f"{row['impl']:22} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
 
 
 if __name__ == "__main__":

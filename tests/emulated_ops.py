@@ -112,6 +112,31 @@ class EmulatedOps:
         )
         return out
 
+    def w4a16_gemm(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_features: int,
+        group_size: int,
+        variant: int,
+    ) -> torch.Tensor:
+        (m, k), n = x.shape, out_features
+        y = x.new_empty(m, n)
+        floats = self._floats("emulated_w4a16_gemm_workspace_floats", m, n, k, variant, self.sm_count)
+        workspace = torch.empty(floats)
+        self._library.call(
+            "emulated_w4a16_gemm",
+            *(x, x.stride(0), qweight, scales, zeros, bias, y, workspace),
+            *(m, n, k, group_size, variant, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
+            y=(y, OUTPUT),
+            workspace=(workspace, OUTPUT),
+        )
+        return y
+
     def w4a16_dequantize(
         self,
         qweight: torch.Tensor,
@@ -175,7 +200,7 @@ class EmulatedOps:
         batch, heads, dim = query.shape
         kv_heads, capacity = k_data.shape[1:3]
         out = torch.empty_like(query)
-        scratch = torch.empty(self._scratch_floats(batch, heads, dim, length))
+        scratch = torch.empty(self._floats("emulated_attn_decode_scratch_floats", batch, heads, dim, length))
         self._library.call(
             "emulated_attn_decode_int8",
             *(query, k_data, k_scale, v_data, v_scale, mask, mask.stride(0) if mask is not None else 0, out, scratch),
@@ -186,10 +211,10 @@ class EmulatedOps:
         )
         return out
 
-    def _scratch_floats(self, batch: int, heads: int, dim: int, length: int) -> int:
-        entry = self._library.entry("emulated_attn_decode_scratch_floats")
+    def _floats(self, entry_name: str, *sizes: int) -> int:
+        entry = self._library.entry(entry_name)
         entry.restype = ctypes.c_int64
-        return int(entry(*map(ctypes.c_int64, (batch, heads, dim, length))))
+        return int(entry(*map(ctypes.c_int64, sizes)))
 
 
 def _inputs(**tensors: torch.Tensor | None) -> dict[str, tuple[torch.Tensor | None, int]]:

@@ -100,7 +100,7 @@ def build_emulator() -> Path:
     assert include is not None, missing()
     CACHE.mkdir(parents=True, exist_ok=True)
     csrc = build.source_dir()
-    header_files = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *csrc.glob("*.h"), *csrc.glob("common/*.cuh")])
+    header_files = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *csrc.glob("*.h"), *csrc.glob("*/*.cuh")])
     headers = "".join(file.read_text() for file in header_files) + f"{COMMON_FLAGS}{include}"
     jobs = [(file, KERNEL_FLAGS) for file in sorted([*csrc.glob("*.cu"), *HERE.glob("*.cu")])]
     jobs += [(file, EMULATOR_FLAGS) for file in sorted(HERE.glob("*.cpp"))]

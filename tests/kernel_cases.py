@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_fastpath import packing
+from hf_fastpath.ops.w4a16_gemm import GemmVariant
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Largest relative error of one rounding (half a unit in the last place: 11 and 8 significant bits).
@@ -54,6 +55,11 @@ class Weight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.target.ops.w4a16_linear(
             x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group
+        )
+
+    def gemm(self, x: torch.Tensor, variant: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.target.ops.w4a16_gemm(
+            x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group, variant
         )
 
     def dequantize(self) -> torch.Tensor:
@@ -121,6 +127,21 @@ def check_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out
     k = x.shape[1]
     steps = weight.group // 16 + -(-k // (8 * weight.group)) + 8 + 1
     bound = steps * ACCUMULATION * magnitude + ROUNDING[out.dtype] * exact.abs() * 1.01 + SMALLEST
+    assert_within(out, exact, bound)
+
+
+def check_gemm(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, variant: GemmVariant
+) -> None:
+    """Against float64. A product goes through at most: a group's mma steps, all groups, all CTAs' parts, the bias."""
+    exact = x.double() @ weight.exact.T
+    magnitude = x.double().abs() @ weight.exact.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    k = x.shape[1]
+    steps = weight.group // 16 + k // weight.group + -(-k // 128) + 1
+    relative = steps * ACCUMULATION + (0.0 if variant.exact_weights else ROUNDING[out.dtype])
+    bound = relative * magnitude + ROUNDING[out.dtype] * exact.abs() * 1.01 + SMALLEST
     assert_within(out, exact, bound)
 
 

@@ -111,6 +111,24 @@ def test_mma_is_the_matrix_product(dtype: torch.dtype) -> None:
     assert torch.equal(out, (a.double() @ b.double()).float())  # one rounding
 
 
+def test_asynchronous_copies_arrive_when_they_are_waited_for() -> None:
+    source = torch.arange(1, 257, dtype=torch.int32)
+    expected = source.view(-1, 2, 4).flip(1).flatten()
+    expected[64:128] = 0
+    assert torch.equal(run("run_async_copy", source, 0, out=torch.empty_like(source)), expected)
+    messages = {
+        1: "thread 0 of CTA 0: reads byte 16 of dynamic shared memory.*, which nobody wrote",  # its neighbour's copy
+        20: "reads byte .* of dynamic shared memory.*, which nobody wrote",
+        21: "ended with copies under way that it never waited for",
+        22: r"reads byte \d+ of dynamic shared memory.*, which nobody wrote",
+        23: "writes byte 0 of dynamic shared memory.*, under a copy",
+        24: "reads 16 bytes, misaligned",
+    }
+    for fault, message in messages.items():
+        with pytest.raises(KernelFault, match=message):
+            run("run_async_copy", source, fault, out=torch.empty_like(source))
+
+
 def test_movmatrix_transposes() -> None:
     matrix = torch.arange(64, dtype=torch.int16).view(8, 8)
     out = run("run_transpose", matrix.view(torch.int32), out=torch.empty(8, 4, dtype=torch.int32))

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from hf_fastpath import ops, packing, packing_int8
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8_reference
 from hf_fastpath.ops.kv_int8_append import quantize_int8
+from hf_fastpath.ops.w4a16_gemm import VARIANTS
 from hf_fastpath.ops.w4a16_linear_fused import rms_norm
 from hf_fastpath.ops.w8a16_linear import w8a16_linear_reference
 
@@ -44,6 +45,15 @@ def test_w4a16_linear(n: int, k: int, group: int, zeros: bool, dtype: torch.dtyp
     assert relative_error(got, x.double() @ exact.T + bias.double()) < tolerance
     exact[0, 0] += 20 * exact.abs().max()  # a planted fault of one weight is seen
     assert relative_error(got, x.double() @ exact.T + bias.double()) > tolerance
+
+
+def test_w4a16_gemm_is_the_same_product_for_more_rows() -> None:
+    torch.manual_seed(3)
+    qweight, scales, zeros, exact = packed_weight(33, 288, 32, True, torch.bfloat16)
+    x, bias = torch.randn(50, 288).bfloat16(), torch.randn(33).bfloat16()
+    for variant in range(len(VARIANTS)):
+        got = ops.w4a16_gemm(x, qweight, scales, zeros, bias, 33, 32, variant)
+        assert relative_error(got, x.double() @ exact.T + bias.double()) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -221,6 +231,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("w8a16_linear", (x, *int8, None, 20)),
         ("w8a16_dequantize", (*int8, 20)),
         ("w4a16_linear", (torch.randn(3, 64).bfloat16(), qweight, scales, zero, None, 20, 32)),
+        ("w4a16_gemm", (torch.randn(30, 64).bfloat16(), qweight, scales, zero, None, 20, 32, 0)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
         ("kv_int8_append", (new, new.clone(), *cache, 4)),
         ("kv_int8_dequantize", (*cache[:2], torch.empty(2, 2, 10, 32))),

@@ -17,4 +17,39 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, cuda
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
+// The same with dynamic shared memory, of which a GPU grants a kernel more than 48 KiB only when told beforehand.
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes,
+                                      cudaStream_t stream, Args&&... args) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // else the next launch's error would be this one
+      return error;
+    }
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+// Queues a kernel that may begin while the stream's kernel before it still runs, and that waits for its results with
+// wait_for_previous_kernel() (programmatic dependent launch, compute capability 9.0 and newer).
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel_early(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
 }  // namespace hf_fastpath

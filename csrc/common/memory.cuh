@@ -20,6 +20,16 @@ __device__ __forceinline__ uint4 load_8x16bit(const void* p) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
+#ifdef HF_FASTPATH_EMULATED
+using cuda_emulator::dynamic_shared;
+#else
+// The launch's dynamic shared memory: of 1,024-byte alignment when the kernel has no other.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char bytes[];
+  return bytes;
+}
+#endif
+
 inline bool aligned_to(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }

@@ -82,6 +82,54 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t rows) {
   return columns;
 }
 
+// ---- programmatic dependent launch (launch_kernel_early()); nothing before compute capability 9.0 -------------------
+// Returns when the kernel before is done and its stores are visible; at once for a kernel that was launched normally.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel's CTAs may take what room there is, once every CTA has said so or ended.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- copies from global to shared memory, asynchronous --------------------------------------------------------------
+// The address of shared memory as the instructions want it.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes, both sides aligned to 16; zeros instead when !valid, and then `source` is not read. The data is there for
+// this thread after cp_async_wait(), for others after a barrier besides.
+__device__ __forceinline__ void cp_async16(void* target, const void* source, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+// For data read once: it is the first to leave the L2.
+__device__ __forceinline__ void cp_async16_once(void* target, const void* source, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
+               "l"(source), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// Closes the group of this thread's copies since the last one; it may be empty.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most kPending of this thread's latest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 }  // namespace hf_fastpath
 
 #endif

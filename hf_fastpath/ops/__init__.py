@@ -5,6 +5,7 @@ from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
+from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
 from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
 from hf_fastpath.ops.w4a16_swiglu import w4a16_swiglu
@@ -18,6 +19,7 @@ __all__ = [
     "kv_int8_append",
     "kv_int8_dequantize",
     "w4a16_dequantize",
+    "w4a16_gemm",
     "w4a16_linear",
     "w4a16_linear_fused",
     "w4a16_swiglu",

@@ -40,8 +40,6 @@ void combine_any(Lanes& lanes) {
   }
 }
 
-namespace {
-
 float half_to_float(uint32_t bits) {
   __half_raw raw;
   raw.x = static_cast<unsigned short>(bits);
@@ -53,6 +51,8 @@ float bf16_to_float(uint32_t bits) {
   std::memcpy(&value, &wide, sizeof value);
   return value;
 }
+
+namespace {
 
 // Products of 16-bit floats are exact, and the sum of 16 of them and c is rounded once. (PTX leaves the rounding open:
 // "at least single precision".)

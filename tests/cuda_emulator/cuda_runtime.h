@@ -49,9 +49,26 @@ struct KernelCall {
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  if (config->numAttrs || config->dynamicSmemBytes) return cudaErrorNotSupported;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {  // grids run one after the other: an early launch is a launch
+    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) return cudaErrorNotSupported;
+  }
   const cuda_emulator::KernelCall<Params...> call{kernel, {std::forward<Args>(args)...}};
-  return cuda_emulator::run_grid(config->gridDim, config->blockDim, call.run, &call, sizeof call);
+  return cuda_emulator::run_grid(config->gridDim, config->blockDim, call.run, &call, sizeof call,
+                                 config->dynamicSmemBytes);
+}
+
+// The limit is that of compute capability 9.0.
+template <typename... Params>
+cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
+  return value <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename... Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Params...)) {
+  *attributes = {};
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
 }
 
 // ---- barriers and shuffles ------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace cuda_emulator {
 
@@ -20,10 +22,13 @@ struct Site {
   const char* file;
   int line;
 };
+std::string at(Site site);
 
 // ---- scheduler.cpp --------------------------------------------------------------------------------------------------
-// Every thread calls run_thread(call); `call` has `bytes` bytes, which the kernel may read.
-cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes);
+// Every thread calls run_thread(call); `call` has `bytes` bytes, which the kernel may read, and each CTA has
+// `dynamic_bytes` of dynamic shared memory.
+cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes,
+                     size_t dynamic_bytes);
 
 void cta_barrier(Site site);
 
@@ -32,6 +37,15 @@ void cta_barrier(Site site);
 using Lanes = void* [kWarpSize];
 void warp_meet(const char* what, uint32_t mask, void* data, void (*combine)(Lanes& lanes), Site site);
 void warp_barrier(uint32_t mask, Site site);
+
+// The same for the four warps of a warpgroup.
+constexpr int kWarpgroupSize = 4 * kWarpSize;
+using WarpgroupLanes = void* [kWarpgroupSize];
+void warpgroup_meet(const char* what, void* data, void (*combine)(WarpgroupLanes& lanes), Site site);
+
+// The current thread stops until another one wakes it.
+void block(const char* what, Site site);
+void wake(int thread);
 
 // Ends the launch with a message for the test. Does not return when a thread of a kernel calls it.
 void fault(const std::string& message);
@@ -43,12 +57,57 @@ struct Current {
   int thread;
   uint32_t barriers, warp_barriers;
   uintptr_t stack_begin, stack_end;
+  uint32_t tick, fences;  // see mbarrier.cpp
+  const uint32_t* seen;
 };
 const Current& current();
+void set_clock(uint32_t tick, uint32_t fences, const uint32_t* seen);
 std::string thread_name(int64_t cta, int thread);
 
 // ---- memory.cpp -----------------------------------------------------------------------------------------------------
-void begin_grid(const void* call, size_t bytes);
+// `code`: where in the program, for the message.
+void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code);
+void set_image(uintptr_t begin, uintptr_t end);
+void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes);
 void begin_cta();
+unsigned char* dynamic_shared();
+
+// A copy that other hardware than the thread makes: it reads global memory and takes the target away at once, and
+// gives it at the end; in between nobody may read or write there.
+void begin_copy(void* target, const void* source, size_t bytes);
+void end_copy(void* target, const void* data, size_t bytes);
+
+// A read by wgmma, which does not see ordinary stores that no fence_proxy_async() of their thread follows.
+void check_async_read(const void* pointer, size_t bytes);
+
+// ---- async_copy.cpp -------------------------------------------------------------------------------------------------
+struct Copy {
+  void* target;
+  std::array<unsigned char, 16> data;  // as it was when the copy was issued
+};
+void cp_async(void* target, const void* source, size_t bytes, bool valid);
+void cp_async_commit();
+void cp_async_wait(int pending);
+std::vector<Copy> take_open_copies();  // those of this thread that are in no group yet
+void end_of_thread();                  // what a thread must not leave behind
+void forget_copies();                  // before a CTA begins; so for the two below
+
+// ---- mbarrier.cpp ---------------------------------------------------------------------------------------------------
+void mbarrier_init(const void* address, int count, Site site);
+void mbarrier_arrive(const void* address, Site site);
+void mbarrier_arrive_after_copies(const void* address, Site site);
+void mbarrier_wait(const void* address, int parity, Site site);
+void proxy_fence();
+uint32_t proxy_fences(int thread);                   // how many a thread has passed
+void load_clock(int thread);                         // calls set_clock()
+void join_clocks_of_warp(int first, uint32_t mask);  // after a warp's barrier
+void forget_barriers();
+
+// ---- wgmma.cpp ------------------------------------------------------------------------------------------------------
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int pending, Site site);
+bool wgmma_under_way();
+void forget_wgmma();
 
 }  // namespace cuda_emulator

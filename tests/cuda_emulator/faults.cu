@@ -1,5 +1,6 @@
 // Small kernels for the emulator's own tests; with a fault when asked for one.
 #include "common/launch.cuh"
+#include "common/memory.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 
@@ -29,6 +30,11 @@ enum Fault {
   kOverflow,
   kSharedBeyond,
   kOverwriteEarly,
+  kNoWait,
+  kNeverWait,
+  kOneGroupTooFew,
+  kWriteUnderCopy,
+  kCopyMisaligned,
 };
 
 // out[i] = in[n - 1 - i] by way of shared memory; n = 64 threads a CTA, two CTAs.
@@ -89,6 +95,24 @@ __global__ void neighbour_kernel(const int* in, int* out, int fault) {
   out[threadIdx.x] = values[threadIdx.x ^ 1];
 }
 
+// out[i] = in[i ^ 4] of 256 integers, by cp.async in two groups; the second half of the first group is zeros.
+__global__ void async_copy_kernel(const int* in, int* out, int fault) {
+  int* values = reinterpret_cast<int*>(dynamic_shared());
+  const int thread = threadIdx.x;
+  cp_async16(values + 4 * thread, in + 4 * thread, thread < 16);
+  cp_async_commit();
+  cp_async16_once(values + 128 + 4 * thread, in + 128 + 4 * thread + (fault == kCopyMisaligned), evict_first_policy());
+  cp_async_commit();
+  if (fault == kWriteUnderCopy) values[4 * thread] = 1;
+  if (fault != kNoWait && fault != kNeverWait) cp_async_wait<1>();
+  if (fault != kMissingBarrier) __syncthreads();
+  for (int i = 4 * thread; i < 4 * thread + 4 && fault != kNeverWait; ++i) out[i] = values[i ^ 4];
+  if (fault == kNeverWait) return;
+  if (fault != kOneGroupTooFew) cp_async_wait<0>();
+  __syncthreads();
+  for (int i = 128 + 4 * thread; i < 128 + 4 * thread + 4; ++i) out[i] = values[i ^ 4];
+}
+
 // c (16, 8) = a (16, 16) * b (16, 8), row-major, fragments gathered as the PTX ISA lists them.
 template <typename T>
 __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
@@ -128,6 +152,9 @@ EXPORT int run_shuffles(const int* in, int* out) {
 }
 EXPORT int run_neighbour(const int* in, int* out, int fault) {
   return launch_kernel(neighbour_kernel, 1, 64, nullptr, in, out, fault);
+}
+EXPORT int run_async_copy(const int* in, int* out, int fault) {
+  return launch_kernel_with_shared(async_copy_kernel, 1, 32, 256 * 4, nullptr, in, out, fault);
 }
 EXPORT int run_mma(const uint16_t* a, const uint16_t* b, float* c, int bfloat16) {
   return launch_kernel(bfloat16 ? mma_kernel<__nv_bfloat16> : mma_kernel<__half>, 1, 32, nullptr, a, b, c);

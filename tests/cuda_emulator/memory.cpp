@@ -1,13 +1,10 @@
-// What -fsanitize=thread and -fsanitize=bounds,... call, answered with our own checks instead of the compilers' runtime
-// libraries. Of every load and store of a kernel: it lies inside a buffer that the kernel may know, is aligned, does
-// not read what nobody wrote, does not write what is read-only, and does not race. Two accesses of the same byte, one
-// of them a write, race unless a barrier lies between them that both threads took part in; threads of different CTAs
-// have none.
-#include <link.h>
-
-#include <cstdio>
+// Of every load and store of a kernel: it lies inside a buffer that the kernel may know, is aligned, does not read what
+// nobody wrote, does not write what is read-only, and does not race. Two accesses of the same byte, one of them a
+// write, race unless a barrier lies between them that both threads took part in; threads of different CTAs have none.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <unordered_map>
 #include <vector>
 
 #include "emulator.h"
@@ -22,11 +19,13 @@ struct Access {
   int64_t cta = kNone;
   int32_t thread = 0, warp = 0;
   uint32_t barriers = 0, warp_barriers = 0;
+  uint32_t tick = 0, fences = 0;
 };
 
 struct Byte {
   Access read, write;
   bool defined = false;
+  bool under_copy = false;
 };
 
 struct Region {
@@ -39,18 +38,21 @@ struct Region {
 
 std::vector<Region> buffers, shared;
 Region params{"the kernel's parameters", 0, 0, false, false, {}};
+Region dynamic{"dynamic shared memory", 0, 0, true, false, {}};
 uintptr_t image_begin, image_end;
 
 Access this_access() {
   const Current& now = current();
-  return {now.cta, now.thread, now.thread / kWarpSize, now.barriers, now.warp_barriers};
+  return {now.cta, now.thread, now.thread / kWarpSize, now.barriers, now.warp_barriers, now.tick, now.fences};
 }
 
 bool ordered(const Access& before, const Access& now) {
   if (before.cta == kNone) return true;
   if (before.cta != now.cta) return false;
   if (before.thread == now.thread || before.barriers < now.barriers) return true;
-  return before.warp == now.warp && before.warp_barriers < now.warp_barriers;
+  if (before.warp == now.warp && before.warp_barriers < now.warp_barriers) return true;
+  const uint32_t* seen = current().seen;
+  return seen && before.thread >= 0 && before.tick < seen[before.thread];
 }
 
 void merge(Access& reads, const Access& now) {
@@ -63,6 +65,33 @@ void merge(Access& reads, const Access& now) {
   if (reads.warp != now.warp) reads.warp = kSeveral;
   reads.barriers = now.barriers;
   reads.warp_barriers = std::max(reads.warp_barriers, now.warp_barriers);
+}
+
+// Further reads of a byte that are not ordered among each other, where threads have clocks: one each.
+std::unordered_map<uintptr_t, std::vector<Access>> other_reads;
+
+void add_read(uintptr_t address, Access& first, const Access& now) {
+  if (!current().seen) return merge(first, now);
+  if (ordered(first, now)) {
+    first = now;
+    return;
+  }
+  std::vector<Access>& others = other_reads[address];
+  others.erase(std::remove_if(others.begin(), others.end(), [&](const Access& a) { return ordered(a, now); }),
+               others.end());
+  others.push_back(now);
+}
+
+// A read that the write `now` would race with; nullptr when there is none.
+const Access* racing_read(uintptr_t address, const Access& first, const Access& now) {
+  if (!ordered(first, now)) return &first;
+  const auto found = other_reads.find(address);
+  if (found == other_reads.end()) return nullptr;
+  for (const Access& other : found->second) {
+    if (!ordered(other, now)) return &other;
+  }
+  other_reads.erase(found);
+  return nullptr;
 }
 
 std::string who(const Access& access) {
@@ -86,21 +115,24 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
       fault(std::string("race: ") + (write ? "writes " : "reads ") + place(region, i, code) +
             ", without a barrier after " + who(byte.write) + " wrote it");
     }
-    if (write && !ordered(byte.read, now)) {
-      fault("race: writes " + place(region, i, code) + ", without a barrier after " + who(byte.read) + " read it");
+    const Access* reader = write ? racing_read(i, byte.read, now) : nullptr;
+    if (reader) {
+      fault("race: writes " + place(region, i, code) + ", without a barrier after " + who(*reader) + " read it");
     }
+    if (write && byte.under_copy) fault("writes " + place(region, i, code) + ", under a copy that may not be done");
     if (!write && !byte.defined) fault("reads " + place(region, i, code) + ", which nobody wrote");
     if (write) {
       byte.write = now;
       byte.defined = true;
     } else {
-      merge(byte.read, now);
+      add_read(i, byte.read, now);
     }
   }
 }
 
 Region* find(uintptr_t address) {
   if (address >= params.begin && address < params.end) return &params;
+  if (address >= dynamic.begin && address < dynamic.end) return &dynamic;
   for (Region& region : shared) {
     if (address >= region.begin && address < region.end) return &region;
   }
@@ -114,6 +146,7 @@ Region* find(uintptr_t address) {
 const Region* nearest(uintptr_t address) {
   const Region* best = nullptr;
   uintptr_t least = 1 << 20;
+  if (dynamic.begin != dynamic.end && address - dynamic.end < 1024) return &dynamic;
   for (const auto* list : {&buffers, &shared}) {
     for (const Region& region : *list) {
       const uintptr_t distance = address < region.begin ? region.begin - address : address - region.end + 1;
@@ -122,6 +155,14 @@ const Region* nearest(uintptr_t address) {
   }
   return best;
 }
+
+void make_undefined(Region& region) {
+  memset(reinterpret_cast<void*>(region.begin), 0xff, region.end - region.begin);  // NaN, -1
+  region.bytes.assign(region.end - region.begin, Byte{});
+  region.used = false;
+}
+
+}  // namespace
 
 void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code) {
   const Current& now = current();
@@ -143,29 +184,16 @@ void check(const void* pointer, size_t size, bool write, size_t alignment, const
   if (region->writable) check_bytes(*region, address, size, write, code);
 }
 
-void make_undefined(Region& region) {
-  memset(reinterpret_cast<void*>(region.begin), 0xff, region.end - region.begin);  // NaN, -1
-  region.bytes.assign(region.end - region.begin, Byte{});
-  region.used = false;
-}
-
-int find_image(dl_phdr_info* info, size_t, void*) {
-  const uintptr_t self = reinterpret_cast<uintptr_t>(&find_image);
-  uintptr_t begin = UINTPTR_MAX, end = 0;
-  for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const auto& segment = info->dlpi_phdr[i];
-    if (segment.p_type != PT_LOAD) continue;
-    begin = std::min<uintptr_t>(begin, info->dlpi_addr + segment.p_vaddr);
-    end = std::max<uintptr_t>(end, info->dlpi_addr + segment.p_vaddr + segment.p_memsz);
-  }
-  if (self < begin || self >= end) return 0;
+void set_image(uintptr_t begin, uintptr_t end) {
   image_begin = begin, image_end = end;
-  return 1;
 }
 
-}  // namespace
-
-void begin_grid(const void* call, size_t bytes) {
+void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes) {
+  static std::vector<unsigned char> memory;
+  memory.resize(dynamic_bytes + 1024);
+  dynamic.begin = (reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024;
+  dynamic.end = dynamic.begin + dynamic_bytes;
+  make_undefined(dynamic);
   params.begin = reinterpret_cast<uintptr_t>(call);
   params.end = params.begin + bytes;
   for (Region& region : buffers) {  // kernels of a stream run one after the other
@@ -177,11 +205,56 @@ void begin_cta() {
   for (Region& region : shared) {
     if (region.used) make_undefined(region);
   }
+  if (dynamic.used) make_undefined(dynamic);
+  other_reads.clear();
+}
+
+unsigned char* dynamic_shared() {
+  return reinterpret_cast<unsigned char*>(dynamic.begin);
+}
+
+void begin_copy(void* target, const void* source, size_t bytes) {
+  if (source) check(source, bytes, false, bytes, __builtin_return_address(0));
+  check(target, bytes, true, bytes, __builtin_return_address(0));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
+  Region* region = find(begin);
+  if (!region || region->end < begin + bytes || (region != &dynamic && region->name.rfind("shared", 0) != 0)) {
+    return fault("copies to what is not shared memory");
+  }
+  for (uintptr_t i = begin; i < begin + bytes; ++i) {
+    Byte& byte = region->bytes[i - region->begin];
+    byte.defined = false;
+    byte.under_copy = true;
+  }
+  memset(target, 0xff, bytes);
+}
+
+void end_copy(void* target, const void* data, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
+  Region& region = *find(begin);
+  for (uintptr_t i = begin; i < begin + bytes; ++i) {
+    Byte& byte = region.bytes[i - region.begin];
+    byte.write = this_access();
+    byte.defined = true;
+    byte.under_copy = false;
+  }
+  memcpy(target, data, bytes);
+}
+
+void check_async_read(const void* pointer, size_t bytes) {
+  check(pointer, bytes, false, bytes, __builtin_return_address(0));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
+  const Region* region = find(begin);
+  for (uintptr_t i = begin; i < begin + bytes; ++i) {
+    const Access& write = region->bytes[i - region->begin].write;
+    if (proxy_fences(write.thread) <= write.fences) {
+      return fault("wgmma reads " + place(*region, i, nullptr) + ", without a proxy fence after " + who(write) +
+                   " wrote it");
+    }
+  }
 }
 
 }  // namespace cuda_emulator
-
-using cuda_emulator::fault;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -208,65 +281,3 @@ EXPORT void emulator_add_shared(const char* name, uintptr_t address, int64_t byt
   cuda_emulator::shared.push_back({name, address, address + bytes, true, false, {}});
   cuda_emulator::make_undefined(cuda_emulator::shared.back());
 }
-
-extern "C" {
-
-void __tsan_init() {
-  if (!cuda_emulator::image_end) dl_iterate_phdr(cuda_emulator::find_image, nullptr);
-}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-
-#define ACCESS(bytes)                                                          \
-  void __tsan_read##bytes(void* p) {                                           \
-    cuda_emulator::check(p, bytes, false, bytes, __builtin_return_address(0)); \
-  }                                                                            \
-  void __tsan_write##bytes(void* p) {                                          \
-    cuda_emulator::check(p, bytes, true, bytes, __builtin_return_address(0));  \
-  }
-#define UNALIGNED(bytes)                                                   \
-  void __tsan_unaligned_read##bytes(void* p) {                             \
-    cuda_emulator::check(p, bytes, false, 1, __builtin_return_address(0)); \
-  }                                                                        \
-  void __tsan_unaligned_write##bytes(void* p) {                            \
-    cuda_emulator::check(p, bytes, true, 1, __builtin_return_address(0));  \
-  }
-ACCESS(1)
-ACCESS(2)
-ACCESS(4)
-ACCESS(8)
-ACCESS(16)
-UNALIGNED(2)
-UNALIGNED(4)
-UNALIGNED(8)
-UNALIGNED(16)
-void __tsan_read_range(void* p, uintptr_t bytes) {
-  cuda_emulator::check(p, bytes, false, 1, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, uintptr_t bytes) {
-  cuda_emulator::check(p, bytes, true, 1, __builtin_return_address(0));
-}
-
-// -fsanitize=alignment, bounds, shift, signed-integer-overflow, integer-divide-by-zero. Their data starts with the
-// place.
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-#define UNDEFINED_BEHAVIOUR(kind, text)                                                                 \
-  void __ubsan_handle_##kind##_abort(const SourceLocation* at) {                                        \
-    const std::string message = std::string(text) + " at " + at->file + ":" + std::to_string(at->line); \
-    fault(message);                                                                                     \
-    fprintf(stderr, "in a launcher: %s\n", message.c_str()); /* a kernel does not come here */          \
-    abort();                                                                                            \
-  }
-UNDEFINED_BEHAVIOUR(type_mismatch_v1, "a misaligned access")
-UNDEFINED_BEHAVIOUR(out_of_bounds, "an array index out of bounds")
-UNDEFINED_BEHAVIOUR(shift_out_of_bounds, "a shift by more than the width, or of a negative value")
-UNDEFINED_BEHAVIOUR(add_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(sub_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(mul_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(negate_overflow, "an integer overflow")
-UNDEFINED_BEHAVIOUR(divrem_overflow, "a division by zero")
-
-}  // extern "C"

@@ -16,6 +16,8 @@ struct MmaLane {
   const uint32_t* a;  // 4
   uint32_t b[2];
 };
+float half_to_float(uint32_t bits);
+float bf16_to_float(uint32_t bits);
 void combine_mma_fp16(Lanes& lanes);
 void combine_mma_bf16(Lanes& lanes);
 void combine_transpose(Lanes& lanes);
@@ -45,6 +47,10 @@ inline uint4 load_early16(const void* p) {
   return *static_cast<const uint4*>(p);
 }
 
+inline uint64_t evict_first_policy() {
+  return 0x12f0000000000000;
+}
+
 template <typename T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATED_SITE) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
@@ -52,6 +58,25 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   cuda_emulator::MmaLane lane{c, a, {b0, b1}};
   const auto combine = kHalf ? cuda_emulator::combine_mma_fp16 : cuda_emulator::combine_mma_bf16;
   cuda_emulator::warp_meet("mma.m16n8k16", 0xffffffffu, &lane, combine, {file, line});
+}
+
+// Grids run one after the other.
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_begin() {}
+
+inline void cp_async16(void* target, const void* source, bool valid = true) {
+  cuda_emulator::cp_async(target, source, 16, valid);
+}
+inline void cp_async16_once(void* target, const void* source, uint64_t policy) {
+  if (policy != evict_first_policy()) cuda_emulator::fault("cp.async with what is not a cache policy");
+  cuda_emulator::cp_async(target, source, 16, true);
+}
+inline void cp_async_commit() {
+  cuda_emulator::cp_async_commit();
+}
+template <int kPending>
+void cp_async_wait() {
+  cuda_emulator::cp_async_wait(kPending);
 }
 
 inline uint32_t transpose_8x8(uint32_t rows, EMULATED_SITE) {

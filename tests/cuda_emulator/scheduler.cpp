@@ -41,7 +41,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
+enum class State { kReady, kAtBarrier, kInWarp, kBlocked, kDone };
 
 struct Thread {
   void* stack_pointer;
@@ -66,11 +66,6 @@ Cta cta;
 Current now{};
 void* scheduler_stack_pointer;
 std::string fault_message;
-
-std::string at(Site site) {
-  const char* name = strrchr(site.file, '/');
-  return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
-}
 
 char* stack_of(int thread) {
   static std::vector<char*> stacks;
@@ -111,6 +106,7 @@ void leave() {
 
 void thread_main() {
   cta.run_thread(cta.call);
+  end_of_thread();
   leave();
 }
 
@@ -135,6 +131,7 @@ void resume(int index) {
   now.warp_barriers = cta.warp_barriers[index / kWarpSize];
   now.stack_begin = reinterpret_cast<uintptr_t>(stack_of(index));
   now.stack_end = now.stack_begin + kStackBytes;
+  load_clock(index);
   cuda_emulator_switch(&scheduler_stack_pointer, thread.stack_pointer);
   now.in_kernel = false;
 }
@@ -144,7 +141,8 @@ void report_stuck() {
   for (const Thread& thread : cta.threads) {
     if (thread.state == State::kDone) ++waiting["have ended"];
     if (thread.state == State::kAtBarrier) ++waiting["wait at the barrier at " + at(thread.site)];
-    if (thread.state == State::kInWarp) ++waiting["wait in " + std::string(thread.what) + " at " + at(thread.site)];
+    if (thread.state == State::kInWarp || thread.state == State::kBlocked)
+      ++waiting["wait in " + std::string(thread.what) + " at " + at(thread.site)];
   }
   std::string message = "stuck: ";
   for (const auto& [where, count] : waiting) message += std::to_string(count) + " threads " + where + "; ";
@@ -158,6 +156,9 @@ void run_cta() {
   cta.warp_barriers.assign((count + kWarpSize - 1) / kWarpSize, 0);
   now.barriers = 0;
   begin_cta();
+  forget_copies();
+  forget_barriers();
+  forget_wgmma();
   while (cta.done < count && fault_message.empty()) {
     bool progress = false;
     for (int i = 0; i < count && fault_message.empty(); ++i) {
@@ -171,8 +172,17 @@ void run_cta() {
 
 }  // namespace
 
+std::string at(Site site) {
+  const char* name = strrchr(site.file, '/');
+  return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
 const Current& current() {
   return now;
+}
+
+void set_clock(uint32_t tick, uint32_t fences, const uint32_t* seen) {
+  now.tick = tick, now.fences = fences, now.seen = seen;
 }
 
 std::string thread_name(int64_t cta_index, int thread) {
@@ -184,7 +194,8 @@ void fault(const std::string& message) {
   if (now.in_kernel) to_scheduler();  // for good: the scheduler resumes nobody after a fault
 }
 
-cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes) {
+cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes,
+                     size_t dynamic_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || !threads || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
@@ -193,7 +204,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call)
   cta.threads.resize(threads);
   cta.run_thread = run_thread;
   cta.call = call;
-  begin_grid(call, bytes);
+  begin_grid(call, bytes, dynamic_bytes);
   now.cta = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
@@ -250,10 +261,50 @@ void warp_meet(const char* what, uint32_t mask, void* data, void (*combine)(Lane
   }
 }
 
+void warpgroup_meet(const char* what, void* data, void (*combine)(WarpgroupLanes& lanes), Site site) {
+  const int self = cta.running, first = self / kWarpgroupSize * kWarpgroupSize;
+  if (first + kWarpgroupSize > static_cast<int>(cta.threads.size()))
+    fault(std::string(what) + " of a part of a warpgroup");
+  Thread& thread = cta.threads[self];
+  thread.what = what;
+  thread.mask = 0xffffffffu;
+  thread.data = data;
+  WarpgroupLanes lanes;
+  for (int i = 0; i < kWarpgroupSize; ++i) {
+    const Thread& other = cta.threads[first + i];
+    if (first + i != self && other.state != State::kInWarp) return wait(State::kInWarp, site);
+    lanes[i] = other.data;
+    if (first + i != self && (other.what != what || other.site.line != site.line)) {
+      fault("is in " + std::string(what) + " at " + at(site) + ", thread " + std::to_string(first + i) + " in " +
+            other.what + " at " + at(other.site));
+    }
+  }
+  combine(lanes);
+  for (int i = 0; i < kWarpgroupSize; ++i) cta.threads[first + i].state = State::kReady;
+}
+
+void block(const char* what, Site site) {
+  cta.threads[cta.running].what = what;
+  cta.threads[cta.running].mask = 0;
+  wait(State::kBlocked, site);
+}
+
+void wake(int thread) {
+  cta.threads[thread].state = State::kReady;
+}
+
 void warp_barrier(uint32_t mask, Site site) {
   char nothing;
-  warp_meet("__syncwarp", mask, &nothing, [](Lanes&) { ++cta.warp_barriers[cta.running / kWarpSize]; }, site);
+  const auto combine = [](Lanes& lanes) {
+    const int warp = cta.running / kWarpSize;
+    ++cta.warp_barriers[warp];
+    uint32_t mask = 0;
+    for (int lane = 0; lane < kWarpSize; ++lane) mask |= static_cast<uint32_t>(lanes[lane] != nullptr) << lane;
+    join_clocks_of_warp(warp * kWarpSize, mask);
+  };
+  warp_meet("__syncwarp", mask, &nothing, combine, site);
   now.warp_barriers = cta.warp_barriers[cta.running / kWarpSize];
+  load_clock(cta.running);
 }
 
 }  // namespace cuda_emulator

@@ -15,6 +15,7 @@ from hf_fastpath.ops import (
     kv_int8_append,
     kv_int8_dequantize,
     w4a16_dequantize,
+    w4a16_gemm,
     w4a16_linear,
     w4a16_linear_fused,
     w4a16_swiglu,
@@ -59,8 +60,19 @@ class Step:
         fused = w4a16_linear_fused(self.x, *packed, y, 256, 128)
         activated = w4a16_swiglu(self.x, *packed, 128, 128)
         logits = w8a16_linear(self.x, self.head, self.head_scales, None, 100)
+        many = w4a16_gemm(self.x.repeat(20, 1), self.qweight, self.scales, None, None, 256, 128, 0)
         weights = w4a16_dequantize(self.qweight, self.scales, None, 512, 256, 128)
-        return [y, out, keys, fused, activated, logits, weights, w8a16_dequantize(self.head, self.head_scales, 100)]
+        return [
+            y,
+            out,
+            keys,
+            many,
+            fused,
+            activated,
+            logits,
+            weights,
+            w8a16_dequantize(self.head, self.head_scales, 100),
+        ]
 
 
 def test_a_captured_graph_replays_with_new_inputs() -> None:

@@ -1,0 +1,81 @@
+// The functions of csrc/common/ptx_sm90.cuh in plain C++, with the semantics of the PTX ISA.
+#pragma once
+
+#include "ptx_emulated.cuh"
+
+namespace cuda_emulator {
+
+// What shared addresses start from: not 0, so that an address that was never set is no address.
+constexpr uint32_t kSharedWindow = 1024;
+
+struct WgmmaLane {
+  float* c;
+  const uint32_t* a_at;
+  uint32_t a[4];
+  uint64_t b;
+  bool accumulate;
+  int tokens;
+  float (*to_float)(uint32_t bits);
+};
+void wgmma(WgmmaLane& lane, Site site);
+
+}  // namespace cuda_emulator
+
+namespace hf_fastpath {
+
+inline void mbarrier_init(uint64_t* barrier, int count, EMULATED_SITE) {
+  cuda_emulator::mbarrier_init(barrier, count, {file, line});
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(uint64_t* barrier, EMULATED_SITE) {
+  cuda_emulator::mbarrier_arrive(barrier, {file, line});
+}
+inline void mbarrier_arrive_after_copies(uint64_t* barrier, EMULATED_SITE) {
+  cuda_emulator::mbarrier_arrive_after_copies(barrier, {file, line});
+}
+inline void mbarrier_wait(uint64_t* barrier, int parity, EMULATED_SITE) {
+  cuda_emulator::mbarrier_wait(barrier, parity, {file, line});
+}
+inline void fence_proxy_async() {
+  cuda_emulator::proxy_fence();
+}
+
+// How many registers there are, the emulator does not know.
+template <int kRegisters>
+void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+template <int kRegisters>
+void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+
+inline uint64_t wgmma_descriptor(const void* buffer) {
+  const auto offset = static_cast<const unsigned char*>(buffer) - cuda_emulator::dynamic_shared();
+  if (offset < 0 || offset % 1024) cuda_emulator::fault("a wgmma operand that is not aligned to 1,024 bytes");
+  const uint64_t address = offset + cuda_emulator::kSharedWindow;
+  return address >> 4 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+inline void wgmma_fence(EMULATED_SITE) {
+  cuda_emulator::wgmma_fence({file, line});
+}
+inline void wgmma_commit(EMULATED_SITE) {
+  cuda_emulator::wgmma_commit({file, line});
+}
+template <int kPending>
+void wgmma_wait(EMULATED_SITE) {
+  cuda_emulator::wgmma_wait(kPending, {file, line});
+}
+inline void pin_register(float&) {}
+inline void pin_register(uint32_t&) {}
+
+template <typename T, int kTokenTiles>
+void wgmma_m64k16(float (&c)[kTokenTiles][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, EMULATED_SITE) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  static_assert(kHalf || std::is_same_v<T, __nv_bfloat16>);
+  cuda_emulator::WgmmaLane lane{&c[0][0], a, {a[0], a[1], a[2], a[3]}, b, accumulate, 8 * kTokenTiles, nullptr};
+  lane.to_float = kHalf ? cuda_emulator::half_to_float : cuda_emulator::bf16_to_float;
+  cuda_emulator::wgmma(lane, {file, line});
+}
+
+}  // namespace hf_fastpath

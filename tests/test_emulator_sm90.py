@@ -1,0 +1,66 @@
+"""The emulator's barriers in shared memory and warpgroup products: what the PTX ISA says, and its faults noticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulator import KernelFault, needs_emulator
+from test_emulator import run
+
+pytestmark = needs_emulator
+
+
+def test_a_ring_of_stages_keeps_its_order() -> None:
+    source = torch.arange(1, 1025, dtype=torch.int32)
+    assert torch.equal(run("run_pipeline", source, 0, out=torch.empty_like(source)), source)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, r"reads byte \d+ of dynamic shared memory.*, (which nobody wrote|without a barrier after thread \d+)"),
+        (2, r"race: (reads|writes) byte \d+ of dynamic shared memory.*, without a barrier after"),
+        (3, "uses an mbarrier at faults_sm90.cu:.* without a barrier after its initialization"),
+        (4, "stuck: .* threads wait in mbarrier_wait at faults_sm90.cu"),
+        (5, r"reads byte \d+ of dynamic shared memory.*, which nobody wrote"),
+        (6, r"race: writes byte \d+ of dynamic shared memory.*, without a barrier after .* read it"),
+    ],
+)
+def test_a_broken_ring_is_noticed(fault: int, message: str) -> None:
+    source = torch.arange(1, 1025, dtype=torch.int32)
+    with pytest.raises(KernelFault, match=message):
+        run("run_pipeline", source, fault, out=torch.empty_like(source))
+
+
+def product(fault: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(5)
+    a, b = torch.randn(64, 64, generator=rng).to(dtype), torch.randn(32, 64, generator=rng).to(dtype)
+    out = run("run_wgmma", a, b, fault, dtype is torch.bfloat16, out=torch.empty(64, 32))
+    return out, 2 * (a.double() @ b.double().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wgmma(dtype: torch.dtype) -> None:
+    out, exact = product(0, dtype)
+    # Four roundings to float32 of sums of at most 64 products of about 1.
+    assert float((out - exact).abs().max()) < 4 * 2**-24 * 200
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, r"wgmma reads byte \d+ of dynamic shared memory.*, without a proxy fence after thread \d+"),
+        (2, "wgmma without a wgmma_fence"),
+        (4, "a fragment changed while wgmma was reading it"),
+        (5, r"race: .* dynamic shared memory"),
+        (6, "ended with wgmma under way"),
+    ],
+)
+def test_a_broken_product_is_noticed(fault: int, message: str) -> None:
+    with pytest.raises(KernelFault, match=message):
+        product(fault, torch.float16)
+
+
+def test_accumulators_hold_nothing_until_they_are_waited_for() -> None:
+    out, _ = product(3, torch.float16)
+    assert out.isnan().all()
