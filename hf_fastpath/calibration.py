@@ -127,8 +127,20 @@ def self_written_tokens(
                     f"the model's logits are not finite in {model.dtype}, so it cannot write a text to calibrate on; "
                     "scale_search='mse' does not look at activations"
                 )
-            written.append(torch.multinomial(likelihood, 1, generator=generator))
+            written.append(_sample(likelihood, generator))
     return torch.cat(written, dim=1).cpu()
+
+
+def _sample(likelihood: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token a row, ``(n, 1)``, of the distributions ``(n, vocabulary)``, which need not sum to 1.
+
+    By inversion: torch.multinomial draws a random number for each token of the vocabulary, which on the CPU takes a
+    third of the time of the whole.
+    """
+    cumulated = likelihood.cumsum(-1)
+    drawn = torch.rand((len(likelihood), 1), generator=generator, device=likelihood.device) * cumulated[:, -1:]
+    # The first token whose cumulated likelihood is above what was drawn, so one of likelihood 0 is never chosen.
+    return torch.searchsorted(cumulated, drawn, right=True).clamp_(max=likelihood.shape[-1] - 1)
 
 
 @contextmanager

@@ -224,3 +224,15 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         model.model.layers[1].post_attention_layernorm.weight[3] = float("inf")
     with pytest.raises(ValueError, match="not finite"):
         patch_model(model, calibration=torch.arange(2, 66).view(4, 16), **QUIET)
+
+
+def test_tokens_are_drawn_with_their_likelihood() -> None:
+    from hf_fastpath.calibration import _sample
+
+    likelihood = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0]).expand(40_000, -1)
+    drawn = _sample(likelihood, torch.Generator().manual_seed(0))
+    assert drawn.shape == (40_000, 1)
+    shares = drawn.flatten().bincount(minlength=6) / 40_000
+    assert not shares[[0, 2, 5]].any()
+    # Four standard errors of a share of a half.
+    torch.testing.assert_close(shares, likelihood[0], rtol=0, atol=4 * 0.5 / 200)
