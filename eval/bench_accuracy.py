@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from hf_fastpath import FastpathConfig, info, patch_model
+from hf_fastpath.config import ScaleSearch
 from hf_fastpath.eval import compare, demo
 from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.loading import Loaded
@@ -66,7 +67,7 @@ def variants(base: FastpathConfig, calibration: Path | None) -> Iterator[Variant
     for search, group, zeros in itertools.product(SEARCHES, GROUPS, (False, True)):
         yield Variant(dataclasses.replace(base, scale_search=search, group_size=group, zero_points=zeros))  # type: ignore[arg-type]
     if calibration:
-        yield Variant(base, calibration)
+        yield Variant(base.with_search(ScaleSearch.OUTPUT), calibration)
 
 
 def quantize(loaded: Loaded, variant: Variant) -> Row:
