@@ -29,5 +29,5 @@ def test_every_search_and_size_once_and_the_calibrated_one_last() -> None:
     assert len({str(variant) for variant in others}) == len(others) == 4 * 2 * 2
     assert all(variant is not None and variant.calibration is None for variant in others)
     assert last is not None
-    assert last.config == FastpathConfig()
+    assert last.config == FastpathConfig(scale_search="output")  # type: ignore[arg-type]
     assert last.calibration == Path("text.txt")
