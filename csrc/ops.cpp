@@ -48,12 +48,9 @@ void check_cache(const Check& check, const Tensor& cache, const Tensor& scale, i
   check.contiguous(scale, scale_name);
 }
 
-// x and bias of a product whose packed weight was checked before.
-void check_rows(const Check& check, const Tensor& x, const Tensor& qweight, const Tensor& scales,
-                const std::optional<Tensor>& bias, int64_t out_features, const char* many_rows) {
-  check.shape(x, {-1, -1}, "x", "(M, K)");
-  check(x.size(0) <= kMaxLinearRows, "takes up to ", kMaxLinearRows, " rows, got ", x.size(0), "; use ", many_rows,
-        " for more");
+// x, a matrix, and bias of a product whose packed weight was checked before.
+void check_product(const Check& check, const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                   const std::optional<Tensor>& bias, int64_t out_features) {
   check(x.stride(1) == 1, "x must be contiguous in its last dimension");
   check(x.scalar_type() == scales.scalar_type(), "x and scales must have the same dtype");
   check.same_device(x, qweight, "qweight");
@@ -63,6 +60,14 @@ void check_rows(const Check& check, const Tensor& x, const Tensor& qweight, cons
     check.contiguous(*bias, "bias");
     check.same_device(x, *bias, "bias");
   }
+}
+
+// The same for the kernels that take a few rows only.
+void check_rows(const Check& check, const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                const std::optional<Tensor>& bias, int64_t out_features, const char* many_rows) {
+  check(x.size(0) <= kMaxLinearRows, "takes up to ", kMaxLinearRows, " rows, got ", x.size(0), "; use ", many_rows,
+        " for more");
+  check_product(check, x, qweight, scales, bias, out_features);
 }
 
 // What only the fused products ask for: aligned rows, and the norm's weight.
@@ -214,18 +219,10 @@ Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
         variant);
   check.shape(x, {-1, -1}, "x", "(M, K)");
   const int64_t m = x.size(0), k = x.size(1);
-  check(x.stride(1) == 1, "x must be contiguous in its last dimension");
   const Dtype dtype = check_packed(check, qweight, scales, zeros, k, out_features, group_size);
   check.aligned(scales, 16, "scales");
   if (zeros) check.aligned(*zeros, 16, "zeros");
-  check(x.scalar_type() == scales.scalar_type(), "x and scales must have the same dtype");
-  check.same_device(x, qweight, "qweight");
-  if (bias) {
-    check(bias->scalar_type() == x.scalar_type(), "bias and x must have the same dtype");
-    check.shape(*bias, {out_features}, "bias", "(N,)");
-    check.contiguous(*bias, "bias");
-    check.same_device(x, *bias, "bias");
-  }
+  check_product(check, x, qweight, scales, bias, out_features);
   // The smallest tile is 128 by 32, and its units of 128 columns are counted in 32 bits.
   check(k <= 1 << 24, "in_features must be at most ", 1 << 24, ", got ", k);
   check(m <= kMaxInt - 256 && (out_features / 128 + 1) * (m / 32 + 1) <= kMaxInt / (k / 128 + 1),

@@ -170,11 +170,10 @@ def measure(sizes: Sizes, device: torch.device, step: Callable[[], None] = lambd
             for impl, weight_bytes, make in implementations(x, n, sizes):
                 moved = weight_bytes + 2 * m * (k + n)
                 calls = [make() for _ in range(max(2, math.ceil(rotate / moved)))]
-                times = statistics.quantiles(microseconds(calls, device), n=10)
-                p20, p50, p80 = (round(times[i], 3) for i in (1, 4, 7))
+                timing = bench_ops.percentiles(microseconds(calls, device))
                 variant = heuristics.w4a16_variant(device.type, m).value if impl == OURS else ""
                 size = {"m": m, "k": k, "n": n, "group_size": sizes.group_size, "dtype": str(sizes.dtype)[6:]}
-                timing = {"us_p20": p20, "us_p50": p50, "us_p80": p80, "gb_s": round(moved / p50 / 1000, 1)}
+                timing["gb_s"] = round(moved / timing["us_p50"] / 1000, 1)
                 yield {"impl": impl, **size, "variant": variant, "bytes": moved, **timing}
             step()
 

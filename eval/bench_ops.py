@@ -90,9 +90,13 @@ def time_each(call: Call) -> list[float]:
 def result(op: str, impl: str, size: Row, moved: int, make: Callable[[], Call]) -> Row:
     """Measures one implementation; ``make`` builds a call with inputs of its own."""
     calls = [make() for _ in range(max(2, math.ceil(ROTATE_BYTES / moved)))]
-    times = statistics.quantiles(measure(calls), n=10)
-    p20, p50, p80 = (round(times[i], 3) for i in (1, 4, 7))
-    return {"op": op, "impl": impl, **size, "bytes": moved, "us_p20": p20, "us_p50": p50, "us_p80": p80}
+    return {"op": op, "impl": impl, **size, "bytes": moved, **percentiles(measure(calls))}
+
+
+def percentiles(times: list[float]) -> Row:
+    """The columns us_p20, us_p50 and us_p80 of measured times in microseconds."""
+    deciles = statistics.quantiles(times, n=10)
+    return {f"us_p{10 * tenth}": round(deciles[tenth - 1], 3) for tenth in (2, 5, 8)}
 
 
 def bf16(*shape: int) -> torch.Tensor:

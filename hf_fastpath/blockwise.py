@@ -110,10 +110,7 @@ def _moments(
                     return
             seen.append((x, name))
             readers.setdefault(name, [name])
-            rows = x.reshape(-1, x.shape[-1]).float()
-            if name not in sums:
-                sums[name] = rows.new_zeros((rows.shape[1], rows.shape[1]))
-            sums[name].addmm_(rows.t(), rows)
+            _add_moment(sums, name, x)
 
         return hook
 
@@ -129,15 +126,20 @@ def _moments(
         yield readers[name], _checked(name, sums.pop(name).div_(count))
 
 
+def _add_moment(sums: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
+    """Adds the outer products of the rows of ``x`` ``(..., K)`` to ``sums[name]`` ``(K, K)``."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if name not in sums:
+        sums[name] = rows.new_zeros((rows.shape[1], rows.shape[1]))
+    sums[name].addmm_(rows.t(), rows)
+
+
 def _head_moment(model: Any, name: str, tokens: torch.Tensor) -> torch.Tensor:
     """``E[x x^T]`` of what the language-model head reads, the blocks being as they are now."""
-    sums: list[torch.Tensor] = []
+    sums: dict[str, torch.Tensor] = {}
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1]).float()
-        if not sums:
-            sums.append(rows.new_zeros((rows.shape[1], rows.shape[1])))
-        sums[0].addmm_(rows.t(), rows)
+        _add_moment(sums, name, args[0])
         raise _Stop
 
     handle = model.get_submodule(name).register_forward_pre_hook(hook)
@@ -147,7 +149,7 @@ def _head_moment(model: Any, name: str, tokens: torch.Tensor) -> torch.Tensor:
                 model(input_ids=batch.to(model.device), use_cache=False)
     finally:
         handle.remove()
-    return _checked(name, sums[0].div_(tokens.numel()))
+    return _checked(name, sums[name].div_(tokens.numel()))
 
 
 def _checked(name: str, moment: torch.Tensor) -> torch.Tensor:

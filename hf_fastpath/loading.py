@@ -32,7 +32,8 @@ class LayerStream:
         for name in model.state_dict():
             if name.startswith(self.prefix):
                 self.missing[self._layer_of(name)].add(name)
-        measured = state.config.scale_search is ScaleSearch.ACTIVATION and self.plans
+        int4 = any(plan.bits == 4 for plan in self.plans.values())  # int8 asks for no activations
+        measured = int4 and state.config.scale_search is ScaleSearch.ACTIVATION
         self.walk = LayerWalk(model, state.recipe.decoder_layers) if measured else None
         self.done = 0
 
@@ -71,7 +72,8 @@ class LayerStream:
         for name, plan in self.plans.items():
             if not name.startswith(self.prefix):  # the head; transformers tied it only once all was loaded
                 plan = dataclasses.replace(plan, tied=self.model.get_submodule(name).weight is embeddings)
-                replace_linear(self.model, plan, self.state, self.walk.run_head() if self.walk else None)
+                energy = self.walk.run_head() if self.walk and plan.bits == 4 else None
+                replace_linear(self.model, plan, self.state, energy)
 
     def _pack_complete_layers(self) -> None:
         if self.model.get_input_embeddings().weight.is_meta:

@@ -8,6 +8,7 @@ checkpoint is loaded into empty packed layers. Either way the model ends up as `
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -210,12 +211,13 @@ class _LoadOp(ConversionOps):
         kwargs["missing_keys"] -= arrived
         return {}
 
+    @abstractmethod
     def place(self, model: Any, layer: str, tensors: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Puts ``tensors``, by the names or patterns that transformers collects them under, into ``layer``."""
 
+    @abstractmethod
     def fills(self, name: str, layer: str, tensors: dict[str, Any]) -> bool:
         """Whether the model's tensor ``name`` is there once ``tensors`` are in place."""
-        raise NotImplementedError
 
 
 class _StreamOp(_LoadOp):
