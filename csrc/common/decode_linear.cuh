@@ -198,9 +198,10 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kRowTiles][kColT
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += source[w * kWarpFloats];
-    if constexpr (W::kRowScales) sum *= bits_to_float<T>(p.scales[column]);
-    if (p.bias) sum += to_float(p.bias[column]);
-    return sum;
+    const float bias = p.bias ? to_float(p.bias[column]) : 0.0f;
+    // Written as one rounding: left to the compiler, the kernels for few and for many rows would not agree.
+    if constexpr (W::kRowScales) return fmaf(sum, bits_to_float<T>(p.scales[column]), bias);
+    return sum + bias;
   };
   if constexpr (kEpilogue == Epilogue::kSwiGlu) {
     const int half = p.n / 2;
