@@ -17,7 +17,7 @@ struct W4A16LinearArgs {
   int64_t x_row_stride;
   const void* qweight;   // (ceil(n/16), ceil(k/64), 32, 4) int32, 16-byte aligned
   const void* scales;    // (ceil(n/16), k/group, 16), 4-byte aligned
-  const uint8_t* zeros;  // like scales, 2-byte aligned; nullptr: symmetric
+  const uint8_t* zeros;  // like scales, 4-byte aligned; nullptr: symmetric
   const void* bias;      // (n,) or nullptr
   void* y;               // (m, n) contiguous; of swiglu (m, n / 2)
   int m, n, k;

@@ -31,7 +31,7 @@ Dtype check_packed(const Check& check, const Tensor& qweight, const Tensor& scal
     check.dtype(*zeros, ScalarType::Byte, "zeros", "uint8");
     check.shape(*zeros, {row_tiles, k / group_size, 16}, "zeros", "(ceil(N/16), K/group, 16)");
     check.contiguous(*zeros, "zeros");
-    check.aligned(*zeros, 2, "zeros");
+    check.aligned(*zeros, 4, "zeros");
     check.same_device(qweight, *zeros, "zeros");
   }
   return dtype;

@@ -2,13 +2,11 @@
 // output; see common/decode_linear.cuh. int8 is exact in fp16 and bf16, products and sums are fp32, and the whole sum
 // is multiplied by the scale in fp32.
 #include "common/decode_linear.cuh"
-#include "common/dequant.cuh"
 
 namespace hf_fastpath {
 namespace {
 
 using linear::Activations;
-using linear::Cursor;
 using linear::Epilogue;
 using linear::Params;
 
@@ -16,37 +14,37 @@ template <typename T_>
 struct Int8Weights {
   using T = T_;
   static constexpr int kUnitCols = 64;  // two tiles: as many bytes as a unit of int4
-  static constexpr int kDepth = 4;
   static constexpr bool kRowScales = true;
+  static constexpr int kGroups = 0;
 
   template <int kRowTiles>
-  struct Unit {
-    uint4 tile[kRowTiles][2];
+  struct Stage {
+    uint4 tile[kRowTiles][2][32];
   };
 
-  // Offsets are 32 bits wide, in units of 16 bytes: enough for 6 * 10^10 weights.
-  template <bool kWhole, Epilogue kEpilogue, int kRowTiles>
-  static __device__ __forceinline__ void load(Unit<kRowTiles>& w, const Params<T>& p, Cursor at, int lane) {
-    const int unit = kWhole ? min(at.unit, p.units - 1) : at.unit;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const unsigned row_tile = linear::row_tile_of<kEpilogue, kRowTiles>(p, at.block, r);
-      const uint4* tiles = p.qweight + ((row_tile * p.col_tiles + unit * 2) * 32 + lane);
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if constexpr (!kWhole) w.tile[r][c] = make_uint4(0, 0, 0, 0);
-        if (kWhole || unit * 2 + c < p.col_tiles) w.tile[r][c] = load_once16(tiles + 32 * c);
-      }
+  template <Epilogue kEpilogue, bool kWhole>
+  class Source {
+   public:
+    __device__ __forceinline__ Source(const Params<T>& p, int first_row_tile, int padded_units, int lane)
+        : tiles_(p, first_row_tile, padded_units, lane) {}
+    __device__ __forceinline__ void copy(Stage<linear::kRowTiles>& stage, const Params<T>& p,
+                                         const linear::Cursor<kEpilogue>& at, int lane) const {
+      tiles_.copy(stage.tile, p, at, lane);
     }
-  }
+    __device__ __forceinline__ void advance(bool wrapped) { tiles_.advance(wrapped); }
+
+   private:
+    linear::TileSource<kEpilogue, kWhole> tiles_;
+  };
 
   // acc += the unit's products, for row tile r.
   template <int kColTiles, int kRowTiles>
-  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Unit<kRowTiles>& w, int r,
-                                                  const Activations<kColTiles, kUnitCols>& x, int) {
+  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage<kRowTiles>& stage, int r,
+                                                  const Activations<kColTiles, kUnitCols>& x,
+                                                  const linear::GroupSums<0, kColTiles>&, int lane) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const uint4& tile = w.tile[r][c];
+      const uint4 tile = stage.tile[r][c][lane];
       const uint32_t words[4] = {tile.x, tile.y, tile.z, tile.w};
 #pragma unroll
       for (int step = 0; step < 2; ++step) {

@@ -43,6 +43,14 @@ def test_linear_for_every_number_of_rows(n: int, k: int, group: int, with_zeros:
     assert torch.equal(weight.linear(x[11:12], chosen_bias), full[11:12])
 
 
+def test_rows_of_x_that_shared_memory_does_not_hold() -> None:
+    weight, x, _ = make(20, 5120, 128, torch.bfloat16, False)
+    full = weight.linear(x)
+    check_linear(x, weight, None, full)
+    assert torch.equal(weight.linear(x[:9]), full[:9])
+    assert torch.equal(weight.linear(x[:8]), full[:8])
+
+
 @pytest.mark.parametrize("m", [1, 3, 9])
 @pytest.mark.parametrize(("n", "k", "group"), [(20, 288, 32), (20, 192, 64), (20, 256, 128)])
 def test_linear_reads_shifted_views(m: int, n: int, k: int, group: int) -> None:

@@ -41,6 +41,46 @@ __device__ __forceinline__ void int4_fragment(uint32_t word, uint32_t zero_lo, u
   }
 }
 
+// What biased_int4_fragment() adds to every nibble.
+template <typename T>
+constexpr int kNibbleBias = 0;
+template <>
+constexpr int kNibbleBias<__half> = 64;
+template <>
+constexpr int kNibbleBias<__nv_bfloat16> = 128;
+
+// A packed word to the A fragment of q + kNibbleBias, exactly: one instruction a pair, and shifts.
+template <typename T>
+__device__ __forceinline__ void biased_int4_fragment(uint32_t word, uint32_t (&a)[4]);
+
+// In fp16 the last place of 64 is 1/16, so that a nibble counts in bits 4 to 7; of 1024 it would be in bits 0 to 3, but
+// the larger the bias, the more of the sum's precision it takes.
+template <>
+__device__ __forceinline__ void biased_int4_fragment<__half>(uint32_t word, uint32_t (&a)[4]) {
+  a[0] = and_or(word << 4, 0x00f000f0, 0x54005400);
+#pragma unroll
+  for (int i = 1; i < 4; ++i) a[i] = and_or(word >> (4 * i - 4), 0x00f000f0, 0x54005400);
+}
+template <>
+__device__ __forceinline__ void biased_int4_fragment<__nv_bfloat16>(uint32_t word, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = and_or(word >> (4 * i), 0x000f000f, 0x43004300);
+}
+
+// kNibbleBias + zero as a float, by way of bf16: the integer in the mantissa of the bias.
+template <typename T>
+__device__ __forceinline__ float biased_zero(uint32_t zero) {
+  return bits_to_float<__nv_bfloat16>(kNibbleBias<T> == 64 ? 0x4280 | zero << 1 : 0x4300 | zero);
+}
+
+// Two ones.
+template <typename T>
+constexpr uint32_t kOnes = 0;
+template <>
+constexpr uint32_t kOnes<__half> = 0x3c003c00;
+template <>
+constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
+
 // Bytes 0 and 2 of a word, as signed integers, to a pair of floats, exactly; shift the word by 8 for bytes 1 and 3.
 template <typename T>
 __device__ __forceinline__ uint32_t int8_pair(uint32_t word);

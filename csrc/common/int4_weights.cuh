@@ -1,112 +1,97 @@
 // Packed int4 weights (hf_fastpath/packing.py) as a weight format of decode_linear.cuh.
 //
-// q - zero is exact in 16 bits, products and sums of a group are fp32, and the group's sum is multiplied by its scale
-// in fp32: the scaled weight is never rounded to 16 bits, unlike in w4a16_dequantize.
+// The tensor core multiplies q + bias, which takes no subtraction to make; -(bias + zero) times the group's sum of x is
+// where the group's sum starts. All of it is exact but for the sums, which are fp32, and the group's sum is multiplied
+// by its scale in fp32: the scaled weight is never rounded to 16 bits, unlike in w4a16_dequantize. The bias costs
+// precision of the sum: bias / (a mean |q - zero| of 4) is 32 times fp32's last place in bf16 and 16 times in fp16, far
+// less than the result's own rounding.
 #pragma once
 
 #include "decode_linear.cuh"
-#include "dequant.cuh"
 
 namespace hf_fastpath::linear {
-
-// A lane's share of kCount consecutive per-group values from index `first`, of which `valid` exist (all with kWhole):
-// two neighbours when there are 64, else one.
-template <bool kWhole, int kCount, typename V>
-__device__ __forceinline__ uint32_t load_group_values(const V* values, unsigned first, int valid, int lane) {
-  if constexpr (kCount == 64) {
-    if (!kWhole && 2 * lane >= valid) return 0;
-    const V* p = values + first + 2 * lane;
-    if constexpr (sizeof(V) == 2) return __ldg(reinterpret_cast<const uint32_t*>(p));
-    const uint32_t both = __ldg(reinterpret_cast<const uint16_t*>(p));
-    return (both & 0xff) | ((both & 0xff00) << 8);
-  } else {
-    const int index = lane % kCount;
-    return kWhole || index < valid ? __ldg(values + first + index) : 0;
-  }
-}
-
-// The value of index `index` out of a share loaded by load_group_values.
-template <int kCount>
-__device__ __forceinline__ uint32_t group_value(uint32_t share, int index) {
-  if constexpr (kCount == 64) {
-    const uint32_t both = __shfl_sync(kFullWarp, share, index / 2);
-    return index % 2 ? both >> 16 : both & 0xffff;
-  } else {
-    return __shfl_sync(kFullWarp, share, index);
-  }
-}
 
 template <typename T_, int kGroup, bool kZeros>
 struct Int4Weights {
   using T = T_;
   static constexpr int kUnitCols = 128;  // one group of the largest size: two tiles
-  static constexpr int kDepth = 4;
   static constexpr bool kRowScales = false;
   static constexpr int kGroups = kUnitCols / kGroup;
+  static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f - kNibbleBias<T_>;
 
-  // The 16 to 64 scales (and zeros) of a row tile are spread over the warp in storage order, one load a lane;
-  // group_value() hands them out by shuffles.
   template <int kRowTiles>
-  struct Unit {
-    uint4 tile[kRowTiles][2];
-    uint32_t scales[kRowTiles], zeros[kRowTiles];
+  struct Stage {
+    uint4 tile[kRowTiles][2][32];
+    uint16_t scales[kRowTiles][kGroups][16];
+    uint8_t zeros[kZeros ? kRowTiles : 1][kZeros ? kGroups : 1][16];
   };
 
-  // Offsets are 32 bits wide, in units of 16 bytes of weights and of one value of a group: enough for 10^11 weights.
-  template <bool kWhole, Epilogue kEpilogue, int kRowTiles>
-  static __device__ __forceinline__ void load(Unit<kRowTiles>& w, const Params<T>& p, Cursor at, int lane) {
-    const int unit = kWhole ? min(at.unit, p.units - 1) : at.unit;
-    const int groups = p.k / kGroup;
-    const int first_group = unit * kGroups;
-    const int valid = min(kGroups, groups - first_group) * 16;  // <= 0 for an empty unit
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const unsigned row_tile = row_tile_of<kEpilogue, kRowTiles>(p, at.block, r);
-      const uint4* tiles = p.qweight + ((row_tile * p.col_tiles + unit * 2) * 32 + lane);
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if constexpr (!kWhole) w.tile[r][c] = make_uint4(0, 0, 0, 0);
-        if (kWhole || unit * 2 + c < p.col_tiles) w.tile[r][c] = load_once16(tiles + 32 * c);
-      }
-      const unsigned first = (row_tile * groups + first_group) * 16;
-      const uint32_t scales = load_group_values<kWhole, 16 * kGroups>(p.scales, first, valid, lane);
-      w.scales[r] = kWhole && at.unit >= p.units ? 0 : scales;
-      if constexpr (kZeros) w.zeros[r] = load_group_values<kWhole, 16 * kGroups>(p.zeros, first, valid, lane);
+  template <Epilogue kEpilogue, bool kWhole>
+  class Source {
+   public:
+    __device__ __forceinline__ Source(const Params<T>& p, int first_row_tile, int padded_units, int lane)
+        : groups_(p.k / kGroup),
+          tiles_(p, first_row_tile, padded_units, lane),
+          scales_(p.scales, p, groups_, first_row_tile, padded_units, lane),
+          zeros_(p.zeros, p, groups_, first_row_tile, padded_units, lane) {}
+    __device__ __forceinline__ void copy(Stage<kRowTiles>& stage, const Params<T>& p, const Cursor<kEpilogue>& at,
+                                         int lane) const {
+      tiles_.copy(stage.tile, p, at, lane);
+      scales_.copy(&stage.scales[0][0][0], groups_, at, lane);
+      if constexpr (kZeros) zeros_.copy(&stage.zeros[0][0][0], groups_, at, lane);
     }
-  }
+    __device__ __forceinline__ void advance(bool wrapped) {
+      tiles_.advance(wrapped);
+      scales_.advance(wrapped);
+      if constexpr (kZeros) zeros_.advance(wrapped);
+    }
+
+   private:
+    int groups_;
+    TileSource<kEpilogue, kWhole> tiles_;
+    ValueSource<uint16_t, kGroups, kEpilogue> scales_;
+    ValueSource<uint8_t, kGroups, kEpilogue> zeros_;
+  };
 
   // acc += scale * (the unit's products), for row tile r.
   template <int kColTiles, int kRowTiles>
-  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Unit<kRowTiles>& w, int r,
-                                                  const Activations<kColTiles, kUnitCols>& x, int lane) {
+  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage<kRowTiles>& stage, int r,
+                                                  const Activations<kColTiles, kUnitCols>& x,
+                                                  const GroupSums<kGroups, kColTiles>& sums, int lane) {
     constexpr int kWords = 8 / kGroups;
     const int g = lane / 4;
-    const uint4(&tile)[2] = w.tile[r];
+    const uint4 tile[2] = {stage.tile[r][0][lane], stage.tile[r][1][lane]};
     const uint32_t words[8] = {tile[0].x, tile[0].y, tile[0].z, tile[0].w, tile[1].x, tile[1].y, tile[1].z, tile[1].w};
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      uint32_t zero_lo = zero_pair<T>(8), zero_hi = zero_lo;
-      if constexpr (kZeros) {
-        zero_lo = zero_pair<T>(group_value<16 * kGroups>(w.zeros[r], group * 16 + g));
-        zero_hi = zero_pair<T>(group_value<16 * kGroups>(w.zeros[r], group * 16 + g + 8));
+      const float zero_lo = kZeros ? biased_zero<T>(stage.zeros[r][group][g]) : 1.0f;
+      const float zero_hi = kZeros ? biased_zero<T>(stage.zeros[r][group][g + 8]) : 1.0f;
+      // Two sums, of the even and of the odd steps: the tensor core takes a step's result up only much later.
+      float sum[2][kColTiles][4] = {};
+#pragma unroll
+      for (int c = 0; c < kColTiles; ++c) {
+        const float2 start = sums.value[group][c];
+        sum[1][c][0] = zero_lo * start.x, sum[1][c][1] = zero_lo * start.y;
+        sum[1][c][2] = zero_hi * start.x, sum[1][c][3] = zero_hi * start.y;
       }
-      float sum[kColTiles][4] = {};
 #pragma unroll
       for (int i = group * kWords; i < (group + 1) * kWords; ++i) {
         uint32_t a[4];
-        int4_fragment<T>(words[i], zero_lo, zero_hi, a);
+        biased_int4_fragment<T>(words[i], a);
 #pragma unroll
         for (int c = 0; c < kColTiles; ++c) {
           const uint4& b = x.half_tile[c][i / 2];
-          mma_m16n8k16<T>(sum[c], a, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+          mma_m16n8k16<T>(sum[i % 2][c], a, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
         }
       }
-      const float scale_lo = bits_to_float<T>(group_value<16 * kGroups>(w.scales[r], group * 16 + g));
-      const float scale_hi = bits_to_float<T>(group_value<16 * kGroups>(w.scales[r], group * 16 + g + 8));
+      const float scale_lo = bits_to_float<T>(stage.scales[r][group][g]);
+      const float scale_hi = bits_to_float<T>(stage.scales[r][group][g + 8]);
 #pragma unroll
       for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[c][i] = fmaf(sum[c][i], i < 2 ? scale_lo : scale_hi, acc[c][i]);
+        for (int i = 0; i < 4; ++i) {
+          acc[c][i] = fmaf(sum[0][c][i] + sum[1][c][i], i < 2 ? scale_lo : scale_hi, acc[c][i]);
+        }
       }
     }
   }

@@ -17,17 +17,38 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, cuda
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
-// The same with dynamic shared memory, of which a GPU grants a kernel more than 48 KiB only when told beforehand.
+// More than 48 KiB of shared memory, a kernel's static share included, is granted only to kernels that asked for it.
+template <typename Kernel>
+cudaError_t allow_shared_bytes(Kernel* kernel, int bytes) {
+  if (bytes <= 32 * 1024) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) cudaGetLastError();  // else the next launch's error would be this one
+  return error;
+}
+
+// The shared memory that a CTA can have on the current GPU.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return bytes;
+}
+
+// Whether the current GPU has programmatic dependent launch (launch_kernel_early()).
+inline bool has_early_launch() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  return major >= 9;
+}
+
+// The same with dynamic shared memory.
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes,
                                       cudaStream_t stream, Args&&... args) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // else the next launch's error would be this one
-      return error;
-    }
-  }
+  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -39,13 +60,17 @@ cudaError_t launch_kernel_with_shared(void (*kernel)(Params...), dim3 grid, dim3
 // Queues a kernel that may begin while the stream's kernel before it still runs, and that waits for its results with
 // wait_for_previous_kernel() (programmatic dependent launch, compute capability 9.0 and newer).
 template <typename... Params, typename... Args>
-cudaError_t launch_kernel_early(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args&&... args) {
+cudaError_t launch_kernel_early(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                                Args&&... args) {
+  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;

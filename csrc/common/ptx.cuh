@@ -109,6 +109,12 @@ __device__ __forceinline__ void cp_async16(void* target, const void* source, boo
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// 4 bytes, in the same way.
+__device__ __forceinline__ void cp_async4(void* target, const void* source, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
 // For data read once: it is the first to leave the L2.
 __device__ __forceinline__ void cp_async16_once(void* target, const void* source, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(target)),

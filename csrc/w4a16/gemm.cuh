@@ -191,7 +191,7 @@ cudaError_t launch_gemm_sum(const GemmParams<T>& p, bool early, cudaStream_t str
   if (!p.schedule.has_partial_tiles()) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(p.schedule.tiles()), kRowTiles * kTokenTiles);
   const auto kernel = w4a16_gemm_sum_kernel<T, kRowTiles, kTokenTiles>;
-  if (early) return launch_kernel_early(kernel, grid, kGemmThreads, stream, p);
+  if (early) return launch_kernel_early(kernel, grid, kGemmThreads, 0, stream, p);
   return launch_kernel(kernel, grid, kGemmThreads, stream, p);
 }
 

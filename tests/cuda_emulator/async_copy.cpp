@@ -22,7 +22,7 @@ std::map<int, ThreadCopies> copies;
 
 void cp_async(void* target, const void* source, size_t bytes, bool valid) {
   begin_copy(target, valid ? source : nullptr, bytes);
-  Copy copy{target, {}};
+  Copy copy{target, bytes, {}};
   if (valid) memcpy(copy.data.data(), source, bytes);
   copies[current().thread].open.push_back(copy);
 }
@@ -36,7 +36,7 @@ void cp_async_commit() {
 void cp_async_wait(int pending) {
   ThreadCopies& mine = copies[current().thread];
   while (static_cast<int>(mine.groups.size()) > pending) {
-    for (const Copy& copy : mine.groups.front()) end_copy(copy.target, copy.data.data(), copy.data.size());
+    for (const Copy& copy : mine.groups.front()) end_copy(copy.target, copy.data.data(), copy.bytes);
     mine.groups.pop_front();
   }
 }

@@ -83,6 +83,7 @@ void check_async_read(const void* pointer, size_t bytes);
 // ---- async_copy.cpp -------------------------------------------------------------------------------------------------
 struct Copy {
   void* target;
+  size_t bytes;                        // up to 16
   std::array<unsigned char, 16> data;  // as it was when the copy was issued
 };
 void cp_async(void* target, const void* source, size_t bytes, bool valid);

@@ -55,7 +55,7 @@ void arrive(Barrier& barrier) {
   Clock& mine = my_clock();
   const int self = current().thread;
   if (--barrier.pending == 0) {  // before the tick: the last arrival releases what it completes
-    for (const Copy& copy : barrier.copies) end_copy(copy.target, copy.data.data(), copy.data.size());
+    for (const Copy& copy : barrier.copies) end_copy(copy.target, copy.data.data(), copy.bytes);
     barrier.copies.clear();
   }
   join(barrier.arrived, mine.seen);

@@ -67,6 +67,9 @@ inline void let_next_kernel_begin() {}
 inline void cp_async16(void* target, const void* source, bool valid = true) {
   cuda_emulator::cp_async(target, source, 16, valid);
 }
+inline void cp_async4(void* target, const void* source, bool valid = true) {
+  cuda_emulator::cp_async(target, source, 4, valid);
+}
 inline void cp_async16_once(void* target, const void* source, uint64_t policy) {
   if (policy != evict_first_policy()) cuda_emulator::fault("cp.async with what is not a cache policy");
   cuda_emulator::cp_async(target, source, 16, true);
