@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from hf_fastpath.config import FastpathConfig
 from hf_fastpath.error_feedback import quantize_with_feedback
 from hf_fastpath.layer_walk import LayerWalk, watching_inputs
 from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.precision import tensor_float32
 from hf_fastpath.quantize import GroupQuantized
 
 _BATCH = 8  # sequences in one forward pass
@@ -29,8 +29,8 @@ def quantize_blockwise(
     The caller puts each quantized layer in before it asks for the next one: the block is then run with it, and what
     it puts out is what the next block is measured on. So errors of earlier blocks are seen by later ones.
 
-    Holds, besides the model: the hidden states of all tokens, and of one block the second moments of its layers'
-    inputs (``K x K`` float32 each).
+    Holds, besides the model: the hidden states of all tokens, of one block the second moments of its layers' inputs
+    (``K x K`` float32 each), and of the layers that share an input their weights once more and a float32 copy.
 
     Args:
         tokens: int64 ``(n, T)``.
@@ -84,7 +84,8 @@ def _add_moment(sums: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> No
     rows = x.reshape(-1, x.shape[-1]).float()
     if name not in sums:
         sums[name] = rows.new_zeros((rows.shape[1], rows.shape[1]))
-    sums[name].addmm_(rows.t(), rows)
+    with tensor_float32():
+        sums[name].addmm_(rows.t(), rows)
 
 
 def _head_moment(walk: LayerWalk, name: str) -> torch.Tensor:
@@ -112,12 +113,11 @@ def _quantize_together(
     sizes = [weight.shape[0] for weight in weights]
     group_size = plans[0].group_size
     assert group_size is not None
-    stacked = torch.cat(weights)
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     del weights  # the caller frees them one by one
     together = quantize_with_feedback(stacked, moment, group_size, zero_points=config.zero_points)
+    del stacked
     start = 0
     for plan, size in zip(plans, sizes, strict=True):
-        rows = slice(start, start + size)
-        zero = None if together.zero is None else together.zero[rows]
-        yield plan, dataclasses.replace(together, q=together.q[rows], scale=together.scale[rows], zero=zero)
+        yield plan, together.rows(slice(start, start + size))
         start += size

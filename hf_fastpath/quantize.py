@@ -121,18 +121,18 @@ class _Search:
         self.scale, self.zero = torch.where(better, scale, self.scale), torch.where(better, zero, self.zero)
         self.q = torch.where(better, q, self.q)
 
-    def fit_scale(self) -> None:
+    def fitted_scale(self) -> torch.Tensor:
         """The least-squares scale for the present codes."""
         centered = self.q - self.zero
         weighted = self.weighted(centered)
         norm = (weighted * centered).sum(-1, keepdim=True)
         fitted = (weighted * self.w).sum(-1, keepdim=True) / _safe(norm)
-        self.consider(torch.where(norm > 0, fitted.clamp(min=0), self.scale), self.zero)
+        return torch.where(norm > 0, fitted.clamp(min=0), self.scale)
 
-    def fit_zero(self) -> None:
+    def fitted_zero(self) -> torch.Tensor:
         """The least-squares zero point for the present codes and scale, rounded to the integer it must be."""
         offset = self.weighted(self.q - self.w / _safe(self.scale)).sum(-1, keepdim=True) / self.total
-        self.consider(self.scale, offset.round_().clamp_(0, 15))
+        return offset.round_().clamp_(0, 15)
 
 
 def _search_chunk(
@@ -149,8 +149,8 @@ def _search_chunk(
     best.start(scales, zeros)
     for _ in range(_REFINE_STEPS if len(shrinks) > 1 else 0):
         if zero_points:
-            best.fit_zero()
-        best.fit_scale()
+            best.consider(best.scale, best.fitted_zero())
+        best.consider(best.fitted_scale(), best.zero)
     return best
 
 
@@ -199,6 +199,7 @@ def quantize_int4(
         q[start:stop] = best.q.view(-1, k).to(torch.uint8)
         scale[start:stop] = best.scale.squeeze(-1).to(dtype)
         zero[start:stop] = best.zero.squeeze(-1).to(torch.uint8)
+        del chunk, best  # before the next ones are made
     return GroupQuantized(q, scale, zero if zero_points else None, group_size)
 
 
