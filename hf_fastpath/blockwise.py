@@ -75,7 +75,7 @@ def _moments(walk: LayerWalk, index: int, names: list[str]) -> Iterator[tuple[li
     with watching_inputs(walk.model, names, see):
         for _ in walk.outputs(index) if names else ():
             seen.clear()
-    for name in list(sums):
+    for name in sorted(sums, key=lambda name: -len(sums[name])):  # a wide one's moment is the most memory
         yield readers[name], _checked(name, sums.pop(name).div_(walk.tokens.numel()))
 
 
