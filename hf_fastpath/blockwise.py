@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,18 +9,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_fastpath.calibration import evaluating
 from hf_fastpath.checks import LinearPlan
 from hf_fastpath.config import FastpathConfig
 from hf_fastpath.error_feedback import quantize_with_feedback
+from hf_fastpath.layer_walk import LayerWalk, watching_inputs
 from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.precision import tensor_float32
 from hf_fastpath.quantize import GroupQuantized
 
 _BATCH = 8  # sequences in one forward pass
-
-
-class _Stop(Exception):
-    """Raised by a hook once it has what it wants."""
 
 
 @torch.no_grad()
@@ -34,8 +29,8 @@ def quantize_blockwise(
     The caller puts each quantized layer in before it asks for the next one: the block is then run with it, and what
     it puts out is what the next block is measured on. So errors of earlier blocks are seen by later ones.
 
-    Holds, besides the model: the hidden states of all tokens, and of one block the second moments of its layers'
-    inputs (``K x K`` float32 each).
+    Holds, besides the model: the hidden states of all tokens, of one block the second moments of its layers' inputs
+    (``K x K`` float32 each), and of the layers that share an input their weights once more and a float32 copy.
 
     Args:
         tokens: int64 ``(n, T)``.
@@ -44,86 +39,44 @@ def quantize_blockwise(
         ValueError: a layer's inputs are not finite.
     """
     bar = tqdm(total=len(plans), desc="Quantizing to int4", unit="layer", disable=not config.progress)
-    layers = list(model.get_submodule(recipe.decoder_layers).named_children())
+    walk = LayerWalk(model, recipe.decoder_layers, tokens, _BATCH)
     with bar:
-        states = _first_inputs(model, layers[0][1], tokens)
-        for index, layer in layers:
+        for index in range(len(walk.layers)):
             prefix = f"{recipe.decoder_layers}.{index}."
             inside = [plan for plan in plans if plan.name.startswith(prefix)]
-            for members, moment in _moments(model, layer, [plan.name for plan in inside], states):
+            for members, moment in _moments(walk, index, [plan.name for plan in inside]):
                 chosen = [plan for plan in inside if plan.name in members]
                 for plan, quantized in _quantize_together(model, chosen, moment, config):
                     yield plan, quantized
                     bar.update()
-            states = list(_run(layer, states))
-        del states
+            walk.run_layer(index)
         outside = [plan for plan in plans if not plan.name.startswith(f"{recipe.decoder_layers}.")]
         for plan in outside:
-            yield from _quantize_together(model, [plan], _head_moment(model, plan.name, tokens), config)
+            yield from _quantize_together(model, [plan], _head_moment(walk, plan.name), config)
             bar.update()
 
 
-_States = list[tuple[torch.Tensor, dict[str, Any]]]
-
-
-def _first_inputs(model: Any, first: nn.Module, tokens: torch.Tensor) -> _States:
-    """What the first decoder layer is called with, for each batch. All later ones are called with the same options."""
-    states: _States = []
-
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        states.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
-        raise _Stop
-
-    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        for batch in tokens.split(_BATCH):
-            with contextlib.suppress(_Stop), evaluating(model):
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        handle.remove()
-    return states
-
-
-def _run(layer: nn.Module, states: _States) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Each batch after ``layer``."""
-    for hidden, options in states:
-        with evaluating(layer):
-            out = layer(hidden, **options)
-        yield (out[0] if isinstance(out, tuple) else out), options
-
-
-def _moments(
-    model: nn.Module, layer: nn.Module, names: list[str], states: _States
-) -> Iterator[tuple[list[str], torch.Tensor]]:
+def _moments(walk: LayerWalk, index: int, names: list[str]) -> Iterator[tuple[list[str], torch.Tensor]]:
     """``E[x x^T]`` for each input of the linear layers ``names``, with the names of those that read it."""
     sums: dict[str, torch.Tensor] = {}  # by the first layer that reads an input
     readers: dict[str, list[str]] = {}
     seen: list[tuple[torch.Tensor, str]] = []
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
-            for other, first in seen:
-                if other is x:
-                    if name not in readers[first]:
-                        readers[first].append(name)
-                    return
-            seen.append((x, name))
-            readers.setdefault(name, [name])
-            _add_moment(sums, name, x)
+    def see(name: str, x: torch.Tensor) -> None:
+        for other, first in seen:
+            if other is x:
+                if name not in readers[first]:
+                    readers[first].append(name)
+                return
+        seen.append((x, name))
+        readers.setdefault(name, [name])
+        _add_moment(sums, name, x)
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(record(name)) for name in names]
-    try:
-        for _ in _run(layer, states) if names else ():
+    with watching_inputs(walk.model, names, see):
+        for _ in walk.outputs(index) if names else ():
             seen.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    count = sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in states)
-    for name in list(sums):
-        yield readers[name], _checked(name, sums.pop(name).div_(count))
+    for name in sorted(sums, key=lambda name: -len(sums[name])):  # a wide one's moment is the most memory
+        yield readers[name], _checked(name, sums.pop(name).div_(walk.tokens.numel()))
 
 
 def _add_moment(sums: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
@@ -131,25 +84,16 @@ def _add_moment(sums: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> No
     rows = x.reshape(-1, x.shape[-1]).float()
     if name not in sums:
         sums[name] = rows.new_zeros((rows.shape[1], rows.shape[1]))
-    sums[name].addmm_(rows.t(), rows)
+    with tensor_float32():
+        sums[name].addmm_(rows.t(), rows)
 
 
-def _head_moment(model: Any, name: str, tokens: torch.Tensor) -> torch.Tensor:
-    """``E[x x^T]`` of what the language-model head reads, the blocks being as they are now."""
+def _head_moment(walk: LayerWalk, name: str) -> torch.Tensor:
+    """``E[x x^T]`` of what the language-model head ``name`` reads, the blocks being as they are now."""
     sums: dict[str, torch.Tensor] = {}
-
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        _add_moment(sums, name, args[0])
-        raise _Stop
-
-    handle = model.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        for batch in tokens.split(_BATCH):
-            with contextlib.suppress(_Stop), evaluating(model):
-                model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        handle.remove()
-    return _checked(name, sums[name].div_(tokens.numel()))
+    for x in walk.head_inputs():
+        _add_moment(sums, name, x)
+    return _checked(name, sums[name].div_(walk.tokens.numel()))
 
 
 def _checked(name: str, moment: torch.Tensor) -> torch.Tensor:
@@ -169,12 +113,11 @@ def _quantize_together(
     sizes = [weight.shape[0] for weight in weights]
     group_size = plans[0].group_size
     assert group_size is not None
-    stacked = torch.cat(weights)
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     del weights  # the caller frees them one by one
     together = quantize_with_feedback(stacked, moment, group_size, zero_points=config.zero_points)
+    del stacked
     start = 0
     for plan, size in zip(plans, sizes, strict=True):
-        rows = slice(start, start + size)
-        zero = None if together.zero is None else together.zero[rows]
-        yield plan, dataclasses.replace(together, q=together.q[rows], scale=together.scale[rows], zero=zero)
+        yield plan, together.rows(slice(start, start + size))
         start += size

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import torch
 
+from hf_fastpath.column_steps import BAND, ColumnSteps
 from hf_fastpath.config import ScaleSearch
 from hf_fastpath.packing import SYMMETRIC_ZERO
+from hf_fastpath.precision import tensor_float32
 from hf_fastpath.quantize import GroupQuantized, quantize_int4
 
-# Elements worked on at once; about five float32 copies of them are held.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+# Elements worked on at once, of which one float32 copy is held; on a GPU a column of more rows takes hardly longer.
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 _SWEEPS = 2  # a third takes another 2 to 4% off a layer's error, in half as much time again
 # Of some thousand tokens the correlations between channels are known less well than their energies: this share of
 # them is taken for chance. Without it a 1,536-wide layer's error on other text was above that of codes rounded singly.
@@ -29,13 +31,24 @@ _SHRINKAGE = 0.5
 _FLOOR = 1e-3  # of the mean energy: a channel that was never seen to be driven still counts a little
 
 
-def regularized(moment: torch.Tensor) -> torch.Tensor:
-    """``moment`` ``(K, K)`` in units of its mean diagonal, correlations shrunk, float32 and positive definite."""
-    energy = moment.diagonal().float()
-    unit = energy.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    shrunk = moment.float() * ((1 - _SHRINKAGE) / unit)
-    shrunk.diagonal().copy_(energy / unit + _FLOOR)
-    return shrunk
+class Hessian:
+    """``H``: a moment ``(K, K)`` in units of its mean diagonal, correlations shrunk; float32 and positive definite.
+
+    Its rows are made when they are needed, because a second ``(K, K)`` matrix is the most memory of all.
+    """
+
+    def __init__(self, moment: torch.Tensor) -> None:
+        energy = moment.diagonal().float()
+        unit = energy.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        self.moment = moment
+        self.factor = (1 - _SHRINKAGE) / unit
+        self.diagonal = energy / unit + _FLOOR
+
+    def rows(self, channels: slice) -> torch.Tensor:
+        """``(number of channels, K)``."""
+        band = self.moment[channels].float() * self.factor
+        band[:, channels].diagonal().copy_(self.diagonal[channels])
+        return band
 
 
 @torch.no_grad()
@@ -63,71 +76,83 @@ def quantize_with_feedback(
     found = quantize_int4(
         weight, group_size, zero_points=zero_points, search=ScaleSearch.ACTIVATION, importance=root_energy
     )
-    hessian = regularized(moment)
+    hessian = Hessian(moment)
     rows = max(1, _CHUNK_ELEMENTS[weight.device.type] // k)
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        descent = CoordinateDescent(weight[part], found, part, hessian)
-        for _ in range(sweeps):
-            descent.sweep()
-        found.q[part] = descent.codes.t().to(torch.uint8)
-        found.scale[part] = descent.scale.t().to(found.scale.dtype)
+        CoordinateDescent(weight[part], found.rows(part), hessian).sweep(sweeps)
     return found
 
 
 class CoordinateDescent:
-    """Some rows of a weight on their way down. Tensors are float32 and column-major: ``(K, rows)``, ``(groups, rows)``.
+    """Some rows of a weight on their way down: codes and scales of ``quantized`` are changed in place.
 
-    ``gradient`` is ``H (W - Q)^T``, minus half the derivative of the error by Q, and kept up to date.
+    ``error`` is ``W - Q``, float32 ``(rows, K)``, kept up to date. The gradient, ``H (W - Q)^T``, minus half the
+    derivative of the output's error by Q, is computed for each group when its turn comes. What concerns one group is
+    float32 and column-major, ``(group_size, rows)`` or ``(rows,)``.
     """
 
-    def __init__(self, weight: torch.Tensor, start: GroupQuantized, part: slice, hessian: torch.Tensor) -> None:
-        self.hessian, self.group_size, self.dtype = hessian, start.group_size, start.scale.dtype
-        self.codes = start.q[part].t().float().contiguous()
-        self.scale = start.scale[part].t().float().contiguous()
-        zero = torch.full_like(self.scale, SYMMETRIC_ZERO) if start.zero is None else start.zero[part].t().float()
-        self.zero = zero.contiguous()
-        k, rows = self.codes.shape
-        values = (self.codes.view(-1, self.group_size, rows) - self.zero.unsqueeze(1)) * self.scale.unsqueeze(1)
-        self.gradient = hessian @ (weight.t().float() - values.view(k, rows))
+    def __init__(self, weight: torch.Tensor, quantized: GroupQuantized, hessian: Hessian) -> None:
+        self.quantized, self.hessian = quantized, hessian
+        rows, groups = quantized.scale.shape
+        values = quantized.q.float().view(rows, groups, -1)
+        values -= SYMMETRIC_ZERO if quantized.zero is None else quantized.zero.unsqueeze(-1)
+        values *= quantized.scale.unsqueeze(-1)
+        self.error = values.view(rows, -1)
+        torch.sub(weight, self.error, out=self.error)
+        self.steps = ColumnSteps(rows, weight.device)
 
-    def sweep(self) -> None:
+    def sweep(self, times: int = 1) -> None:
         """Every code, then the scale, of each group in turn."""
-        for group in range(self.scale.shape[0]):
-            columns = slice(group * self.group_size, (group + 1) * self.group_size)
-            inner = self.hessian[columns, columns]
-            change = self._move_codes(group, columns, inner)
-            gradient = torch.addmm(self.gradient[columns], inner, change, alpha=-1)
-            change += self._move_scale(group, columns, inner, gradient)
-            self.gradient.addmm_(self.hessian[:, columns], change, alpha=-1)
+        for _ in range(times):
+            for group in range(self.quantized.scale.shape[1]):
+                self._move_group(group)
 
-    def _move_codes(self, group: int, columns: slice, inner: torch.Tensor) -> torch.Tensor:
-        """Puts each code of a group at its minimum; the change of the values, ``(group_size, rows)``."""
-        scale, codes = self.scale[group], self.codes[columns]
+    def _move_group(self, group: int) -> None:
+        size, quantized = self.quantized.group_size, self.quantized
+        columns = slice(group * size, (group + 1) * size)
+        hessian = self.hessian.rows(columns)
+        # Some parts in 10^4 of the step that a code wants come from rounding to TF32, too little to matter where it
+        # decides between two codes; and they do not add up, since every gradient is computed anew.
+        with tensor_float32():
+            gradient = hessian @ self.error.t()
+        inner = hessian[:, columns]
+        codes = quantized.q[:, columns].t().to(torch.float32, memory_format=torch.contiguous_format)
+        scale = quantized.scale[:, group].float()
+
+        steps = self._code_steps(codes, scale, inner, gradient)
+        change = steps * scale
+        gradient.addmm_(inner, change, alpha=-1)
+        quantized.q[:, columns] = codes.add_(steps).t()
+        codes -= SYMMETRIC_ZERO if quantized.zero is None else quantized.zero[:, group]
+        step = self._scale_step(codes, scale, inner, gradient)
+        quantized.scale[:, group] += step
+        self.error[:, columns] -= change.addcmul_(codes, step).t()
+
+    def _code_steps(
+        self, codes: torch.Tensor, scale: torch.Tensor, inner: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """What to add to the codes of a group to put each at its minimum, one column after the other."""
         inverse = torch.where(scale > 0, 1 / scale, 0)  # a group of zeros stays one
-        # In units of a code a column's step does not depend on the row. That leaves four small operations a column,
-        # and on a GPU it is their number that takes the time.
+        # In units of a code what one column's step does to the others does not depend on the row.
         diagonal = inner.diagonal()
         weights = inner / diagonal
-        optima = codes + self.gradient[columns] * inverse / diagonal.unsqueeze(1)
-        moved, steps = torch.empty_like(codes), torch.empty_like(codes)
-        rows = zip(optima.unbind(), codes.unbind(), moved.unbind(), steps.unbind(), weights.unbind(), strict=True)
-        for i, (optimum, code, new, step, weight) in enumerate(rows, start=1):
-            torch.round(optimum, out=new).clamp_(0, 15)
-            torch.sub(new, code, out=step)
-            optima[i:].addr_(weight[i:], step, alpha=-1)
-        codes.copy_(moved)
-        return steps.mul_(scale)
+        wanted = gradient * inverse / diagonal.unsqueeze(1)
+        steps = torch.empty_like(codes)
+        for start in range(0, codes.shape[0], BAND):
+            band = slice(start, start + BAND)
+            torch.addmm(wanted[band], weights[:start, band].t(), steps[:start], alpha=-1, out=self.steps.wanted)
+            steps[band] = self.steps.take(codes[band], weights[band, band])
+        return steps
 
-    def _move_scale(self, group: int, columns: slice, inner: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Puts a group's scale at its minimum, as far as 16 bits can say it; the change of the values."""
-        centered = self.codes[columns] - self.zero[group]
+    def _scale_step(
+        self, centered: torch.Tensor, scale: torch.Tensor, inner: torch.Tensor, gradient: torch.Tensor
+    ) -> torch.Tensor:
+        """What to add to a group's scale to put it at its minimum, as far as 16 bits can say it."""
         slope = (centered * gradient).sum(0)
         curvature = (centered * (inner @ centered)).sum(0)
-        wanted = self.scale[group] + slope / torch.where(curvature > 0, curvature, 1)
-        stored = wanted.clamp(min=0).to(self.dtype).float()
-        step = stored - self.scale[group]
+        wanted = scale + slope / torch.where(curvature > 0, curvature, 1)
+        stored = wanted.clamp(min=0).to(self.quantized.scale.dtype).float()
+        step = stored - scale
         # The clamp and the rounding may have moved it past the point where the error is what it was.
-        step = torch.where(step * (2 * slope - step * curvature) > 0, step, 0)
-        self.scale[group] += step
-        return centered * step
+        return torch.where(step * (2 * slope - step * curvature) > 0, step, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fastpath.activations import LayerWalk
+from hf_fastpath.activations import head_energy, layer_energy, random_walk
 from hf_fastpath.checks import LinearPlan
 from hf_fastpath.config import ScaleSearch
 from hf_fastpath.modules import W4A16Linear
@@ -34,7 +34,7 @@ class LayerStream:
                 self.missing[self._layer_of(name)].add(name)
         int4 = any(plan.bits == 4 for plan in self.plans.values())  # int8 asks for no activations
         measured = int4 and state.config.scale_search is ScaleSearch.ACTIVATION
-        self.walk = LayerWalk(model, state.recipe.decoder_layers) if measured else None
+        self.walk = random_walk(model, state.recipe.decoder_layers) if measured else None
         self.done = 0
 
     def _layer_of(self, name: str) -> int:
@@ -72,7 +72,7 @@ class LayerStream:
         for name, plan in self.plans.items():
             if not name.startswith(self.prefix):  # the head; transformers tied it only once all was loaded
                 plan = dataclasses.replace(plan, tied=self.model.get_submodule(name).weight is embeddings)
-                energy = self.walk.run_head() if self.walk and plan.bits == 4 else None
+                energy = head_energy(self.walk) if self.walk and plan.bits == 4 else None
                 replace_linear(self.model, plan, self.state, energy)
 
     def _pack_complete_layers(self) -> None:
@@ -84,7 +84,7 @@ class LayerStream:
             energy: dict[str, torch.Tensor] = {}
             if self.walk is not None:
                 _materialize_buffers(self.model)
-                energy = self.walk.run_layer(self.done, names)
+                energy = layer_energy(self.walk, self.done, names)
             for name in names:
                 replace_linear(self.model, self.plans[name], self.state, energy.get(name))
             self.done += 1

@@ -170,9 +170,9 @@ def test_layers_are_measured_behind_int4_ones_and_freed_as_they_go(monkeypatch: 
 
     monkeypatch.setattr(blockwise, "quantize_with_feedback", counting)
     patch_model(model, calibration=torch.arange(2, 66).view(4, 16), **QUIET)
-    # q, k, v read one input and are quantized together (64 + 32 + 32 rows), and so are gate and up.
-    shapes = [(128, 64), (64, 64), (192, 64), (64, 96)] * 3
-    packed = [7 * block + done for block in range(3) for done in (0, 3, 4, 6)]
+    # The widest comes first. q, k, v read one input and are quantized together (64 + 32 + 32 rows), so are gate and up.
+    shapes = [(64, 96), (128, 64), (64, 64), (192, 64)] * 3
+    packed = [7 * block + done for block in range(3) for done in (0, 1, 4, 5)]
     assert seen == [(21 - done, done, shape) for done, shape in zip(packed, shapes, strict=True)]
     assert not any(ref() is not None for ref in originals)
 
@@ -195,7 +195,7 @@ def test_moments_are_those_of_the_inputs_behind_int4_blocks(monkeypatch: pytest.
     handle.remove()
     rows = inputs[0].reshape(-1, 64).double()
     # The int4 product rounds activations to bf16, in batches of another size by other kernels: a few parts in 2^8.
-    torch.testing.assert_close(moments[4].double(), rows.T @ rows / rows.shape[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(moments[5].double(), rows.T @ rows / rows.shape[0], rtol=0.02, atol=0.02)
 
 
 def test_modes_and_interruptions_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hf_fastpath import error_feedback
+from hf_fastpath.column_steps import BAND, ColumnSteps
 from hf_fastpath.config import ScaleSearch
-from hf_fastpath.error_feedback import CoordinateDescent, quantize_with_feedback, regularized
+from hf_fastpath.error_feedback import CoordinateDescent, Hessian, quantize_with_feedback
 from hf_fastpath.quantize import GroupQuantized, quantize_int4
 
 
@@ -22,6 +23,11 @@ def correlated(tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
 
 def moment_of(x: torch.Tensor) -> torch.Tensor:
     return x.T @ x / x.shape[0]
+
+
+def regularized(moment: torch.Tensor) -> torch.Tensor:
+    """The whole of the matrix whose quadratic form is minimized."""
+    return Hessian(moment).rows(slice(None))
 
 
 def values(quantized: GroupQuantized) -> torch.Tensor:
@@ -85,12 +91,11 @@ def test_every_code_ends_at_its_minimum_given_the_others() -> None:
 
 def test_one_sweep_equals_a_naive_float64_loop() -> None:
     weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(5))
-    hessian = regularized(moment_of(correlated(300, 64, seed=6)))
-    start = quantize_int4(weight, 32, search=ScaleSearch.MSE)
-    descent = CoordinateDescent(weight, start, slice(0, 1), hessian)
-    descent.sweep()
+    moment = moment_of(correlated(300, 64, seed=6))
+    moved, start = (quantize_int4(weight, 32, search=ScaleSearch.MSE) for _ in range(2))
+    CoordinateDescent(weight, moved, Hessian(moment)).sweep()
 
-    w, h = weight[0].double(), hessian.double()
+    w, h = weight[0].double(), regularized(moment).double()
     q, scale, zero = start.q[0].double(), start.scale[0].double(), start.zero[0].double()  # type: ignore[index]
     for group in range(2):
         inside = torch.arange(32) + 32 * group
@@ -104,9 +109,26 @@ def test_one_sweep_equals_a_naive_float64_loop() -> None:
         error = w - (q - zero.repeat_interleave(32)) * scale.repeat_interleave(32) + centered * scale[group]
         fitted = (centered @ h @ error) / (centered @ h @ centered)
         scale[group] = fitted.to(torch.bfloat16).double()
-    assert torch.equal(descent.codes[:, 0].double(), q)
+    assert torch.equal(moved.q[0].double(), q)
     # The same 16-bit number, or its neighbour where the float32 fit fell on the other side of a tie.
-    torch.testing.assert_close(descent.scale[:, 0].double(), scale, rtol=2**-7, atol=0)
+    torch.testing.assert_close(moved.scale[0].double(), scale, rtol=2**-7, atol=0)
+
+
+def test_the_columns_of_a_band_step_one_after_the_other() -> None:
+    torch.manual_seed(10)
+    rows = 7
+    codes = torch.randint(0, 16, (BAND, rows)).float()
+    weights = torch.randn(BAND, BAND) / 4
+    wanted = 4 * torch.randn(BAND, rows)
+    steps = ColumnSteps(rows, torch.device("cpu"))
+    for _ in range(2):  # buffers are used again
+        steps.wanted.copy_(wanted)
+        taken = steps.take(codes, weights)
+        left, expected = wanted.double(), torch.empty(BAND, rows, dtype=torch.float64)
+        for i in range(BAND):
+            expected[i] = (codes[i] + left[i].round()).clamp(0, 15) - codes[i]
+            left[i + 1 :] -= weights[i, i + 1 :, None].double() * expected[i]
+        assert torch.equal(taken.double(), expected)
 
 
 @pytest.mark.parametrize("zero_points", [False, True])

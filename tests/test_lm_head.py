@@ -56,9 +56,9 @@ def test_the_head_weighs_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     inputs: list[torch.Tensor] = []
     handle = model.lm_head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    from hf_fastpath.activations import LayerWalk
+    from hf_fastpath.activations import random_walk
 
-    logits(model, LayerWalk(model, "model.layers")._tokens())
+    logits(model, random_walk(model, "model.layers").tokens)
     handle.remove()
     patch(model)
     expected = inputs[0][:, 1:].float().square().mean((0, 1))

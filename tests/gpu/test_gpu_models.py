@@ -130,11 +130,12 @@ def test_peak_memory_while_patching(search: str) -> None:
     patch_model(model, progress=False, scale_search=search)
     peak, end = torch.cuda.max_memory_allocated() - start, torch.cuda.memory_allocated()
     # The search's float32 copies of one chunk, and activations of the pass that measures them.
-    allowed = layer + 8 * 4 * (1 << 22) + 64e6
-    if search == "output":  # as its docstring says: states, one block's second moments, and copies of a weight
+    allowed = layer + 6 * 4 * (1 << 23) + 64e6
+    if search == "output":  # as its docstring says: states, one block's second moments, and of a weight what follows
         states = 3 * 2 * 8192 * hidden
-        moments = 4 * (3 * hidden**2 + 2 * intermediate**2)
-        allowed += states + moments + 6 * 4 * 2 * hidden * intermediate
+        moments = 4 * (3 * hidden**2 + intermediate**2)
+        # The stacked weight, its codes, its float32 error; and some copies of a group's columns.
+        allowed += states + moments + (2 + 1 + 4) * 2 * hidden * intermediate + 10 * 4 * 128 * 2 * intermediate
     assert peak < allowed
     report = fastpath_report(model)
     saved = report.bytes_before - report.bytes_after
