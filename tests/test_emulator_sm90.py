@@ -64,3 +64,34 @@ def test_a_broken_product_is_noticed(fault: int, message: str) -> None:
 def test_accumulators_hold_nothing_until_they_are_waited_for() -> None:
     out, _ = product(3, torch.float16)
     assert out.isnan().all()
+
+
+def box(fault: int, rows: int = 56, cols: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.arange(rows * cols, dtype=torch.int16).view(rows, cols)
+    return source, run("run_box", source, rows, cols, fault, out=torch.full((cols, rows), -1, dtype=torch.int16))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(64, 64), (56, 40), (8, 64)])
+def test_boxes_of_matrices_are_copied_and_transposed(rows: int, cols: int) -> None:
+    source, out = box(0, rows, cols)
+    assert torch.equal(out, source.T)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, r"stuck: .* threads wait in mbarrier_wait|reads byte \d+ of dynamic shared memory.*, which nobody wrote"),
+        (2, r"tensor_store reads byte \d+ of dynamic shared memory.*, without a proxy fence after thread \d+"),
+        (3, "ended before its tensor_store"),
+        (5, "a tensor copy that is not aligned to 1,024 bytes"),
+        (6, "uses barrier number 1 at faults_sm90.cu:.*, which is another warpgroup's"),
+    ],
+)
+def test_a_broken_copy_of_a_box_is_noticed(fault: int, message: str) -> None:
+    with pytest.raises(KernelFault, match=message):
+        box(fault)
+
+
+def test_stores_of_boxes_read_as_late_as_they_may() -> None:
+    source, out = box(4)
+    assert not torch.equal(out, source.T)

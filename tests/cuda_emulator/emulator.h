@@ -43,6 +43,10 @@ constexpr int kWarpgroupSize = 4 * kWarpSize;
 using WarpgroupLanes = void* [kWarpgroupSize];
 void warpgroup_meet(const char* what, void* data, void (*combine)(WarpgroupLanes& lanes), Site site);
 
+// A barrier of a warpgroup, one of the CTA's 15 that have a number.
+void warpgroup_barrier(int number, Site site);
+void forget_warpgroup_barriers();
+
 // The current thread stops until another one wakes it.
 void block(const char* what, Site site);
 void wake(int thread);
@@ -75,15 +79,18 @@ unsigned char* dynamic_shared();
 // A copy that other hardware than the thread makes: it reads global memory and takes the target away at once, and
 // gives it at the end; in between nobody may read or write there.
 void begin_copy(void* target, const void* source, size_t bytes);
-void end_copy(void* target, const void* data, size_t bytes);
+// `by_engine`: written by the engine that copies boxes, which wgmma sees without a fence.
+void end_copy(void* target, const void* data, size_t bytes, bool by_engine = false);
 
-// A read by wgmma, which does not see ordinary stores that no fence_proxy_async() of their thread follows.
-void check_async_read(const void* pointer, size_t bytes);
+// A read by wgmma or by a store of boxes, which do not see ordinary stores that no fence_proxy_async() of their thread
+// follows.
+void check_async_read(const void* pointer, size_t bytes, const char* reader);
 
 // ---- async_copy.cpp -------------------------------------------------------------------------------------------------
 struct Copy {
   void* target;
   std::array<unsigned char, 16> data;  // as it was when the copy was issued
+  bool by_engine = false;
 };
 void cp_async(void* target, const void* source, size_t bytes, bool valid);
 void cp_async_commit();
@@ -92,15 +99,30 @@ std::vector<Copy> take_open_copies();  // those of this thread that are in no gr
 void end_of_thread();                  // what a thread must not leave behind
 void forget_copies();                  // before a CTA begins; so for the two below
 
+// ---- tensor_copy.cpp -----------------------------------------------------------------------------------------------
+struct Matrix {
+  unsigned char* begin;
+  int64_t rows, cols, row_bytes;
+  int box_rows;
+};
+void tensor_load(void* target, const Matrix& matrix, int row, int column, const void* barrier, Site site);
+void tensor_store(const Matrix& matrix, int row, int column, const void* source);
+void tensor_stores_read();
+bool tensor_stores_under_way();
+void forget_tensor_stores();
+
 // ---- mbarrier.cpp ---------------------------------------------------------------------------------------------------
 void mbarrier_init(const void* address, int count, Site site);
 void mbarrier_arrive(const void* address, Site site);
 void mbarrier_arrive_after_copies(const void* address, Site site);
 void mbarrier_wait(const void* address, int parity, Site site);
+void mbarrier_arrive_expecting(const void* address, int bytes, Site site);
+void mbarrier_take_copies(const void* address, const std::vector<Copy>& copies, Site site);  // of a tensor_load()
 void proxy_fence();
 uint32_t proxy_fences(int thread);                   // how many a thread has passed
 void load_clock(int thread);                         // calls set_clock()
 void join_clocks_of_warp(int first, uint32_t mask);  // after a warp's barrier
+void join_clocks_of_warpgroup(int first);
 void forget_barriers();
 
 // ---- wgmma.cpp ------------------------------------------------------------------------------------------------------

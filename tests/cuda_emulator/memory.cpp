@@ -20,6 +20,7 @@ struct Access {
   int32_t thread = 0, warp = 0;
   uint32_t barriers = 0, warp_barriers = 0;
   uint32_t tick = 0, fences = 0;
+  bool by_engine = false;
 };
 
 struct Byte {
@@ -229,27 +230,28 @@ void begin_copy(void* target, const void* source, size_t bytes) {
   memset(target, 0xff, bytes);
 }
 
-void end_copy(void* target, const void* data, size_t bytes) {
+void end_copy(void* target, const void* data, size_t bytes, bool by_engine) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
   Region& region = *find(begin);
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
     Byte& byte = region.bytes[i - region.begin];
     byte.write = this_access();
+    byte.write.by_engine = by_engine;
     byte.defined = true;
     byte.under_copy = false;
   }
   memcpy(target, data, bytes);
 }
 
-void check_async_read(const void* pointer, size_t bytes) {
+void check_async_read(const void* pointer, size_t bytes, const char* reader) {
   check(pointer, bytes, false, bytes, __builtin_return_address(0));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
   const Region* region = find(begin);
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
     const Access& write = region->bytes[i - region->begin].write;
-    if (proxy_fences(write.thread) <= write.fences) {
-      return fault("wgmma reads " + place(*region, i, nullptr) + ", without a proxy fence after " + who(write) +
-                   " wrote it");
+    if (!write.by_engine && proxy_fences(write.thread) <= write.fences) {
+      return fault(std::string(reader) + " reads " + place(*region, i, nullptr) + ", without a proxy fence after " +
+                   who(write) + " wrote it");
     }
   }
 }

@@ -159,6 +159,8 @@ void run_cta() {
   forget_copies();
   forget_barriers();
   forget_wgmma();
+  forget_tensor_stores();
+  forget_warpgroup_barriers();
   while (cta.done < count && fault_message.empty()) {
     bool progress = false;
     for (int i = 0; i < count && fault_message.empty(); ++i) {
@@ -281,6 +283,31 @@ void warpgroup_meet(const char* what, void* data, void (*combine)(WarpgroupLanes
   }
   combine(lanes);
   for (int i = 0; i < kWarpgroupSize; ++i) cta.threads[first + i].state = State::kReady;
+}
+
+namespace {
+std::map<int, int> warpgroup_of_barrier;
+}
+
+void warpgroup_barrier(int number, Site site) {
+  const int self = cta.running / kWarpgroupSize;
+  if (number < 1 || number > 15) fault("uses barrier number " + std::to_string(number) + " at " + at(site));
+  if (warpgroup_of_barrier.emplace(number, self).first->second != self) {
+    fault("uses barrier number " + std::to_string(number) + " at " + at(site) + ", which is another warpgroup's");
+  }
+  const auto combine = [](WarpgroupLanes& lanes) {
+    for (void* lane : lanes) {
+      if (*static_cast<int*>(lane) != *static_cast<int*>(lanes[0]))
+        fault("threads of a barrier disagree about its number");
+    }
+    join_clocks_of_warpgroup(cta.running / kWarpgroupSize * kWarpgroupSize);
+  };
+  warpgroup_meet("bar.sync", &number, combine, site);
+  load_clock(cta.running);
+}
+
+void forget_warpgroup_barriers() {
+  warpgroup_of_barrier.clear();
 }
 
 void block(const char* what, Site site) {
