@@ -217,6 +217,7 @@ int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_cou
 }
 
 cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {
+  if (args.variant >= kFirstPrefillVariant) return launch_w4a16_prefill_sm90(args, dtype, sm_count, stream);
   if (args.variant >= kFirstSm90Variant) return launch_w4a16_gemm_sm90(args, dtype, sm_count, stream);
   if (dtype == Dtype::kFloat16) return launch_for_group<__half>(args, sm_count, stream);
   return launch_for_group<__nv_bfloat16>(args, sm_count, stream);

@@ -55,19 +55,6 @@ __global__ void __launch_bounds__(kThreads, 1) w4a16_gemm_sm90_kernel(const Gemm
 #endif
 }
 
-// Whether this GPU's code of the kernel is the one with wgmma: compiled for sm_90a, not PTX of another architecture.
-template <typename Kernel>
-bool is_for_this_gpu(Kernel kernel) {
-  int device = 0, major = 0, minor = 0;
-  cudaFuncAttributes attributes = {};
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-  if (!known) cudaGetLastError();
-  return known && major == 9 && minor == 0 && attributes.ptxVersion == 90;
-}
-
 template <typename T, int kGroup, int kVariant>
 cudaError_t launch(const GemmParams<T>& p, bool early_sum, cudaStream_t stream) {
   constexpr GemmVariant v = kGemmVariants[kVariant];
@@ -88,17 +75,11 @@ cudaError_t launch_variant(const W4A16GemmArgs& a, int sm_count, cudaStream_t st
     case 4:
       return launch<T, kGroup, 4>(p, early_sum, stream);
     case 5:
-    case 11:
+    case 7:
       return launch<T, kGroup, 5>(p, early_sum, stream);
     case 6:
-    case 12:
-      return launch<T, kGroup, 6>(p, early_sum, stream);
-    case 7:
     case 8:
-      return launch<T, kGroup, 7>(p, early_sum, stream);
-    case 9:
-    case 10:
-      return launch<T, kGroup, 9>(p, early_sum, stream);
+      return launch<T, kGroup, 6>(p, early_sum, stream);
   }
   return cudaErrorInvalidValue;
 }

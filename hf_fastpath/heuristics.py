@@ -55,7 +55,7 @@ def w4a16_variant(device_type: str, rows: int, reference: bool = False) -> W4A16
 def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
     """Whether a variant of w4a16_gemm runs on GPUs of this compute capability: its instructions and shared memory."""
     form = VARIANTS[variant]
-    if form.instruction == "wgmma":
+    if form.instruction in ("wgmma", "prefill"):
         return capability == (9, 0)
     # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a CTA, too little for a ring of tiles of 256 outputs.
     return capability >= (8, 0) and (form.outputs <= 128 or capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)))
@@ -68,7 +68,7 @@ def w4a16_gemm_variant(rows: int, out_features: int, capability: tuple[int, int]
     and where whole tiles would leave multiprocessors idle for more than a tenth of the time, K is divided.
     """
     forms = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, capability)]
-    forms = [i for i in forms if VARIANTS[i].instruction == "wgmma"] or forms
+    forms = [i for i in forms if VARIANTS[i].instruction != "mma"] or forms
     enough = min((VARIANTS[i].tokens for i in forms if VARIANTS[i].tokens >= rows), default=0)
     tokens = enough or max(VARIANTS[i].tokens for i in forms)
     forms = [i for i in forms if VARIANTS[i].tokens == tokens]

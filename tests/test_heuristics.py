@@ -22,11 +22,14 @@ def test_the_table_is_that_of_the_kernels() -> None:
     """Row tiles and token tiles in C++ are 128 outputs and 8 tokens."""
     text = (source_dir() / "w4a16" / "gemm.cuh").read_text()
     table = text[text.index("kGemmVariants[] = {") :].split("};")[0]
-    rows = re.findall(r"\{(\d+), (\d+), \d+, \d+, (true|false), (true|false), (true|false)\}", table)
-    found = [(128 * int(r), 8 * int(c), *(flag == "true" for flag in flags)) for r, c, *flags in rows]
-    assert found == [(v.outputs, v.tokens, v.split, v.exact_weights, v.early_sum) for v in VARIANTS]
-    first_wgmma = int(re.search(r"kFirstSm90Variant = (\d+)", text)[1])  # type: ignore[index]
-    assert [v.instruction for v in VARIANTS] == ["mma"] * first_wgmma + ["wgmma"] * (len(VARIANTS) - first_wgmma)
+    rows = re.findall(r"\{(\d+), (\d+), \d+, \d+, (true|false), (true|false), (true|false), (\d)\}", table)
+    found = [(128 * int(r), 8 * int(c), *(flag == "true" for flag in flags), int(s)) for r, c, *flags, s in rows]
+    assert found == [(v.outputs, v.tokens, v.split, v.exact_weights, v.early_sum, v.steps) for v in VARIANTS]
+    first = re.search(r"kFirstSm90Variant = (\d+), kFirstPrefillVariant = (\d+)", text)
+    assert first
+    wgmma, prefill = int(first[1]), int(first[2])
+    names = ["mma"] * wgmma + ["wgmma"] * (prefill - wgmma) + ["prefill"] * (len(VARIANTS) - prefill)
+    assert [v.instruction for v in VARIANTS] == names
 
 
 @pytest.mark.parametrize("gpu", [H200, A100, RTX4090])
@@ -47,13 +50,13 @@ def test_choices_on_an_h200() -> None:
     assert names == {
         (32, 2048): "wgmma_256x32_split",
         (64, 28672): "wgmma_256x64_split",
-        (128, 4096): "wgmma_128x128_split",
-        (512, 4096): "wgmma_128x128_whole",
-        (8192, 28672): "wgmma_256x128_whole",
+        (128, 4096): "prefill_128x128_split_steps2_early",
+        (512, 4096): "prefill_128x256_split_steps2_early",
+        (8192, 28672): "prefill_128x256_whole_steps2",
     }
 
 
 def test_small_shared_memory_gets_small_tiles() -> None:
     assert not w4a16_gemm_runs_on(3, (8, 9))
     assert w4a16_gemm_runs_on(3, (8, 0))
-    assert not any(w4a16_gemm_runs_on(i, (10, 0)) for i, form in enumerate(VARIANTS) if form.instruction == "wgmma")
+    assert not any(w4a16_gemm_runs_on(i, (10, 0)) for i, form in enumerate(VARIANTS) if form.instruction != "mma")

@@ -21,24 +21,28 @@ struct GemmVariant {
   bool split;                  // which schedule
   bool exact_weights;          // a group's sum is multiplied by its scale, not each weight
   bool early_sum;              // the kernel that adds the parts is launched early; compute capability 9.0
+  int steps;                   // w4a16_prefill_sm90.cu: runs of 16 columns in a group of wgmma
 };
 constexpr GemmVariant kGemmVariants[] = {
-    {1, 4, 4, 2, true, true, false},     // 0: mma.sync, 128 outputs x 32 tokens
-    {2, 4, 4, 1, true, true, false},     // 1: 256 x 32
-    {1, 8, 3, 2, true, true, false},     // 2: 128 x 64
-    {2, 8, 4, 1, true, true, false},     // 3: 256 x 64
-    {2, 4, 6, 1, true, true, false},     // 4: wgmma, 256 x 32
-    {1, 8, 6, 1, true, true, false},     // 5: 128 x 64
-    {2, 8, 5, 1, true, true, false},     // 6: 256 x 64
-    {1, 16, 5, 1, true, true, false},    // 7: 128 x 128
-    {1, 16, 5, 1, false, true, false},   // 8: 128 x 128, whole tiles
-    {2, 16, 4, 1, true, false, false},   // 9: 256 x 128
-    {2, 16, 4, 1, false, false, false},  // 10: 256 x 128, whole tiles
-    {1, 8, 6, 1, true, true, true},      // 11: 128 x 64, early sum
-    {2, 8, 5, 1, true, true, true},      // 12: 256 x 64, early sum
+    {1, 4, 4, 2, true, true, false, 0},     // 0: mma.sync, 128 outputs x 32 tokens
+    {2, 4, 4, 1, true, true, false, 0},     // 1: 256 x 32
+    {1, 8, 3, 2, true, true, false, 0},     // 2: 128 x 64
+    {2, 8, 4, 1, true, true, false, 0},     // 3: 256 x 64
+    {2, 4, 6, 1, true, true, false, 0},     // 4: wgmma, 256 x 32
+    {1, 8, 6, 1, true, true, false, 0},     // 5: 128 x 64
+    {2, 8, 5, 1, true, true, false, 0},     // 6: 256 x 64
+    {1, 8, 6, 1, true, true, true, 0},      // 7: 128 x 64, early sum
+    {2, 8, 5, 1, true, true, true, 0},      // 8: 256 x 64, early sum
+    {1, 32, 4, 1, false, false, false, 2},  // 9: prefill, 128 x 256, whole tiles
+    {1, 32, 4, 1, false, false, false, 1},  // 10: 128 x 256, groups of 16 columns
+    {1, 32, 4, 1, false, false, false, 4},  // 11: 128 x 256, groups of 64 columns
+    {2, 16, 5, 1, false, false, false, 2},  // 12: 256 x 128, whole tiles
+    {1, 16, 8, 1, false, false, false, 2},  // 13: 128 x 128, whole tiles
+    {1, 32, 4, 1, true, false, true, 2},    // 14: 128 x 256, early sum
+    {1, 16, 8, 1, true, false, true, 2},    // 15: 128 x 128, early sum
 };
 
-constexpr int kFirstSm90Variant = 4;
+constexpr int kFirstSm90Variant = 4, kFirstPrefillVariant = 9;
 static_assert(sizeof kGemmVariants / sizeof kGemmVariants[0] == kW4A16GemmVariants);
 
 template <typename T>
@@ -59,6 +63,19 @@ struct GemmParams {
 
 constexpr int kGemmWarps = 8;  // those that compute
 constexpr int kGemmThreads = 32 * kGemmWarps;
+
+// Whether this GPU's code of the kernel is the one with wgmma: compiled for sm_90a, not PTX of another architecture.
+template <typename Kernel>
+bool is_for_this_gpu(Kernel kernel) {
+  int device = 0, major = 0, minor = 0;
+  cudaFuncAttributes attributes = {};
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+                     cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+  if (!known) cudaGetLastError();
+  return known && major == 9 && minor == 0 && attributes.ptxVersion == 90;
+}
 
 inline Schedule gemm_schedule(const GemmVariant& v, int m, int n, int k, int sm_count) {
   const int rows = 16 * kGemmWarps * v.row_tiles, tokens = 8 * v.token_tiles;

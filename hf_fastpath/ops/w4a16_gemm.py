@@ -19,13 +19,15 @@ SCHEMA = (
 class GemmVariant:
     """One compiled form of the CUDA kernel; csrc/w4a16/gemm.cuh has the same table.
 
-    instruction: "mma" (mma.sync, compute capability 8.0 and newer) or "wgmma" (9.0 only).
+    instruction: "mma" (mma.sync, compute capability 8.0 and newer), "wgmma" or "prefill" (wgmma with x copied by the
+        engine for boxes of matrices; both 9.0 only).
     outputs, tokens: the tile that one CTA computes, in output features and rows of x.
     split: whether K is divided, so that all multiprocessors get equal shares however few tiles there are ("stream-K").
     exact_weights: a group's sum is multiplied by its scale in float32; else each weight, ``(q - zero) * scale``, is
         rounded to 16 bits first, to the bits of w4a16_dequantize.
     early_sum: the second kernel of split variants, which adds the parts, is launched while the first still runs
         (programmatic dependent launch).
+    steps: of "prefill", how many times 16 columns are one group of wgmma.
     """
 
     instruction: str
@@ -34,12 +36,14 @@ class GemmVariant:
     split: bool
     exact_weights: bool = True
     early_sum: bool = False
+    steps: int = 0
 
     @property
     def name(self) -> str:
         """For tables: "mma_256x64_split"."""
         schedule = "split" if self.split else "whole"
-        return f"{self.instruction}_{self.outputs}x{self.tokens}_{schedule}" + ("_early" if self.early_sum else "")
+        steps = f"_steps{self.steps}" if self.steps else ""
+        return f"{self.instruction}_{self.outputs}x{self.tokens}_{schedule}{steps}{'_early' if self.early_sum else ''}"
 
 
 VARIANTS = (
@@ -50,12 +54,15 @@ VARIANTS = (
     GemmVariant("wgmma", 256, 32, split=True),
     GemmVariant("wgmma", 128, 64, split=True),
     GemmVariant("wgmma", 256, 64, split=True),
-    GemmVariant("wgmma", 128, 128, split=True),
-    GemmVariant("wgmma", 128, 128, split=False),
-    GemmVariant("wgmma", 256, 128, split=True, exact_weights=False),
-    GemmVariant("wgmma", 256, 128, split=False, exact_weights=False),
     GemmVariant("wgmma", 128, 64, split=True, early_sum=True),
     GemmVariant("wgmma", 256, 64, split=True, early_sum=True),
+    GemmVariant("prefill", 128, 256, split=False, exact_weights=False, steps=2),
+    GemmVariant("prefill", 128, 256, split=False, exact_weights=False, steps=1),
+    GemmVariant("prefill", 128, 256, split=False, exact_weights=False, steps=4),
+    GemmVariant("prefill", 256, 128, split=False, exact_weights=False, steps=2),
+    GemmVariant("prefill", 128, 128, split=False, exact_weights=False, steps=2),
+    GemmVariant("prefill", 128, 256, split=True, exact_weights=False, early_sum=True, steps=2),
+    GemmVariant("prefill", 128, 128, split=True, exact_weights=False, early_sum=True, steps=2),
 )
 
 
