@@ -52,8 +52,6 @@ int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_cou
 cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 // w4a16_gemm_sm90.cu: the variants with wgmma, which launch_w4a16_gemm() passes on.
 cudaError_t launch_w4a16_gemm_sm90(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
-// w4a16_prefill_sm90.cu: those with wgmma for hundreds of rows and more.
-cudaError_t launch_w4a16_prefill_sm90(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
 // ---- w4a16_dequantize.cu --------------------------------------------------------------------------------------------
 struct W4A16DequantizeArgs {

@@ -296,8 +296,8 @@ __device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t* barrier, int
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Copies the map's box at (row, column) to shared memory, aligned to 1,024 bytes and swizzled as wgmma_descriptor()
-// says; zeros for what lies outside. The barrier's phase waits for its bytes.
+// Copies the map's box at (row, column) to shared memory, as its maker in tensor_map.cuh says; zeros for what lies
+// outside. The barrier's phase waits for its bytes.
 __device__ __forceinline__ void tensor_load(void* target, const TensorMap& map, int row, int column,
                                             uint64_t* barrier) {
   asm volatile(
@@ -330,6 +330,23 @@ __device__ __forceinline__ void store_transposed_8x8x4(void* row, const uint32_t
 // A barrier among the four warps of a warpgroup; each has a number of its own, from 1.
 __device__ __forceinline__ void warpgroup_barrier(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+}
+
+// ---- clusters (launch_kernel_in_clusters()) -------------------------------------------------------------------------
+// A barrier among all threads of a cluster; what they stored to shared memory before is visible after it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Reads the shared memory of another CTA of the cluster, where `own` is in this one's. That CTA must not have ended.
+__device__ __forceinline__ float4 load_from_cluster(const float4* own, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
 }
 
 }  // namespace hf_fastpath

@@ -1,5 +1,6 @@
-// Runs CUDA kernels on the CPU: what it does, not how fast. A grid runs CTA by CTA; a CTA's threads are fibers of one
-// OS thread that run until they reach a barrier or a warp-wide instruction, and meet there.
+// Runs CUDA kernels on the CPU: what it does, not how fast. A grid runs cluster by cluster, of one CTA unless the
+// launch says otherwise; a cluster's threads are fibers of one OS thread that run until they reach a barrier or a
+// warp-wide instruction, and meet there. Threads are numbered through their cluster.
 //
 // Kernels are compiled with -fsanitize=thread, not for its library but for the calls it puts before every load and
 // store: memory.cpp answers them with the checks of compute-sanitizer's memcheck, initcheck and racecheck.
@@ -27,10 +28,15 @@ std::string at(Site site);
 // ---- scheduler.cpp --------------------------------------------------------------------------------------------------
 // Every thread calls run_thread(call); `call` has `bytes` bytes, which the kernel may read, and each CTA has
 // `dynamic_bytes` of dynamic shared memory.
-cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes,
-                     size_t dynamic_bytes);
+cudaError_t run_grid(dim3 grid, dim3 block, unsigned cluster, void (*run_thread)(const void* call), const void* call,
+                     size_t bytes, size_t dynamic_bytes);
 
 void cta_barrier(Site site);
+void cluster_barrier(Site site);
+int threads_of_cta();
+int threads_of_cluster();
+int first_thread_of_warpgroup();  // of the current thread's
+bool has_ended(int rank);         // whether a CTA of the cluster has, all threads
 
 // Waits for all lanes of `mask`, then calls `combine` once with what each lane passed as `data` (nullptr outside the
 // mask).
@@ -57,9 +63,9 @@ void fault(const std::string& message);
 // The thread that runs: what the race check needs to know. `barriers` and `warp_barriers` count those passed so far.
 struct Current {
   bool in_kernel;
-  int64_t cta;
-  int thread;
-  uint32_t barriers, warp_barriers;
+  int64_t cta, cluster;
+  int thread, rank;  // rank: of the CTA in its cluster
+  uint32_t barriers, warp_barriers, cluster_barriers;
   uintptr_t stack_begin, stack_end;
   uint32_t tick, fences;  // see mbarrier.cpp
   const uint32_t* seen;
@@ -72,9 +78,11 @@ std::string thread_name(int64_t cta, int thread);
 // `code`: where in the program, for the message.
 void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code);
 void set_image(uintptr_t begin, uintptr_t end);
-void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes);
-void begin_cta();
+void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes, unsigned cluster);
+void begin_cluster();
 unsigned char* dynamic_shared();
+// Where a CTA of the cluster has what this one has at `own`.
+const void* in_cluster(const void* own, int rank, Site site);
 
 // A copy that other hardware than the thread makes: it reads global memory and takes the target away at once, and
 // gives it at the end; in between nobody may read or write there.
@@ -102,9 +110,11 @@ void forget_copies();                  // before a CTA begins; so for the two be
 // ---- tensor_copy.cpp -----------------------------------------------------------------------------------------------
 struct Matrix {
   unsigned char* begin;
-  int64_t rows, cols, row_bytes;
-  int box_rows;
+  int64_t rows, width, row_bytes;  // bytes
+  int box_rows, box_bytes;
+  bool swizzled;
 };
+// `column`: in bytes.
 void tensor_load(void* target, const Matrix& matrix, int row, int column, const void* barrier, Site site);
 void tensor_store(const Matrix& matrix, int row, int column, const void* source);
 void tensor_stores_read();

@@ -141,6 +141,21 @@ __global__ void box_kernel(const __grid_constant__ TensorMap in, const __grid_co
   }
 }
 
+enum ClusterFault { kNoClusterFault, kReadTooEarly, kEndTooEarly, kNoSuchRank, kOneStaysAway, kWriteTooEarly };
+
+// out = in, where each CTA of a cluster copies what the next one has loaded; 16 bytes a thread.
+__global__ void cluster_kernel(const float4* in, float4* out, int cluster_size, int fault) {
+  float4* own = reinterpret_cast<float4*>(dynamic_shared()) + threadIdx.x;
+  const int rank = blockIdx.x % cluster_size, next = (rank + 1) % cluster_size;
+  *own = in[blockIdx.x * blockDim.x + threadIdx.x];
+  if (fault == kOneStaysAway && blockIdx.x == 1) return;
+  if (fault != kReadTooEarly) cluster_barrier();
+  const float4 value = load_from_cluster(own, fault == kNoSuchRank ? rank + 1 : next);
+  if (fault == kWriteTooEarly) *own = value;
+  out[(blockIdx.x - rank + next) * blockDim.x + threadIdx.x] = value;
+  if (fault != kEndTooEarly) cluster_barrier();
+}
+
 }  // namespace
 }  // namespace hf_fastpath
 
@@ -158,4 +173,8 @@ EXPORT int run_box(const void* in, void* out, int rows, int cols, int fault) {
   if (const cudaError_t error = make_tensor_map(&from, in, rows, cols, 2 * cols, 64)) return error;
   if (const cudaError_t error = make_tensor_map(&to, out, cols, rows, 2 * rows, 64)) return error;
   return launch_kernel_with_shared(box_kernel, 1, 256, 2 * 64 * 128 + 8, nullptr, from, to, fault);
+}
+EXPORT int run_cluster(const void* in, void* out, int ctas, int cluster_size, int fault) {
+  return launch_kernel_in_clusters(cluster_kernel, ctas, 64, cluster_size, 64 * 16, nullptr,
+                                   static_cast<const float4*>(in), static_cast<float4*>(out), cluster_size, fault);
 }

@@ -34,7 +34,7 @@ void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& other) {
 
 Clock& my_clock() {
   if (clocks.empty()) {
-    clocks.resize(blockDim.x * blockDim.y * blockDim.z);
+    clocks.resize(threads_of_cluster());
     for (Clock& clock : clocks) clock.seen.assign(clocks.size(), 0);
   }
   return clocks[current().thread];
@@ -45,6 +45,9 @@ Barrier& find_barrier(const void* address, Site site) {
   if (found == barriers.end()) fault("uses an mbarrier at " + at(site) + " that nobody has initialized");
   const Current& now = current();
   Barrier& barrier = found->second;
+  if (barrier.init_thread / threads_of_cta() != now.rank) {
+    fault("uses an mbarrier at " + at(site) + " of another CTA of its cluster");
+  }
   if (barrier.init_thread != now.thread && barrier.init_barriers >= now.barriers) {
     fault("uses an mbarrier at " + at(site) + " without a barrier after its initialization");
   }

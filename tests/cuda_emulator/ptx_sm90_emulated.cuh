@@ -27,6 +27,10 @@ struct MatrixStore {
 };
 void combine_transposed_store(Lanes& lanes);
 
+inline Matrix matrix_of(const hf_fastpath::TensorMap& map) {
+  return {map.matrix, map.rows, map.width, map.row_bytes, map.box_rows, map.box_bytes, map.swizzled};
+}
+
 }  // namespace cuda_emulator
 
 namespace hf_fastpath {
@@ -90,11 +94,10 @@ inline void mbarrier_arrive_expecting(uint64_t* barrier, int bytes, EMULATED_SIT
   cuda_emulator::mbarrier_arrive_expecting(barrier, bytes, {file, line});
 }
 inline void tensor_load(void* target, const TensorMap& map, int row, int column, uint64_t* barrier, EMULATED_SITE) {
-  cuda_emulator::tensor_load(target, {map.matrix, map.rows, map.cols, map.row_bytes, map.box_rows}, row, column,
-                             barrier, {file, line});
+  cuda_emulator::tensor_load(target, cuda_emulator::matrix_of(map), row, column * map.unit, barrier, {file, line});
 }
 inline void tensor_store(const TensorMap& map, int row, int column, const void* source) {
-  cuda_emulator::tensor_store({map.matrix, map.rows, map.cols, map.row_bytes, map.box_rows}, row, column, source);
+  cuda_emulator::tensor_store(cuda_emulator::matrix_of(map), row, column * map.unit, source);
 }
 inline void tensor_stores_read() {
   cuda_emulator::tensor_stores_read();
@@ -107,6 +110,13 @@ inline void store_transposed_8x8x4(void* row, const uint32_t (&matrices)[4], EMU
 }
 inline void warpgroup_barrier(int number, EMULATED_SITE) {
   cuda_emulator::warpgroup_barrier(number, {file, line});
+}
+
+inline void cluster_barrier(EMULATED_SITE) {
+  cuda_emulator::cluster_barrier({file, line});
+}
+inline float4 load_from_cluster(const float4* own, int rank, EMULATED_SITE) {
+  return *static_cast<const float4*>(cuda_emulator::in_cluster(own, rank, {file, line}));
 }
 
 }  // namespace hf_fastpath

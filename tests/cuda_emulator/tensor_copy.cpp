@@ -1,4 +1,5 @@
-// Copies of boxes of a matrix between global and shared memory (cp.async.bulk.tensor with the 128-byte swizzle). Loads
+// Copies of boxes of a matrix between global and shared memory (cp.async.bulk.tensor, with the 128-byte swizzle or
+// none). Loads
 // end with the phase of their barrier, stores when their thread waits for them: as late as the PTX ISA allows.
 #include <cstring>
 #include <map>
@@ -9,8 +10,7 @@
 namespace cuda_emulator {
 namespace {
 
-constexpr int kBoxCols = 64, kChunk = 8;  // 16 bytes
-constexpr uintptr_t kAlignment = 1024;
+constexpr int kChunk = 16;  // bytes
 
 struct Store {
   Matrix matrix;
@@ -22,12 +22,16 @@ std::map<int, std::vector<Store>> stores;  // of a thread, not yet waited for
 // Calls per_chunk(place in shared memory, place in the matrix or nullptr) for each 16 bytes of a box.
 template <typename PerChunk>
 void for_each_chunk(const Matrix& m, int row, int column, unsigned char* box, PerChunk per_chunk) {
-  if (reinterpret_cast<uintptr_t>(box) % kAlignment) fault("a tensor copy that is not aligned to 1,024 bytes");
+  const uintptr_t alignment = m.swizzled ? 1024 : 128;
+  if (reinterpret_cast<uintptr_t>(box) % alignment) {
+    fault("a tensor copy that is not aligned to " + std::string(m.swizzled ? "1,024" : "128") + " bytes");
+  }
   for (int i = 0; i < m.box_rows; ++i) {
-    for (int c = 0; c < kBoxCols / kChunk; ++c) {
-      const int64_t r = int64_t{row} + i, k = int64_t{column} + c * kChunk;
-      const bool inside = r >= 0 && r < m.rows && k >= 0 && k < m.cols;
-      per_chunk(box + i * 128 + (c ^ i % 8) * 16, inside ? m.begin + r * m.row_bytes + 2 * k : nullptr);
+    for (int c = 0; c < m.box_bytes / kChunk; ++c) {
+      const int64_t r = int64_t{row} + i, byte = int64_t{column} + c * kChunk;
+      const bool inside = r >= 0 && r < m.rows && byte >= 0 && byte < m.width;
+      const int place = m.swizzled ? c ^ i % 8 : c;
+      per_chunk(box + i * m.box_bytes + place * kChunk, inside ? m.begin + r * m.row_bytes + byte : nullptr);
     }
   }
 }

@@ -29,7 +29,7 @@ struct Warpgroup {
 std::map<int, Warpgroup> warpgroups;
 
 Warpgroup& my_warpgroup() {
-  return warpgroups[current().thread / kWarpgroupSize];
+  return warpgroups[first_thread_of_warpgroup()];
 }
 
 // The 16 bytes of row `token` that hold columns 8 * chunk ... + 7 of the operand.
