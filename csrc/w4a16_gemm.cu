@@ -11,63 +11,63 @@
 #include "common/dequant.cuh"
 #include "common/memory.cuh"
 #include "kernels.h"
-#include "w4a16/gemm.cuh"
+#include "w4a16/stream_k.cuh"
 
 namespace hf_fastpath {
 namespace {
 
-// One stage of the ring. [row tile of a warp][warp] comes first everywhere: a warp's part is its own.
-template <int kGroup, int kRowTiles, int kTokenTiles>
+// One stage of the ring. [warp] comes first everywhere: a warp's part is its own.
+template <int kGroup, int kTokenTiles>
 struct __align__(128) Stage {
   static constexpr int kGroups = kUnitCols / kGroup;
-  uint4 weights[kRowTiles][kGemmWarps][2][32];
+  uint4 weights[kGemmWarps][2][32];
   // Token-major; the four runs of 32 columns of a token are 64 bytes each, and odd tokens have them swapped in pairs,
   // so that the eight lanes that read 16 bytes together, four of each of two tokens, meet no bank twice.
   uint4 x[8 * kTokenTiles][16];
-  uint16_t scales[kRowTiles][kGemmWarps][kGroups][16];
-  uint8_t zeros[kRowTiles][kGemmWarps][kGroups][16];
+  uint16_t scales[kGemmWarps][kGroups][16];
+  uint8_t zeros[kGemmWarps][kGroups][16];
 };
 
 __device__ __forceinline__ int x_chunk(int token, int chunk) {
   return chunk ^ (token % 2 * 4);
 }
 
-// What a warp copies of the weights, scales and zeros of each unit of one tile of outputs: what it will read.
-template <int kGroup, int kRowTiles>
+// What a lane copies of its warp's weights, scales and zeros of each unit of one tile of outputs. Beyond the last row
+// tile there is that once more, which nobody stores; beyond the last column there is the last tile of columns, which
+// meets zeros of x.
+template <int kGroup>
 struct WeightShare {
   static constexpr int kGroups = kUnitCols / kGroup;
-  TileSource<kGemmWarps> tiles;
-  int first_tile;
+  const uint4* first;   // in the first column of tiles
+  int64_t first_group;  // of the row tile
 
   template <typename T>
-  __device__ __forceinline__ WeightShare(const GemmParams<T>& p, int row_block, int warp, int lane)
-      : tiles(p, row_block * kRowTiles * kGemmWarps + warp, lane),
-        first_tile(row_block * kRowTiles * kGemmWarps + warp) {}
+  __device__ __forceinline__ WeightShare(const GemmParams<T>& p, int row_block, int warp, int lane) {
+    const int64_t row_tile = min(row_block * kGemmWarps + warp, p.row_tiles - 1);
+    first = p.qweight + row_tile * p.col_tiles * 32 + lane;
+    first_group = row_tile * p.groups;
+  }
 
   template <typename T, int kTokenTiles>
-  __device__ __forceinline__ void copy(Stage<kGroup, kRowTiles, kTokenTiles>& stage, const GemmParams<T>& p, int unit,
-                                       int warp, int lane, uint64_t policy) const {
-    const int i = lane % 16 / 2, group = min(unit * kGroups + i, p.groups - 1);
-    const unsigned char* columns[2] = {tiles.column(p, unit * 2), tiles.column(p, unit * 2 + 1)};
+  __device__ __forceinline__ void copy(Stage<kGroup, kTokenTiles>& stage, const GemmParams<T>& p, int unit, int warp,
+                                       int lane, uint64_t policy) const {
+    const int i = lane % 16 / 2;
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        cp_async16_once(&stage.weights[r][warp][c][lane], tiles.at(columns[c], r), policy);
-      }
-      const int row_tile = min(first_tile + r * kGemmWarps, p.row_tiles - 1);
-      const int64_t first = (static_cast<int64_t>(row_tile) * p.groups + group) * 16;
-      if (lane < 2 * kGroups) {
-        cp_async16(&stage.scales[r][warp][i][lane % 2 * 8], p.scales + first + lane % 2 * 8);
-      } else if (lane >= 16 && lane < 16 + 2 * kGroups && lane % 2 == 0 && p.zeros) {
-        cp_async16(&stage.zeros[r][warp][i][0], p.zeros + first);
-      }
+    for (int c = 0; c < 2; ++c) {
+      const int64_t column = min(unit * 2 + c, p.col_tiles - 1);
+      cp_async16_once(&stage.weights[warp][c][lane], first + column * 32, policy);
+    }
+    const int64_t group = (first_group + min(unit * kGroups + i, p.groups - 1)) * 16;
+    if (lane < 2 * kGroups) {
+      cp_async16(&stage.scales[warp][i][lane % 2 * 8], p.scales + group + lane % 2 * 8);
+    } else if (lane >= 16 && lane < 16 + 2 * kGroups && lane % 2 == 0 && p.zeros) {
+      cp_async16(&stage.zeros[warp][i][0], p.zeros + group);
     }
   }
 };
 
-template <typename T, int kGroup, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void load_x(Stage<kGroup, kRowTiles, kTokenTiles>& stage, const GemmParams<T>& p,
+template <typename T, int kGroup, int kTokenTiles>
+__device__ __forceinline__ void load_x(Stage<kGroup, kTokenTiles>& stage, const GemmParams<T>& p,
                                        int token_block, int unit, int thread) {
   constexpr int kTokensAtOnce = kGemmThreads / 16;
   const int chunk = thread % 16, col = unit * kUnitCols + chunk * 8;
@@ -85,64 +85,51 @@ __device__ __forceinline__ void load_x(Stage<kGroup, kRowTiles, kTokenTiles>& st
   }
 }
 
-// acc += scale * (the unit's products), for the warp's row tiles and all tokens.
-template <typename T, int kGroup, int kRowTiles, int kTokenTiles>
-__device__ __forceinline__ void multiply_unit(float (&acc)[kRowTiles][kTokenTiles][4],
-                                              const Stage<kGroup, kRowTiles, kTokenTiles>& stage, bool has_zeros,
-                                              int warp, int lane) {
+// acc += scale * (the unit's products), for the warp's row tile and all tokens.
+template <typename T, int kGroup, int kTokenTiles>
+__device__ __forceinline__ void multiply_unit(float (&acc)[kTokenTiles][4], const Stage<kGroup, kTokenTiles>& stage,
+                                              bool has_zeros, int warp, int lane) {
   constexpr int kGroups = kUnitCols / kGroup, kHalves = kGroup / 32;  // runs of 32 columns: half a packed tile
   const int g = lane / 4, t = lane % 4;
-  uint4 words[kRowTiles];
+  uint4 words;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
-    float sum[kRowTiles][kTokenTiles][4] = {};
-    uint32_t zero_lo[kRowTiles], zero_hi[kRowTiles];
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      zero_lo[r] = zero_pair<T>(has_zeros ? stage.zeros[r][warp][group][g] : 8);
-      zero_hi[r] = zero_pair<T>(has_zeros ? stage.zeros[r][warp][group][g + 8] : 8);
-    }
+    float sum[kTokenTiles][4] = {};
+    const uint32_t zero_lo = zero_pair<T>(has_zeros ? stage.zeros[warp][group][g] : 8);
+    const uint32_t zero_hi = zero_pair<T>(has_zeros ? stage.zeros[warp][group][g + 8] : 8);
 #pragma unroll
     for (int half = group * kHalves; half < (group + 1) * kHalves; ++half) {
-      uint32_t a[kRowTiles][2][4];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        if (half % 2 == 0) words[r] = stage.weights[r][warp][half / 2][lane];
-        int4_fragment<T>(half % 2 ? words[r].z : words[r].x, zero_lo[r], zero_hi[r], a[r][0]);
-        int4_fragment<T>(half % 2 ? words[r].w : words[r].y, zero_lo[r], zero_hi[r], a[r][1]);
-      }
+      uint32_t a[2][4];
+      if (half % 2 == 0) words = stage.weights[warp][half / 2][lane];
+      int4_fragment<T>(half % 2 ? words.z : words.x, zero_lo, zero_hi, a[0]);
+      int4_fragment<T>(half % 2 ? words.w : words.y, zero_lo, zero_hi, a[1]);
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) {
         const uint4 b = stage.x[8 * c + g][x_chunk(g, 4 * half + t)];
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) mma_m16n8k16<T>(sum[r][c], a[r][0], b.x, b.y);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) mma_m16n8k16<T>(sum[r][c], a[r][1], b.z, b.w);
+        mma_m16n8k16<T>(sum[c], a[0], b.x, b.y);
+        mma_m16n8k16<T>(sum[c], a[1], b.z, b.w);
       }
     }
+    const float scale_lo = bits_to_float<T>(stage.scales[warp][group][g]);
+    const float scale_hi = bits_to_float<T>(stage.scales[warp][group][g + 8]);
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const float scale_lo = bits_to_float<T>(stage.scales[r][warp][group][g]);
-      const float scale_hi = bits_to_float<T>(stage.scales[r][warp][group][g + 8]);
+    for (int c = 0; c < kTokenTiles; ++c) {
 #pragma unroll
-      for (int c = 0; c < kTokenTiles; ++c) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[r][c][i] = fmaf(sum[r][c][i], i < 2 ? scale_lo : scale_hi, acc[r][c][i]);
-      }
+      for (int i = 0; i < 4; ++i) acc[c][i] = fmaf(sum[c][i], i < 2 ? scale_lo : scale_hi, acc[c][i]);
     }
   }
 }
 
-template <typename T, int kGroup, int kRowTiles, int kTokenTiles, int kStages, int kCtasPerSm>
-__global__ void __launch_bounds__(kGemmThreads, kCtasPerSm) w4a16_gemm_kernel(const GemmParams<T> p) {
-  auto* stages = reinterpret_cast<Stage<kGroup, kRowTiles, kTokenTiles>*>(dynamic_shared());
+template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm>
+__global__ void __launch_bounds__(kGemmThreads, kCtasPerSm) w4a16_gemm_kernel(const StreamKParams<T> p) {
+  auto* stages = reinterpret_cast<Stage<kGroup, kTokenTiles>*>(dynamic_shared());
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const uint64_t policy = evict_first_policy();
   Cursor now(p.schedule, blockIdx.x);
   Cursor ahead = now;
   const Place place = p.schedule.place(ahead.tile);
   int token_block = place.token_block;
-  WeightShare<kGroup, kRowTiles> weights(p, place.row_block, warp, lane);
+  WeightShare<kGroup> weights(p, place.row_block, warp, lane);
   const auto load_next = [&](int stage) {
     if (ahead.left) {
       weights.copy(stages[stage], p, ahead.unit, warp, lane, policy);
@@ -150,14 +137,14 @@ __global__ void __launch_bounds__(kGemmThreads, kCtasPerSm) w4a16_gemm_kernel(co
       if (ahead.advance(p.schedule)) {
         const Place next = p.schedule.place(ahead.tile);
         token_block = next.token_block;
-        weights = WeightShare<kGroup, kRowTiles>(p, next.row_block, warp, lane);
+        weights = WeightShare<kGroup>(p, next.row_block, warp, lane);
       }
     }
     cp_async_commit();  // even an empty group: cp_async_wait() counts them
   };
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
-  float acc[kRowTiles][kTokenTiles][4] = {};
+  float acc[kTokenTiles][4] = {};
   int stage = 0;
   while (now.left) {
     for (bool ended = false; !ended;) {
@@ -171,35 +158,26 @@ __global__ void __launch_bounds__(kGemmThreads, kCtasPerSm) w4a16_gemm_kernel(co
     }
     store_tile(acc, p, now, blockIdx.x, thread);
 #pragma unroll
-    for (int i = 0; i < kRowTiles * kTokenTiles * 4; ++i) acc[i / (kTokenTiles * 4)][i / 4 % kTokenTiles][i % 4] = 0;
+    for (int i = 0; i < kTokenTiles * 4; ++i) acc[i / 4][i % 4] = 0;
     now.advance(p.schedule);
   }
 }
 
 template <typename T, int kGroup, int kVariant>
-cudaError_t launch(const GemmParams<T>& p, cudaStream_t stream) {
+cudaError_t launch(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
   constexpr GemmVariant v = kGemmVariants[kVariant];
-  constexpr int kBytes = v.stages * sizeof(Stage<kGroup, v.row_tiles, v.token_tiles>);
+  constexpr int kBytes = v.stages * sizeof(Stage<kGroup, v.token_tiles>);
+  const StreamKParams<T> p{gemm_params<T>(a), reinterpret_cast<float4*>(a.workspace),
+                           gemm_schedule(v, a.m, a.n, a.k, sm_count)};
+  const auto kernel = w4a16_gemm_kernel<T, kGroup, v.token_tiles, v.stages, v.ctas_per_sm>;
   const cudaError_t error =
-      launch_kernel_with_shared(w4a16_gemm_kernel<T, kGroup, v.row_tiles, v.token_tiles, v.stages, v.ctas_per_sm>,
-                                p.schedule.ctas, kGemmThreads, kBytes, stream, p);
-  return error == cudaSuccess ? launch_gemm_sum<T, v.row_tiles, v.token_tiles>(p, false, stream) : error;
+      launch_kernel_with_shared(kernel, p.schedule.ctas, kGemmThreads, kBytes, stream, p);
+  return error == cudaSuccess ? launch_gemm_sum<T, v.token_tiles>(p, stream) : error;
 }
 
 template <typename T, int kGroup>
 cudaError_t launch_variant(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
-  const GemmParams<T> p = gemm_params<T>(a, sm_count);
-  switch (a.variant) {
-    case 0:
-      return launch<T, kGroup, 0>(p, stream);
-    case 1:
-      return launch<T, kGroup, 1>(p, stream);
-    case 2:
-      return launch<T, kGroup, 2>(p, stream);
-    case 3:
-      return launch<T, kGroup, 3>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return a.variant == 0 ? launch<T, kGroup, 0>(a, sm_count, stream) : launch<T, kGroup, 1>(a, sm_count, stream);
 }
 
 template <typename T>
@@ -212,8 +190,9 @@ cudaError_t launch_for_group(const W4A16GemmArgs& a, int sm_count, cudaStream_t 
 }  // namespace
 
 int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_count) {
+  if (variant >= kFirstSm90Variant) return 0;
   const GemmVariant& v = kGemmVariants[variant];
-  return partial_floats(gemm_schedule(v, m, n, k, sm_count), v.row_tiles, v.token_tiles);
+  return partial_floats(gemm_schedule(v, m, n, k, sm_count), v.token_tiles);
 }
 
 cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {

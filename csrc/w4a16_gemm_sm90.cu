@@ -1,54 +1,91 @@
-// y = x @ W.T + bias for many rows of x and W packed int4 (hf_fastpath/packing.py), by wgmma: compute capability 9.0.
+// y = x @ W.T + bias for more than 16 rows of x, W packed int4 (hf_fastpath/packing.py), by wgmma: compute capability
+// 9.0.
 //
-// A warpgroup of producers fills a ring of stages of 128 columns in shared memory; two warpgroups of consumers
-// multiply. The packed weights are the A operand: a lane reads its 16 bytes of a tile from shared memory and expands
-// them in registers, where wgmma takes them, so a 16-bit weight is never in any memory. While one group of wgmma runs,
-// the next fragments are expanded.
+// One warp fills a ring of stages of 64 columns in shared memory; two warpgroups multiply. All that a stage holds
+// arrives by the engine that copies boxes of matrices, as it is in global memory, so that what is under way needs no
+// registers: loads to registers that a loop keeps under way share scoreboards, where each waits for all.
 //
-// The order of columns inside a fragment is the weights' (see packing.py: a lane has eight neighbouring columns), so
-// the B operand, x, must have it too. Producers load x into registers and store its pairs of columns where they belong.
+// The packed weights are the A operand: a lane reads its 16 bytes of a tile, exchanges a few bits with its neighbours
+// so that their columns have the order of x, and expands them in registers, where wgmma takes them. A weight is scaled
+// and rounded to 16 bits there, as w4a16_dequantize does: with the scale applied to sums instead, a lane would need
+// twice the registers for them.
+//
+// Where there are fewer tiles than multiprocessors, the CTAs of a cluster divide a tile's K and add their parts through
+// each other's shared memory, in the order of K: the order of a sum depends on the shape and the variant, never on
+// timing.
+#include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "common/ptx_sm90.cuh"
 #include "kernels.h"
-#include "w4a16/consume_sm90.cuh"
 #include "w4a16/gemm.cuh"
-#include "w4a16/produce_sm90.cuh"
+#include "w4a16/sm90_consume.cuh"
+#include "w4a16/sm90_stage.cuh"
+#include "w4a16/sm90_store.cuh"
+
+#include <type_traits>
 
 namespace hf_fastpath {
 namespace {
 
-constexpr int kThreads = kProducerThreads + kGemmThreads;
+// A ninth warp is the third of its scheduler, whose registers are shared equally at the start: 168 for each thread.
+// Where accumulators need more, the producer has three idle companions, and the four give away what they do not need.
+template <int kCtasPerSm>
+constexpr int kThreads = kGemmThreads + (kCtasPerSm == 1 ? 128 : 32);
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-template <typename T, int kGroup, int kVariant>
-__global__ void __launch_bounds__(kThreads, 1) w4a16_gemm_sm90_kernel(const GemmParams<T> p) {
+struct NoBuffer {};
+
+// Tiles of few tokens are stored from registers: a CTA of theirs leaves room for another, which may be the next
+// kernel's.
+template <int kGroup, int kTokenTiles, int kStages>
+struct Shared {
+  static constexpr bool kHasOutput = kTokenTiles >= 16;
+  Sm90Stage<kGroup, kTokenTiles> stages[kStages];
+  std::conditional_t<kHasOutput, OutputBuffer<kTokenTiles>, NoBuffer> output;
+  uint64_t full[kStages], empty[kStages];
+};
+
+template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm>
+__global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
+    w4a16_gemm_sm90_kernel(const __grid_constant__ Sm90Params<T> params) {
 #ifdef HF_FASTPATH_SM90A
-  constexpr GemmVariant v = kGemmVariants[kVariant];
-  // Of the 168 registers that each of 384 threads has at the start, producers give some to consumers. kXRegisters of
-  // the producers' are for x that is under way.
-  constexpr int kProducerRegisters = v.exact_weights ? 104 : 88, kConsumerRegisters = v.exact_weights ? 200 : 208;
-  constexpr int kXRegisters = v.exact_weights ? 64 : 32;
-  using Stage = Sm90Stage<kGroup, v.row_tiles, v.token_tiles>;
-  unsigned char* shared = dynamic_shared();
-  auto* stages = reinterpret_cast<Stage*>(shared);
-  auto* full = reinterpret_cast<uint64_t*>(shared + v.stages * sizeof(Stage));
-  auto* empty = full + v.stages;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < v.stages; ++i) {
-      mbarrier_init(full + i, kFillArrivals);
-      mbarrier_init(empty + i, kGemmWarps);
+  using Memory = Shared<kGroup, kTokenTiles, kStages>;
+  auto& shared = *reinterpret_cast<Memory*>(dynamic_shared());
+  static_assert(sizeof shared.stages >= kTokenTiles * kGemmThreads * sizeof(float4));  // for store_sum_of_cluster()
+  const int thread = threadIdx.x, cta = blockIdx.x;
+  if (thread == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(shared.full + i, kFillArrivals);
+      mbarrier_init(shared.empty + i, kGemmWarps);
     }
     fence_mbarrier_init();
   }
   __syncthreads();
-  let_next_kernel_begin();
-  const int cta = blockIdx.x;
-  if (threadIdx.x < kProducerThreads) {
-    give_registers<kProducerRegisters>();
-    produce<kXRegisters, T, kGroup, v.row_tiles, v.token_tiles, v.stages>(stages, full, empty, p, cta, threadIdx.x);
+  const bool whole = params.schedule.splits == 1;
+  if (thread >= kGemmThreads) {
+    if constexpr (kCtasPerSm == 1) give_registers<kProducerRegisters>();
+    if (thread < kGemmThreads + 32) {
+      produce<T, kGroup, kTokenTiles, kStages>(shared.stages, shared.full, shared.empty, params, cta,
+                                               thread - kGemmThreads);
+    }
+    if (whole) return;
+    wait_for_ring();
+    wait_for_parts();
+    wait_for_readers();
   } else {
-    take_registers<kConsumerRegisters>();
-    consume<T, kGroup, v.row_tiles, v.token_tiles, v.stages, v.exact_weights>(stages, full, empty, p, cta,
-                                                                              threadIdx.x - kProducerThreads);
+    if constexpr (kCtasPerSm == 1) take_registers<kConsumerRegisters>();
+    float acc[kTokenTiles][4];
+    const auto store_tile = [&](const float (&tile)[kTokenTiles][4], const Place& place) {
+      if (!whole) return;
+      if constexpr (Memory::kHasOutput) {
+        if (params.y_mapped) return store_boxes(tile, shared.output, params, place, thread);
+      }
+      store_fragments(tile, params.gemm, place, thread);
+    };
+    consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty, params, cta, thread,
+                                             store_tile);
+    if (Memory::kHasOutput && thread % 128 == 0) tensor_stores_read();  // before the buffer is gone
+    if (!whole) store_sum_of_cluster(acc, reinterpret_cast<float4*>(shared.stages), params, cta, thread);
   }
 #else
   __trap();  // launch() refuses before
@@ -68,37 +105,59 @@ bool is_for_this_gpu(Kernel kernel) {
   return known && major == 9 && minor == 0 && attributes.ptxVersion == 90;
 }
 
-template <typename T, int kGroup, int kVariant>
-cudaError_t launch(const GemmParams<T>& p, bool early_sum, cudaStream_t stream) {
-  constexpr GemmVariant v = kGemmVariants[kVariant];
-  constexpr int kBytes = v.stages * (sizeof(Sm90Stage<kGroup, v.row_tiles, v.token_tiles>) + 2 * sizeof(uint64_t));
-  static_assert(kBytes <= 227 * 1024);
-  const auto kernel = w4a16_gemm_sm90_kernel<T, kGroup, kVariant>;
-  if (!is_for_this_gpu(kernel)) return cudaErrorNoKernelImageForDevice;
-  const cudaError_t error = launch_kernel_with_shared(kernel, p.schedule.ctas, kThreads, kBytes, stream, p);
-  return error == cudaSuccess ? launch_gemm_sum<T, v.row_tiles, v.token_tiles>(p, early_sum, stream) : error;
+template <typename T, int kGroup>
+cudaError_t make_params(Sm90Params<T>& params, const W4A16GemmArgs& a, int sm_count) {
+  constexpr int kGroups = Sm90Stage<kGroup, 4>::kGroups;
+  const GemmVariant& v = kGemmVariants[a.variant];
+  params.gemm = gemm_params<T>(a);
+  params.schedule = cluster_schedule(gemm_tiles(v, a.m, a.n, a.k), v.splits, v.ctas_per_sm * sm_count);
+  const GemmParams<T>& p = params.gemm;
+  const int tokens = 8 * v.token_tiles;
+  const int64_t row_bytes = a.m == 1 ? (a.k + 7) / 8 * 16 : 2 * a.x_row_stride;
+  params.x_mapped = p.x_aligned && row_bytes >= 2 * int64_t{a.k};
+  params.y_mapped = a.n % 8 == 0 && aligned_to(a.y, 16);
+  const int64_t groups = p.groups;
+  const int64_t weight_bytes = int64_t{p.col_tiles} * 512;
+  cudaError_t error = make_row_map(&params.weights, a.qweight, p.row_tiles, weight_bytes, kGemmWarps, 512);
+  if (error == cudaSuccess)
+    error = make_row_map(&params.scales, a.scales, p.row_tiles, groups * 32, kGemmWarps, kGroups * 32);
+  if (error == cudaSuccess && a.zeros)
+    error = make_row_map(&params.zeros, a.zeros, p.row_tiles, groups * 16, kGemmWarps, kGroups * 16);
+  if (error == cudaSuccess && params.x_mapped) error = make_tensor_map(&params.x, a.x, a.m, a.k, row_bytes, tokens);
+  if (error == cudaSuccess && params.y_mapped)
+    error = make_tensor_map(&params.y, a.y, a.m, a.n, 2 * int64_t{a.n}, tokens);
+  return error;
 }
 
-// Variants that differ in nothing but how they are launched share a kernel.
+template <typename T, int kGroup, int kVariant>
+cudaError_t launch(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
+  constexpr GemmVariant v = kGemmVariants[kVariant];
+  constexpr int kBytes = sizeof(Shared<kGroup, v.token_tiles, v.stages>);
+  static_assert(kBytes <= (v.ctas_per_sm == 1 ? 227 : 113) * 1024);
+  // Half the registers of a multiprocessor do not hold the sums of 64 tokens and twice the scales besides.
+  constexpr int kCtasPerSm = kGroup == 32 && v.token_tiles == 8 ? 1 : v.ctas_per_sm;
+  const auto kernel = w4a16_gemm_sm90_kernel<T, kGroup, v.token_tiles, v.stages, kCtasPerSm>;
+  if (!is_for_this_gpu(kernel)) return cudaErrorNoKernelImageForDevice;
+  Sm90Params<T> params = {};
+  const cudaError_t error = make_params<T, kGroup>(params, a, sm_count);
+  if (error != cudaSuccess) return error;
+  const ClusterSchedule& s = params.schedule;
+  const int ctas = s.clusters * s.splits;
+  return launch_kernel_in_clusters(kernel, ctas, kThreads<kCtasPerSm>, s.splits, kBytes, stream, params);
+}
+
+// Variants that differ in nothing but the cluster share a kernel.
 template <typename T, int kGroup>
 cudaError_t launch_variant(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
-  const GemmParams<T> p = gemm_params<T>(a, sm_count);
-  const bool early_sum = kGemmVariants[a.variant].early_sum;
-  switch (a.variant) {
+  switch (kGemmVariants[a.variant].token_tiles) {
     case 4:
-      return launch<T, kGroup, 4>(p, early_sum, stream);
-    case 5:
-    case 11:
-      return launch<T, kGroup, 5>(p, early_sum, stream);
-    case 6:
-    case 12:
-      return launch<T, kGroup, 6>(p, early_sum, stream);
-    case 7:
+      return launch<T, kGroup, 2>(a, sm_count, stream);
     case 8:
-      return launch<T, kGroup, 7>(p, early_sum, stream);
-    case 9:
-    case 10:
-      return launch<T, kGroup, 9>(p, early_sum, stream);
+      return launch<T, kGroup, 6>(a, sm_count, stream);
+    case 16:
+      return launch<T, kGroup, 10>(a, sm_count, stream);
+    case 32:
+      return launch<T, kGroup, 13>(a, sm_count, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import math
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_fastpath.build import load_library
+from hf_fastpath.eval.sizes import parse_rows, parse_shapes
 from hf_fastpath.heuristics import w4a16_gemm_runs_on
 from hf_fastpath.ops import attn_decode_int8, w4a16_dequantize, w4a16_gemm, w4a16_linear
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
@@ -50,6 +52,7 @@ LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
     (2048, 6144),
     (2048, 2048),
 ]
+LINEAR_ROWS = (1, 16)
 GEMM_ROWS = (32, 64, 128, 512, 2048, 8192)
 GROUP = 128
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -58,6 +61,18 @@ REPLAYS = 60
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to measure of the products. rows: None for those of the op; impls: parts of names, empty for all."""
+
+    rows: tuple[int, ...] | None = None
+    shapes: tuple[tuple[int, int], ...] = tuple(LINEAR_SHAPES)
+    impls: tuple[str, ...] = ()
+
+    def has(self, impl: str) -> bool:
+        return not self.impls or any(part in impl for part in self.impls)
 
 
 def measure(calls: list[Call]) -> list[float]:
@@ -135,9 +150,9 @@ def cublas_call(x: torch.Tensor, k: int, n: int) -> Call:
     return lambda: F.linear(x, w)
 
 
-def linear_rows() -> Iterator[Row]:
-    for k, n in LINEAR_SHAPES:
-        for m in (1, 16):
+def linear_rows(wanted: Wanted) -> Iterator[Row]:
+    for k, n in wanted.shapes:
+        for m in wanted.rows or LINEAR_ROWS:
             x = bf16(m, k)
             size = {"m": m, "k": k, "n": n}
             ends = 2 * m * (k + n)
@@ -147,20 +162,24 @@ def linear_rows() -> Iterator[Row]:
                 ("tinygemm_int4", n * k // 2 + 4 * groups, tinygemm_call),
                 ("cublas_bf16", 2 * n * k, cublas_call),
             ):
+                if not wanted.has(impl):
+                    continue
                 yield result("linear", impl, size, moved + ends, lambda make=make, x=x, k=k, n=n: make(x, k, n))  # type: ignore[misc]
 
 
-def gemm_rows() -> Iterator[Row]:
+def gemm_rows(wanted: Wanted) -> Iterator[Row]:
     fitting = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, torch.cuda.get_device_capability())]
-    for k, n in LINEAR_SHAPES:
+    for k, n in wanted.shapes:
         int4_bytes = n * k // 2 + 2 * (n * k // GROUP)
         impls: list[tuple[str, int, Callable[..., Call]]] = [
             (f"gemm_{VARIANTS[i].name}", int4_bytes, partial(gemm_call, i)) for i in fitting
         ]
         impls += [("dequantize_cublas", int4_bytes, dequantize_call), ("cublas_bf16", 2 * n * k, cublas_call)]
-        for m in GEMM_ROWS:
+        for m in wanted.rows or GEMM_ROWS:
             x = bf16(m, k)
             for impl, moved, make in impls:
+                if not wanted.has(impl):
+                    continue
                 yield result("gemm", impl, {"m": m, "k": k, "n": n}, moved + 2 * m * (k + n), partial(make, x, k, n))
 
 
@@ -177,7 +196,8 @@ def sdpa_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
     return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def attention_rows() -> Iterator[Row]:
+def attention_rows(wanted: Wanted) -> Iterator[Row]:
+    """``wanted`` is about products."""
     for batch in (1, 8):
         for tokens in (1024, 4096, 32768):
             query = bf16(batch, HEADS, DIM)
@@ -224,11 +244,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the GPU ops; see the top of the file for the columns.")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
     parser.add_argument("--only", choices=PARTS, help="one of the ops (default: all)")
+    parser.add_argument("--rows", type=parse_rows, help="rows of x of the products: 512,2048 (default: each op's own)")
+    parser.add_argument(
+        "--shapes", type=parse_shapes, default=tuple(LINEAR_SHAPES), help="in x out features: 4096x28672,4096x4096"
+    )
+    parser.add_argument("--impls", default="", help="parts of implementations' names: prefill,cublas (default: all)")
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
     loaded = load_library()
     if not loaded.loaded:
         raise SystemExit(f"bench_ops: {loaded.reason}")
+    wanted = Wanted(arguments.rows, arguments.shapes, tuple(part for part in arguments.impls.split(",") if part))
     torch.manual_seed(0)
     rate = copy_rate()
     machine = {
@@ -242,12 +268,12 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for rows in [PARTS[arguments.only]] if arguments.only else PARTS.values():
-            for row in rows():
+            for row in rows(wanted):
                 row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
                 row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
                 writer.writerow(row | machine)
                 size = " ".join(f"{name}={row[name]}" for name in COLUMNS[2:8] if name in row)
-                print(f"{row['impl']:22} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
+                print(f"{row['impl']:40} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -173,9 +173,10 @@ def bench_gemm(
     from hf_fastpath.eval import bench_gemm as job
     from hf_fastpath.eval.bench_ops import LINEAR_SHAPES
     from hf_fastpath.eval.loading import pick_device, pick_dtype
+    from hf_fastpath.eval.sizes import parse_rows, parse_shapes
 
-    wanted = job.parse_shapes(shapes) if shapes else tuple(LINEAR_SHAPES)
-    sizes = job.Sizes(wanted, job.parse_rows(rows), group_size, pick_dtype(dtype))
+    wanted = parse_shapes(shapes) if shapes else tuple(LINEAR_SHAPES)
+    sizes = job.Sizes(wanted, parse_rows(rows), group_size, pick_dtype(dtype))
     job.run(sizes, pick_device(device), Console(), out, plot)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-import math
 
-from hf_fastpath.ops.w4a16_gemm import VARIANTS
+from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
+from hf_fastpath.packing import ceil_div
 
 
 class W4A16Variant(enum.Enum):
@@ -53,34 +53,35 @@ def w4a16_variant(device_type: str, rows: int, reference: bool = False) -> W4A16
 
 
 def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
-    """Whether a variant of w4a16_gemm runs on GPUs of this compute capability: its instructions and shared memory."""
-    form = VARIANTS[variant]
-    if form.instruction == "wgmma":
-        return capability == (9, 0)
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a CTA, too little for a ring of tiles of 256 outputs.
-    return capability >= (8, 0) and (form.outputs <= 128 or capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)))
+    """Whether a variant of w4a16_gemm runs on GPUs of this compute capability: whether they have its instructions."""
+    return capability == (9, 0) if VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)
 
 
-def w4a16_gemm_variant(rows: int, out_features: int, capability: tuple[int, int], sm_count: int) -> int:
-    """The variant of w4a16_gemm to try first for that many rows of x; by reasoning, not yet by measurement.
+# What a CTA does besides multiplying, in the time of 128 columns of K: starting; and where a cluster divides K, adding.
+_START, _SUM = 1, 2
 
-    The more outputs a tile has, the fewer times x is read from the L2; a tile of more tokens than there are is a waste;
-    and where whole tiles would leave multiprocessors idle for more than a tenth of the time, K is divided.
+
+def w4a16_gemm_variant(
+    rows: int, out_features: int, in_features: int, capability: tuple[int, int], sm_count: int
+) -> int:
+    """The variant of w4a16_gemm to try first for ``(rows, in_features)`` times ``(out_features, in_features)``.
+
+    By reasoning, not yet by measurement: the smallest tile that has all rows, or the largest; and of the divisions of
+    K the one whose busiest multiprocessor has the least to do.
     """
     forms = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, capability)]
     forms = [i for i in forms if VARIANTS[i].instruction == "wgmma"] or forms
-    enough = min((VARIANTS[i].tokens for i in forms if VARIANTS[i].tokens >= rows), default=0)
-    tokens = enough or max(VARIANTS[i].tokens for i in forms)
-    forms = [i for i in forms if VARIANTS[i].tokens == tokens]
-    # Twice the outputs in a tile only where the tiles are still at least as many as the multiprocessors.
-    outputs = {VARIANTS[i].outputs for i in forms}
-    tiles = {size: -(-out_features // size) * -(-rows // tokens) for size in outputs}
-    wide = max(outputs)
-    outputs_of_tile = wide if tokens < 128 or tiles[wide] >= sm_count else min(outputs)
-    waves = tiles[outputs_of_tile] / sm_count
-    split = waves / math.ceil(waves) < 0.9
-    forms = [i for i in forms if VARIANTS[i].outputs == outputs_of_tile]
-    return next((i for i in forms if VARIANTS[i].split is split), forms[0])
+    sizes = {VARIANTS[i].tokens for i in forms}
+    tokens = min((size for size in sizes if size >= rows), default=max(sizes))
+    tiles = ceil_div(out_features, TILE_OUTPUTS) * ceil_div(rows, tokens)
+    units = ceil_div(in_features, 128)
+
+    def work(variant: int) -> int:
+        splits = max(VARIANTS[variant].splits, 1)
+        waves = ceil_div(tiles * splits, sm_count)
+        return waves * (ceil_div(units, splits) + _START + (_SUM if splits > 1 else 0))
+
+    return min((i for i in forms if VARIANTS[i].tokens == tokens), key=work)
 
 
 def attn_decode_int8_supports(head_dim: int) -> bool:

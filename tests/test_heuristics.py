@@ -19,41 +19,47 @@ def test_only_what_hardware_has_verified_is_the_default() -> None:
 
 
 def test_the_table_is_that_of_the_kernels() -> None:
-    """Row tiles and token tiles in C++ are 128 outputs and 8 tokens."""
+    """Token tiles in C++ are 8 tokens."""
     text = (source_dir() / "w4a16" / "gemm.cuh").read_text()
     table = text[text.index("kGemmVariants[] = {") :].split("};")[0]
-    rows = re.findall(r"\{(\d+), (\d+), \d+, \d+, (true|false), (true|false), (true|false)\}", table)
-    found = [(128 * int(r), 8 * int(c), *(flag == "true" for flag in flags)) for r, c, *flags in rows]
-    assert found == [(v.outputs, v.tokens, v.split, v.exact_weights, v.early_sum) for v in VARIANTS]
-    first_wgmma = int(re.search(r"kFirstSm90Variant = (\d+)", text)[1])  # type: ignore[index]
-    assert [v.instruction for v in VARIANTS] == ["mma"] * first_wgmma + ["wgmma"] * (len(VARIANTS) - first_wgmma)
+    rows = re.findall(r"\{(\d+), \d+, \d+, (\d+)\}", table)
+    assert [(8 * int(c), int(splits)) for c, splits in rows] == [(v.tokens, v.splits) for v in VARIANTS]
+    first = re.search(r"kFirstSm90Variant = (\d+)", text)
+    assert first
+    mma = int(first[1])
+    assert [v.instruction for v in VARIANTS] == ["mma"] * mma + ["wgmma"] * (len(VARIANTS) - mma)
 
 
 @pytest.mark.parametrize("gpu", [H200, A100, RTX4090])
 @pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 512, 8192])
 @pytest.mark.parametrize("out_features", [1, 2048, 28672])
-def test_every_shape_has_a_variant_that_runs(rows: int, out_features: int, gpu: tuple[tuple[int, int], int]) -> None:
+@pytest.mark.parametrize("in_features", [32, 4096])
+def test_every_shape_has_a_variant_that_runs(
+    rows: int, out_features: int, in_features: int, gpu: tuple[tuple[int, int], int]
+) -> None:
     capability, sm_count = gpu
-    variant = w4a16_gemm_variant(rows, out_features, capability, sm_count)
+    variant = w4a16_gemm_variant(rows, out_features, in_features, capability, sm_count)
     assert w4a16_gemm_runs_on(variant, capability)
     assert VARIANTS[variant].tokens <= max(32, 2 * rows)
 
 
-def test_choices_on_an_h200() -> None:
-    names = {
-        (rows, n): VARIANTS[w4a16_gemm_variant(rows, n, *H200)].name
-        for rows, n in [(32, 2048), (64, 28672), (128, 4096), (512, 4096), (8192, 28672)]
-    }
-    assert names == {
-        (32, 2048): "wgmma_256x32_split",
-        (64, 28672): "wgmma_256x64_split",
-        (128, 4096): "wgmma_128x128_split",
-        (512, 4096): "wgmma_128x128_whole",
-        (8192, 28672): "wgmma_256x128_whole",
-    }
+@pytest.mark.parametrize(
+    ("rows", "out_features", "in_features", "name"),
+    [
+        (32, 2048, 2048, "wgmma_128x32_splits8"),  # 16 tiles: a share of 128 multiprocessors
+        (64, 4096, 4096, "wgmma_128x64_splits4"),
+        (64, 6144, 4096, "wgmma_128x64_splits2"),  # 48 tiles: 4 shares each would be two on most multiprocessors
+        (64, 28672, 4096, "wgmma_128x64_splits1"),
+        (64, 2048, 128, "wgmma_128x64_splits1"),  # nothing to divide
+        (512, 4096, 14336, "wgmma_128x256_splits2"),
+        (8192, 28672, 4096, "wgmma_128x256_splits1"),
+    ],
+)
+def test_choices_on_an_h200(rows: int, out_features: int, in_features: int, name: str) -> None:
+    assert VARIANTS[w4a16_gemm_variant(rows, out_features, in_features, *H200)].name == name
 
 
-def test_small_shared_memory_gets_small_tiles() -> None:
-    assert not w4a16_gemm_runs_on(3, (8, 9))
-    assert w4a16_gemm_runs_on(3, (8, 0))
-    assert not any(w4a16_gemm_runs_on(i, (10, 0)) for i, form in enumerate(VARIANTS) if form.instruction == "wgmma")
+def test_wgmma_is_only_for_its_architecture() -> None:
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        fitting = [form.instruction for i, form in enumerate(VARIANTS) if w4a16_gemm_runs_on(i, capability)]
+        assert fitting == ["mma", "mma"]

@@ -17,45 +17,38 @@ SCHEMA = (
 
 @dataclasses.dataclass(frozen=True)
 class GemmVariant:
-    """One compiled form of the CUDA kernel; csrc/w4a16/gemm.cuh has the same table.
+    """One form of the CUDA kernels; csrc/w4a16/gemm.cuh has the same table.
 
     instruction: "mma" (mma.sync, compute capability 8.0 and newer) or "wgmma" (9.0 only).
-    outputs, tokens: the tile that one CTA computes, in output features and rows of x.
-    split: whether K is divided, so that all multiprocessors get equal shares however few tiles there are ("stream-K").
-    exact_weights: a group's sum is multiplied by its scale in float32; else each weight, ``(q - zero) * scale``, is
-        rounded to 16 bits first, to the bits of w4a16_dequantize.
-    early_sum: the second kernel of split variants, which adds the parts, is launched while the first still runs
-        (programmatic dependent launch).
+    tokens: rows of x in the tile that one CTA, or one cluster, computes; 128 output features by so many.
+    splits: of "wgmma", how many CTAs of a cluster divide K among them and add their parts. "mma" divides all work in
+        equal shares instead ("stream-K"), and a second kernel adds the parts.
     """
 
     instruction: str
-    outputs: int
     tokens: int
-    split: bool
-    exact_weights: bool = True
-    early_sum: bool = False
+    splits: int = 0
+
+    @property
+    def exact_weights(self) -> bool:
+        """Whether a group's sum is multiplied by its scale, in float32.
+
+        Else each weight, ``(q - zero) * scale``, is rounded to 16 bits first, to the bits of w4a16_dequantize.
+        """
+        return self.instruction == "mma"
 
     @property
     def name(self) -> str:
-        """For tables: "mma_256x64_split"."""
-        schedule = "split" if self.split else "whole"
-        return f"{self.instruction}_{self.outputs}x{self.tokens}_{schedule}" + ("_early" if self.early_sum else "")
+        """For tables: "wgmma_128x64_splits4"."""
+        return f"{self.instruction}_{TILE_OUTPUTS}x{self.tokens}" + (f"_splits{self.splits}" if self.splits else "")
 
 
+TILE_OUTPUTS = 128
 VARIANTS = (
-    GemmVariant("mma", 128, 32, split=True),
-    GemmVariant("mma", 256, 32, split=True),
-    GemmVariant("mma", 128, 64, split=True),
-    GemmVariant("mma", 256, 64, split=True),
-    GemmVariant("wgmma", 256, 32, split=True),
-    GemmVariant("wgmma", 128, 64, split=True),
-    GemmVariant("wgmma", 256, 64, split=True),
-    GemmVariant("wgmma", 128, 128, split=True),
-    GemmVariant("wgmma", 128, 128, split=False),
-    GemmVariant("wgmma", 256, 128, split=True, exact_weights=False),
-    GemmVariant("wgmma", 256, 128, split=False, exact_weights=False),
-    GemmVariant("wgmma", 128, 64, split=True, early_sum=True),
-    GemmVariant("wgmma", 256, 64, split=True, early_sum=True),
+    GemmVariant("mma", 32),
+    GemmVariant("mma", 64),
+    *(GemmVariant("wgmma", tokens, splits) for tokens in (32, 64) for splits in (1, 2, 4, 8)),
+    *(GemmVariant("wgmma", tokens, splits) for tokens in (128, 256) for splits in (1, 2, 4)),
 )
 
 
@@ -114,8 +107,8 @@ def w4a16_gemm(
     once besides, as in w4a16_dequantize. The same call gives the same bits on the same GPU model; another variant or
     another number of rows adds in another order.
 
-    Split variants need a workspace of up to two tiles in float32 for each multiprocessor: 34 MB on an H200 for
-    256 x 128.
+    "mma" variants need a workspace of up to four tiles in float32 for each multiprocessor: 14 MB for 128 x 64 on an
+    A100.
 
     Raises RuntimeError, in words, for arguments that do not fit and for a variant that this GPU cannot run.
     """

@@ -47,6 +47,7 @@ std::vector<Copy> take_open_copies() {
 
 void end_of_thread() {
   if (wgmma_under_way()) fault("ended with wgmma under way that it never waited for");
+  if (tensor_stores_under_way()) fault("ended before its tensor_store()s had read their sources");
   ThreadCopies& mine = copies[current().thread];
   bool left = !mine.open.empty();
   for (const auto& group : mine.groups) left |= !group.empty();

@@ -2,7 +2,7 @@
 // "movmatrix"; lane l is 4 * g + t.
 #include <cstring>
 
-#include "ptx_emulated.cuh"
+#include "ptx_sm90_emulated.cuh"
 
 namespace cuda_emulator {
 
@@ -97,6 +97,19 @@ void combine_transpose(Lanes& lanes) {
   for (int l = 0; l < kWarpSize; ++l) {
     const int row = l / 4, column = 2 * (l % 4);
     *static_cast<uint32_t*>(lanes[l]) = rows[column][row] | rows[column + 1][row] << 16;
+  }
+}
+
+// PTX ISA, "stmatrix" with .trans: a lane's register holds elements 2t and 2t + 1 of column g.
+void combine_transposed_store(Lanes& lanes) {
+  for (int l = 0; l < kWarpSize; ++l) {
+    const MatrixStore& lane = *static_cast<const MatrixStore*>(lanes[l]);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      for (int h = 0; h < 2; ++h) {
+        MatrixStore& target = *static_cast<MatrixStore*>(lanes[8 * matrix + 2 * (l % 4) + h]);
+        target.row[l / 4] = static_cast<uint16_t>(lane.matrices[matrix] >> 16 * h);
+      }
+    }
   }
 }
 

@@ -24,8 +24,10 @@
 #define __device__
 #define __launch_bounds__(...)
 #define __grid_constant__
-// Shared memory is a static variable: one CTA runs at a time. The emulator learns from the library's symbol table which
-// variables these are (g++ drops a section attribute in templates), and takes their contents away between CTAs.
+// Shared memory is a static variable: one CTA runs at a time. (Those of a cluster run together; each has dynamic shared
+// memory of its own, and a kernel launched in clusters must have no other.) The emulator learns from the library's
+// symbol table which variables these are (g++ drops a section attribute in templates), and takes their contents away
+// between CTAs.
 #define __shared__ static
 
 extern uint3 threadIdx, blockIdx;
@@ -49,11 +51,18 @@ struct KernelCall {
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  for (unsigned i = 0; i < config->numAttrs; ++i) {  // grids run one after the other: an early launch is a launch
-    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) return cudaErrorNotSupported;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1) return cudaErrorNotSupported;
+      cluster = attribute.val.clusterDim.x;
+    } else if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) {
+      return cudaErrorNotSupported;  // grids run one after the other: an early launch is a launch
+    }
   }
   const cuda_emulator::KernelCall<Params...> call{kernel, {std::forward<Args>(args)...}};
-  return cuda_emulator::run_grid(config->gridDim, config->blockDim, call.run, &call, sizeof call,
+  return cuda_emulator::run_grid(config->gridDim, config->blockDim, cluster, call.run, &call, sizeof call,
                                  config->dynamicSmemBytes);
 }
 

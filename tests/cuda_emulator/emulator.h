@@ -1,5 +1,6 @@
-// Runs CUDA kernels on the CPU: what it does, not how fast. A grid runs CTA by CTA; a CTA's threads are fibers of one
-// OS thread that run until they reach a barrier or a warp-wide instruction, and meet there.
+// Runs CUDA kernels on the CPU: what it does, not how fast. A grid runs cluster by cluster, of one CTA unless the
+// launch says otherwise; a cluster's threads are fibers of one OS thread that run until they reach a barrier or a
+// warp-wide instruction, and meet there. Threads are numbered through their cluster.
 //
 // Kernels are compiled with -fsanitize=thread, not for its library but for the calls it puts before every load and
 // store: memory.cpp answers them with the checks of compute-sanitizer's memcheck, initcheck and racecheck.
@@ -27,10 +28,15 @@ std::string at(Site site);
 // ---- scheduler.cpp --------------------------------------------------------------------------------------------------
 // Every thread calls run_thread(call); `call` has `bytes` bytes, which the kernel may read, and each CTA has
 // `dynamic_bytes` of dynamic shared memory.
-cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes,
-                     size_t dynamic_bytes);
+cudaError_t run_grid(dim3 grid, dim3 block, unsigned cluster, void (*run_thread)(const void* call), const void* call,
+                     size_t bytes, size_t dynamic_bytes);
 
 void cta_barrier(Site site);
+void cluster_barrier(Site site);
+int threads_of_cta();
+int threads_of_cluster();
+int first_thread_of_warpgroup();  // of the current thread's
+bool has_ended(int rank);         // whether a CTA of the cluster has, all threads
 
 // Waits for all lanes of `mask`, then calls `combine` once with what each lane passed as `data` (nullptr outside the
 // mask).
@@ -43,6 +49,10 @@ constexpr int kWarpgroupSize = 4 * kWarpSize;
 using WarpgroupLanes = void* [kWarpgroupSize];
 void warpgroup_meet(const char* what, void* data, void (*combine)(WarpgroupLanes& lanes), Site site);
 
+// A barrier of a warpgroup, one of the CTA's 15 that have a number.
+void warpgroup_barrier(int number, Site site);
+void forget_warpgroup_barriers();
+
 // The current thread stops until another one wakes it.
 void block(const char* what, Site site);
 void wake(int thread);
@@ -53,9 +63,9 @@ void fault(const std::string& message);
 // The thread that runs: what the race check needs to know. `barriers` and `warp_barriers` count those passed so far.
 struct Current {
   bool in_kernel;
-  int64_t cta;
-  int thread;
-  uint32_t barriers, warp_barriers;
+  int64_t cta, cluster;
+  int thread, rank;  // rank: of the CTA in its cluster
+  uint32_t barriers, warp_barriers, cluster_barriers;
   uintptr_t stack_begin, stack_end;
   uint32_t tick, fences;  // see mbarrier.cpp
   const uint32_t* seen;
@@ -68,23 +78,28 @@ std::string thread_name(int64_t cta, int thread);
 // `code`: where in the program, for the message.
 void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code);
 void set_image(uintptr_t begin, uintptr_t end);
-void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes);
-void begin_cta();
+void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes, unsigned cluster);
+void begin_cluster();
 unsigned char* dynamic_shared();
+// Where a CTA of the cluster has what this one has at `own`.
+const void* in_cluster(const void* own, int rank, Site site);
 
 // A copy that other hardware than the thread makes: it reads global memory and takes the target away at once, and
 // gives it at the end; in between nobody may read or write there.
 void begin_copy(void* target, const void* source, size_t bytes);
-void end_copy(void* target, const void* data, size_t bytes);
+// `by_engine`: written by the engine that copies boxes, which wgmma sees without a fence.
+void end_copy(void* target, const void* data, size_t bytes, bool by_engine = false);
 
-// A read by wgmma, which does not see ordinary stores that no fence_proxy_async() of their thread follows.
-void check_async_read(const void* pointer, size_t bytes);
+// A read by wgmma or by a store of boxes, which do not see ordinary stores that no fence_proxy_async() of their thread
+// follows.
+void check_async_read(const void* pointer, size_t bytes, const char* reader);
 
 // ---- async_copy.cpp -------------------------------------------------------------------------------------------------
 struct Copy {
   void* target;
   size_t bytes;                        // up to 16
   std::array<unsigned char, 16> data;  // as it was when the copy was issued
+  bool by_engine = false;
 };
 void cp_async(void* target, const void* source, size_t bytes, bool valid);
 void cp_async_commit();
@@ -93,15 +108,32 @@ std::vector<Copy> take_open_copies();  // those of this thread that are in no gr
 void end_of_thread();                  // what a thread must not leave behind
 void forget_copies();                  // before a CTA begins; so for the two below
 
+// ---- tensor_copy.cpp -----------------------------------------------------------------------------------------------
+struct Matrix {
+  unsigned char* begin;
+  int64_t rows, width, row_bytes;  // bytes
+  int box_rows, box_bytes;
+  bool swizzled;
+};
+// `column`: in bytes.
+void tensor_load(void* target, const Matrix& matrix, int row, int column, const void* barrier, Site site);
+void tensor_store(const Matrix& matrix, int row, int column, const void* source);
+void tensor_stores_read();
+bool tensor_stores_under_way();
+void forget_tensor_stores();
+
 // ---- mbarrier.cpp ---------------------------------------------------------------------------------------------------
 void mbarrier_init(const void* address, int count, Site site);
 void mbarrier_arrive(const void* address, Site site);
 void mbarrier_arrive_after_copies(const void* address, Site site);
 void mbarrier_wait(const void* address, int parity, Site site);
+void mbarrier_arrive_expecting(const void* address, int bytes, Site site);
+void mbarrier_take_copies(const void* address, const std::vector<Copy>& copies, Site site);  // of a tensor_load()
 void proxy_fence();
 uint32_t proxy_fences(int thread);                   // how many a thread has passed
 void load_clock(int thread);                         // calls set_clock()
 void join_clocks_of_warp(int first, uint32_t mask);  // after a warp's barrier
+void join_clocks_of_warpgroup(int first);
 void forget_barriers();
 
 // ---- wgmma.cpp ------------------------------------------------------------------------------------------------------

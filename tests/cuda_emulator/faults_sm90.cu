@@ -94,6 +94,68 @@ __global__ void wgmma_kernel(const uint16_t* a, const uint16_t* b, float* c, int
   wgmma_wait<0>();
 }
 
+enum BoxFault {
+  kNoBoxFault,
+  kNoExpectedBytes,
+  kNoStoreFence,
+  kNoWaitForStores,
+  kOverwrittenSource,
+  kMisalignedBox,
+  kBarrierOfAnother,
+};
+
+// out (cols, rows) = in (rows, cols).T, both up to 64 x 64 and aligned: loaded as a box, transposed by 8 x 8, stored as
+// a box.
+__global__ void box_kernel(const __grid_constant__ TensorMap in, const __grid_constant__ TensorMap out, int fault) {
+  unsigned char* loaded = dynamic_shared();
+  unsigned char* stored = loaded + 64 * 128;
+  uint64_t* full = reinterpret_cast<uint64_t*>(stored + 64 * 128);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = threadIdx.x / 128;
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expecting(full, fault == kNoExpectedBytes ? 0 : 64 * 128);
+    tensor_load(loaded + (fault == kMisalignedBox ? 128 : 0), in, 0, 0, full);
+  }
+  mbarrier_wait(full, 0);
+  // Warp w transposes rows 8w ... 8w + 7 (of 8 warps): four blocks at a time.
+  for (int half = 0; half < 2; ++half) {
+    uint32_t blocks[4];
+    for (int i = 0; i < 4; ++i) {
+      const int row = 8 * warp + lane / 4, chunk = 4 * half + i;
+      blocks[i] = *reinterpret_cast<uint32_t*>(loaded + row * 128 + (chunk ^ row % 8) * 16 + lane % 4 * 4);
+    }
+    const int row = 32 * half + lane;
+    store_transposed_8x8x4(stored + row * 128 + (warp ^ row % 8) * 16, blocks);
+  }
+  if (fault != kNoStoreFence) fence_proxy_async();
+  warpgroup_barrier(fault == kBarrierOfAnother ? 1 : 1 + group);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    tensor_store(out, 0, 0, stored);
+    if (fault == kOverwrittenSource) *reinterpret_cast<uint32_t*>(stored) = 0;
+    if (fault != kNoWaitForStores) tensor_stores_read();
+  }
+}
+
+enum ClusterFault { kNoClusterFault, kReadTooEarly, kEndTooEarly, kNoSuchRank, kOneStaysAway, kWriteTooEarly };
+
+// out = in, where each CTA of a cluster copies what the next one has loaded; 16 bytes a thread.
+__global__ void cluster_kernel(const float4* in, float4* out, int cluster_size, int fault) {
+  float4* own = reinterpret_cast<float4*>(dynamic_shared()) + threadIdx.x;
+  const int rank = blockIdx.x % cluster_size, next = (rank + 1) % cluster_size;
+  *own = in[blockIdx.x * blockDim.x + threadIdx.x];
+  if (fault == kOneStaysAway && blockIdx.x == 1) return;
+  if (fault != kReadTooEarly) cluster_barrier();
+  const float4 value = load_from_cluster(own, fault == kNoSuchRank ? rank + 1 : next);
+  if (fault == kWriteTooEarly) *own = value;
+  out[(blockIdx.x - rank + next) * blockDim.x + threadIdx.x] = value;
+  if (fault != kEndTooEarly) cluster_barrier();
+}
+
 }  // namespace
 }  // namespace hf_fastpath
 
@@ -105,4 +167,14 @@ EXPORT int run_pipeline(const int* in, int* out, int fault) {
 EXPORT int run_wgmma(const uint16_t* a, const uint16_t* b, float* c, int fault, int bfloat16) {
   const auto kernel = bfloat16 ? wgmma_kernel<__nv_bfloat16> : wgmma_kernel<__half>;
   return launch_kernel_with_shared(kernel, 1, 128, 32 * 128, nullptr, a, b, c, fault);
+}
+EXPORT int run_box(const void* in, void* out, int rows, int cols, int fault) {
+  TensorMap from, to;
+  if (const cudaError_t error = make_tensor_map(&from, in, rows, cols, 2 * cols, 64)) return error;
+  if (const cudaError_t error = make_tensor_map(&to, out, cols, rows, 2 * rows, 64)) return error;
+  return launch_kernel_with_shared(box_kernel, 1, 256, 2 * 64 * 128 + 8, nullptr, from, to, fault);
+}
+EXPORT int run_cluster(const void* in, void* out, int ctas, int cluster_size, int fault) {
+  return launch_kernel_in_clusters(cluster_kernel, ctas, 64, cluster_size, 64 * 16, nullptr,
+                                   static_cast<const float4*>(in), static_cast<float4*>(out), cluster_size, fault);
 }

@@ -16,10 +16,11 @@ namespace {
 constexpr int64_t kNone = -1, kSeveral = -2;
 
 struct Access {
-  int64_t cta = kNone;
+  int64_t cta = kNone, cluster = kNone;
   int32_t thread = 0, warp = 0;
-  uint32_t barriers = 0, warp_barriers = 0;
+  uint32_t barriers = 0, warp_barriers = 0, cluster_barriers = 0;
   uint32_t tick = 0, fences = 0;
+  bool by_engine = false;
 };
 
 struct Byte {
@@ -38,17 +39,20 @@ struct Region {
 
 std::vector<Region> buffers, shared;
 Region params{"the kernel's parameters", 0, 0, false, false, {}};
-Region dynamic{"dynamic shared memory", 0, 0, true, false, {}};
+std::vector<Region> dynamic;  // of the CTAs of a cluster
 uintptr_t image_begin, image_end;
 
 Access this_access() {
   const Current& now = current();
-  return {now.cta, now.thread, now.thread / kWarpSize, now.barriers, now.warp_barriers, now.tick, now.fences};
+  return {now.cta,           now.cluster,          now.thread, now.thread / kWarpSize, now.barriers,
+          now.warp_barriers, now.cluster_barriers, now.tick,   now.fences};
 }
 
 bool ordered(const Access& before, const Access& now) {
   if (before.cta == kNone) return true;
-  if (before.cta != now.cta) return false;
+  if (before.cta != now.cta) {
+    return before.cta != kSeveral && before.cluster == now.cluster && before.cluster_barriers < now.cluster_barriers;
+  }
   if (before.thread == now.thread || before.barriers < now.barriers) return true;
   if (before.warp == now.warp && before.warp_barriers < now.warp_barriers) return true;
   const uint32_t* seen = current().seen;
@@ -65,6 +69,7 @@ void merge(Access& reads, const Access& now) {
   if (reads.warp != now.warp) reads.warp = kSeveral;
   reads.barriers = now.barriers;
   reads.warp_barriers = std::max(reads.warp_barriers, now.warp_barriers);
+  reads.cluster_barriers = now.cluster_barriers;
 }
 
 // Further reads of a byte that are not ordered among each other, where threads have clocks: one each.
@@ -132,7 +137,9 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
 
 Region* find(uintptr_t address) {
   if (address >= params.begin && address < params.end) return &params;
-  if (address >= dynamic.begin && address < dynamic.end) return &dynamic;
+  for (Region& region : dynamic) {
+    if (address >= region.begin && address < region.end) return &region;
+  }
   for (Region& region : shared) {
     if (address >= region.begin && address < region.end) return &region;
   }
@@ -146,7 +153,9 @@ Region* find(uintptr_t address) {
 const Region* nearest(uintptr_t address) {
   const Region* best = nullptr;
   uintptr_t least = 1 << 20;
-  if (dynamic.begin != dynamic.end && address - dynamic.end < 1024) return &dynamic;
+  for (const Region& region : dynamic) {
+    if (region.begin != region.end && address - region.end < 1024) return &region;
+  }
   for (const auto* list : {&buffers, &shared}) {
     for (const Region& region : *list) {
       const uintptr_t distance = address < region.begin ? region.begin - address : address - region.end + 1;
@@ -188,12 +197,17 @@ void set_image(uintptr_t begin, uintptr_t end) {
   image_begin = begin, image_end = end;
 }
 
-void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes) {
+void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes, unsigned cluster) {
   static std::vector<unsigned char> memory;
-  memory.resize(dynamic_bytes + 1024);
-  dynamic.begin = (reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024;
-  dynamic.end = dynamic.begin + dynamic_bytes;
-  make_undefined(dynamic);
+  const size_t pitch = (dynamic_bytes + 1023) / 1024 * 1024 + 1024;  // a gap: an access beyond the end is one
+  memory.resize(cluster * pitch + 1024);
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024;
+  dynamic.clear();
+  for (unsigned rank = 0; rank < cluster; ++rank) {
+    const uintptr_t begin = first + rank * pitch;
+    dynamic.push_back({"dynamic shared memory", begin, begin + dynamic_bytes, true, false, {}});
+    make_undefined(dynamic.back());
+  }
   params.begin = reinterpret_cast<uintptr_t>(call);
   params.end = params.begin + bytes;
   for (Region& region : buffers) {  // kernels of a stream run one after the other
@@ -201,16 +215,29 @@ void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes) {
   }
 }
 
-void begin_cta() {
-  for (Region& region : shared) {
-    if (region.used) make_undefined(region);
+void begin_cluster() {
+  for (auto* list : {&shared, &dynamic}) {
+    for (Region& region : *list) {
+      if (region.used) make_undefined(region);
+    }
   }
-  if (dynamic.used) make_undefined(dynamic);
   other_reads.clear();
 }
 
 unsigned char* dynamic_shared() {
-  return reinterpret_cast<unsigned char*>(dynamic.begin);
+  return reinterpret_cast<unsigned char*>(dynamic[current().rank].begin);
+}
+
+const void* in_cluster(const void* own, int rank, Site site) {
+  const Region& mine = dynamic[current().rank];
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(own) - mine.begin;
+  if (offset >= mine.end - mine.begin) fault("names what is not its dynamic shared memory at " + at(site));
+  if (rank < 0 || rank >= static_cast<int>(dynamic.size())) {
+    fault("names rank " + std::to_string(rank) + " of a cluster of " + std::to_string(dynamic.size()) + " at " +
+          at(site));
+  }
+  if (has_ended(rank)) fault("reads the shared memory of a CTA that has ended at " + at(site));
+  return reinterpret_cast<const void*>(dynamic[rank].begin + offset);
 }
 
 void begin_copy(void* target, const void* source, size_t bytes) {
@@ -218,7 +245,8 @@ void begin_copy(void* target, const void* source, size_t bytes) {
   check(target, bytes, true, bytes, __builtin_return_address(0));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
   Region* region = find(begin);
-  if (!region || region->end < begin + bytes || (region != &dynamic && region->name.rfind("shared", 0) != 0)) {
+  const bool is_shared = region && (region == &dynamic[current().rank] || region->name.rfind("shared", 0) == 0);
+  if (!is_shared || region->end < begin + bytes) {
     return fault("copies to what is not shared memory");
   }
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
@@ -229,27 +257,28 @@ void begin_copy(void* target, const void* source, size_t bytes) {
   memset(target, 0xff, bytes);
 }
 
-void end_copy(void* target, const void* data, size_t bytes) {
+void end_copy(void* target, const void* data, size_t bytes, bool by_engine) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
   Region& region = *find(begin);
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
     Byte& byte = region.bytes[i - region.begin];
     byte.write = this_access();
+    byte.write.by_engine = by_engine;
     byte.defined = true;
     byte.under_copy = false;
   }
   memcpy(target, data, bytes);
 }
 
-void check_async_read(const void* pointer, size_t bytes) {
+void check_async_read(const void* pointer, size_t bytes, const char* reader) {
   check(pointer, bytes, false, bytes, __builtin_return_address(0));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
   const Region* region = find(begin);
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
     const Access& write = region->bytes[i - region->begin].write;
-    if (proxy_fences(write.thread) <= write.fences) {
-      return fault("wgmma reads " + place(*region, i, nullptr) + ", without a proxy fence after " + who(write) +
-                   " wrote it");
+    if (!write.by_engine && proxy_fences(write.thread) <= write.fences) {
+      return fault(std::string(reader) + " reads " + place(*region, i, nullptr) + ", without a proxy fence after " +
+                   who(write) + " wrote it");
     }
   }
 }

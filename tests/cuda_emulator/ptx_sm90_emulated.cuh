@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ptx_emulated.cuh"
+#include "tensor_map_emulated.cuh"
 
 namespace cuda_emulator {
 
@@ -18,6 +19,17 @@ struct WgmmaLane {
   float (*to_float)(uint32_t bits);
 };
 void wgmma(WgmmaLane& lane, Site site);
+
+// A lane's registers of four matrices, and the row that it stores.
+struct MatrixStore {
+  const uint32_t* matrices;
+  uint16_t row[8];
+};
+void combine_transposed_store(Lanes& lanes);
+
+inline Matrix matrix_of(const hf_fastpath::TensorMap& map) {
+  return {map.matrix, map.rows, map.width, map.row_bytes, map.box_rows, map.box_bytes, map.swizzled};
+}
 
 }  // namespace cuda_emulator
 
@@ -76,6 +88,35 @@ void wgmma_m64k16(float (&c)[kTokenTiles][4], const uint32_t (&a)[4], uint64_t b
   cuda_emulator::WgmmaLane lane{&c[0][0], a, {a[0], a[1], a[2], a[3]}, b, accumulate, 8 * kTokenTiles, nullptr};
   lane.to_float = kHalf ? cuda_emulator::half_to_float : cuda_emulator::bf16_to_float;
   cuda_emulator::wgmma(lane, {file, line});
+}
+
+inline void mbarrier_arrive_expecting(uint64_t* barrier, int bytes, EMULATED_SITE) {
+  cuda_emulator::mbarrier_arrive_expecting(barrier, bytes, {file, line});
+}
+inline void tensor_load(void* target, const TensorMap& map, int row, int column, uint64_t* barrier, EMULATED_SITE) {
+  cuda_emulator::tensor_load(target, cuda_emulator::matrix_of(map), row, column * map.unit, barrier, {file, line});
+}
+inline void tensor_store(const TensorMap& map, int row, int column, const void* source) {
+  cuda_emulator::tensor_store(cuda_emulator::matrix_of(map), row, column * map.unit, source);
+}
+inline void tensor_stores_read() {
+  cuda_emulator::tensor_stores_read();
+}
+inline void store_transposed_8x8x4(void* row, const uint32_t (&matrices)[4], EMULATED_SITE) {
+  cuda_emulator::MatrixStore lane{matrices, {}};
+  cuda_emulator::warp_meet("stmatrix", 0xffffffffu, &lane, cuda_emulator::combine_transposed_store, {file, line});
+  cuda_emulator::check(row, 16, true, 16, __builtin_return_address(0));
+  std::memcpy(row, lane.row, 16);
+}
+inline void warpgroup_barrier(int number, EMULATED_SITE) {
+  cuda_emulator::warpgroup_barrier(number, {file, line});
+}
+
+inline void cluster_barrier(EMULATED_SITE) {
+  cuda_emulator::cluster_barrier({file, line});
+}
+inline float4 load_from_cluster(const float4* own, int rank, EMULATED_SITE) {
+  return *static_cast<const float4*>(cuda_emulator::in_cluster(own, rank, {file, line}));
 }
 
 }  // namespace hf_fastpath

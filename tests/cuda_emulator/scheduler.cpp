@@ -41,7 +41,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
 
-enum class State { kReady, kAtBarrier, kInWarp, kBlocked, kDone };
+enum class State { kReady, kAtBarrier, kAtClusterBarrier, kInWarp, kBlocked, kDone };
 
 struct Thread {
   void* stack_pointer;
@@ -53,16 +53,28 @@ struct Thread {
   void* data;
 };
 
+// What threads of one CTA have in common.
 struct Cta {
+  int at_barrier = 0, done = 0;
+  uint32_t barriers = 0;
+};
+
+// The cluster that runs.
+struct Cluster {
   std::vector<Thread> threads;
   std::vector<uint32_t> warp_barriers;
+  std::vector<Cta> ctas;
   void (*run_thread)(const void* call) = nullptr;
   const void* call = nullptr;
   int running = -1;
-  int at_barrier = 0, done = 0;
+  int at_barrier = 0, done = 0;  // at_barrier: at the cluster's
+  uint3 first_cta;
+
+  int threads_of_cta() const { return static_cast<int>(threads.size() / ctas.size()); }
+  int rank_of(int thread) const { return thread / threads_of_cta(); }
 };
 
-Cta cta;
+Cluster all;
 Current now{};
 void* scheduler_stack_pointer;
 std::string fault_message;
@@ -78,43 +90,47 @@ char* stack_of(int thread) {
 }
 
 void to_scheduler() {
-  cuda_emulator_switch(&cta.threads[cta.running].stack_pointer, scheduler_stack_pointer);
+  cuda_emulator_switch(&all.threads[all.running].stack_pointer, scheduler_stack_pointer);
 }
 
 void wait(State state, Site site) {
-  Thread& thread = cta.threads[cta.running];
+  Thread& thread = all.threads[all.running];
   thread.state = state;
   thread.site = site;
   to_scheduler();
 }
 
 void leave() {
-  const int self = cta.running;
+  const int self = all.running;
   const uint32_t bit = 1u << self % kWarpSize;
+  Cta& cta = all.ctas[all.rank_of(self)];
+  if (all.at_barrier) fault("ended while other threads of its cluster wait at a barrier");
   if (cta.at_barrier) fault("ended while other threads of its CTA wait at a barrier");
   for (int i = self / kWarpSize * kWarpSize; i < (self / kWarpSize + 1) * kWarpSize; ++i) {
-    if (i >= static_cast<int>(cta.threads.size())) break;
-    const Thread& other = cta.threads[i];
+    if (i >= static_cast<int>(all.threads.size())) break;
+    const Thread& other = all.threads[i];
     if (other.state == State::kInWarp && other.mask & bit) {
       fault("ended while a lane of its warp waits for it in " + std::string(other.what) + " at " + at(other.site));
     }
   }
-  cta.threads[self].state = State::kDone;
+  all.threads[self].state = State::kDone;
   ++cta.done;
+  ++all.done;
   to_scheduler();
 }
 
 void thread_main() {
-  cta.run_thread(cta.call);
+  all.run_thread(all.call);
   end_of_thread();
   leave();
 }
 
 void prepare(int index) {
-  Thread& thread = cta.threads[index];
+  Thread& thread = all.threads[index];
   const unsigned x = blockDim.x, y = blockDim.y;
   thread = {};
-  thread.index = make_uint3(index % x, index / x % y, index / (x * y));
+  const unsigned inside = static_cast<unsigned>(index % all.threads_of_cta());
+  thread.index = make_uint3(inside % x, inside / x % y, inside / (x * y));
   // As after a call of thread_main: a return address that is never used, six registers that do not matter.
   auto** top = reinterpret_cast<void**>(stack_of(index) + kStackBytes);
   top[-2] = reinterpret_cast<void*>(thread_main);
@@ -123,12 +139,17 @@ void prepare(int index) {
 }
 
 void resume(int index) {
-  Thread& thread = cta.threads[index];
-  cta.running = index;
+  Thread& thread = all.threads[index];
+  all.running = index;
   threadIdx = thread.index;
   now.in_kernel = true;
   now.thread = index;
-  now.warp_barriers = cta.warp_barriers[index / kWarpSize];
+  now.rank = all.rank_of(index);
+  now.cta = now.cluster * static_cast<int64_t>(all.ctas.size()) + now.rank;
+  now.barriers = all.ctas[now.rank].barriers;
+  blockIdx = all.first_cta;
+  blockIdx.x += static_cast<unsigned>(now.rank);
+  now.warp_barriers = all.warp_barriers[index / kWarpSize];
   now.stack_begin = reinterpret_cast<uintptr_t>(stack_of(index));
   now.stack_end = now.stack_begin + kStackBytes;
   load_clock(index);
@@ -138,9 +159,10 @@ void resume(int index) {
 
 void report_stuck() {
   std::map<std::string, int> waiting;
-  for (const Thread& thread : cta.threads) {
+  for (const Thread& thread : all.threads) {
     if (thread.state == State::kDone) ++waiting["have ended"];
     if (thread.state == State::kAtBarrier) ++waiting["wait at the barrier at " + at(thread.site)];
+    if (thread.state == State::kAtClusterBarrier) ++waiting["wait at the cluster's barrier at " + at(thread.site)];
     if (thread.state == State::kInWarp || thread.state == State::kBlocked)
       ++waiting["wait in " + std::string(thread.what) + " at " + at(thread.site)];
   }
@@ -149,20 +171,23 @@ void report_stuck() {
   fault(message.substr(0, message.size() - 2));
 }
 
-void run_cta() {
-  const int count = static_cast<int>(cta.threads.size());
+void run_cluster() {
+  const int count = static_cast<int>(all.threads.size());
   for (int i = 0; i < count; ++i) prepare(i);
-  cta.at_barrier = cta.done = 0;
-  cta.warp_barriers.assign((count + kWarpSize - 1) / kWarpSize, 0);
-  now.barriers = 0;
-  begin_cta();
+  all.at_barrier = all.done = 0;
+  all.ctas.assign(all.ctas.size(), Cta{});
+  all.warp_barriers.assign((count + kWarpSize - 1) / kWarpSize, 0);
+  now.cluster_barriers = 0;
+  begin_cluster();
   forget_copies();
   forget_barriers();
   forget_wgmma();
-  while (cta.done < count && fault_message.empty()) {
+  forget_tensor_stores();
+  forget_warpgroup_barriers();
+  while (all.done < count && fault_message.empty()) {
     bool progress = false;
     for (int i = 0; i < count && fault_message.empty(); ++i) {
-      if (cta.threads[i].state != State::kReady) continue;
+      if (all.threads[i].state != State::kReady) continue;
       progress = true;
       resume(i);
     }
@@ -185,8 +210,25 @@ void set_clock(uint32_t tick, uint32_t fences, const uint32_t* seen) {
   now.tick = tick, now.fences = fences, now.seen = seen;
 }
 
+int threads_of_cta() {
+  return all.threads_of_cta();
+}
+
+int threads_of_cluster() {
+  return static_cast<int>(all.threads.size());
+}
+
+int first_thread_of_warpgroup() {
+  const int first = now.rank * all.threads_of_cta();
+  return first + (all.running - first) / kWarpgroupSize * kWarpgroupSize;
+}
+
+bool has_ended(int rank) {
+  return all.ctas[rank].done == all.threads_of_cta();
+}
+
 std::string thread_name(int64_t cta_index, int thread) {
-  return "thread " + std::to_string(thread) + " of CTA " + std::to_string(cta_index);
+  return "thread " + std::to_string(thread % all.threads_of_cta()) + " of CTA " + std::to_string(cta_index);
 }
 
 void fault(const std::string& message) {
@@ -194,23 +236,26 @@ void fault(const std::string& message) {
   if (now.in_kernel) to_scheduler();  // for good: the scheduler resumes nobody after a fault
 }
 
-cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call), const void* call, size_t bytes,
-                     size_t dynamic_bytes) {
+cudaError_t run_grid(dim3 grid, dim3 block, unsigned cluster, void (*run_thread)(const void* call), const void* call,
+                     size_t bytes, size_t dynamic_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || !threads || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+  if (!cluster || cluster > 8 || grid.x % cluster) return cudaErrorInvalidConfiguration;
+  if (cluster > 1 && threads % kWarpSize) return cudaErrorNotSupported;  // warps must not span CTAs
   gridDim = grid;
   blockDim = block;
-  cta.threads.resize(threads);
-  cta.run_thread = run_thread;
-  cta.call = call;
-  begin_grid(call, bytes, dynamic_bytes);
-  now.cta = 0;
+  all.ctas.resize(cluster);
+  all.threads.resize(threads * cluster);
+  all.run_thread = run_thread;
+  all.call = call;
+  begin_grid(call, bytes, dynamic_bytes, cluster);
+  now.cluster = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x, ++now.cta) {
-        blockIdx = make_uint3(x, y, z);
-        run_cta();
+      for (unsigned x = 0; x < grid.x; x += cluster, ++now.cluster) {
+        all.first_cta = make_uint3(x, y, z);
+        run_cluster();
         if (!fault_message.empty()) return cudaErrorLaunchFailure;
       }
     }
@@ -218,25 +263,51 @@ cudaError_t run_grid(dim3 grid, dim3 block, void (*run_thread)(const void* call)
   return cudaSuccess;
 }
 
-void cta_barrier(Site site) {
-  if (cta.done) fault("reached the barrier at " + at(site) + " when other threads of its CTA had ended");
-  ++cta.at_barrier;
-  if (cta.at_barrier < static_cast<int>(cta.threads.size())) return wait(State::kAtBarrier, site);
-  for (const Thread& other : cta.threads) {
-    if (other.state != State::kAtBarrier) continue;
+namespace {
+// Those of `count` threads from `first` on that wait in a state stand at the same place; then they go on.
+void pass_barrier(State state, int first, int count, Site site) {
+  for (int i = first; i < first + count; ++i) {
+    const Thread& other = all.threads[i];
+    if (other.state != state) continue;
     if (other.site.line != site.line || strcmp(other.site.file, site.file) != 0) {
       fault("waits at the barrier at " + at(site) + ", others at the one at " + at(other.site));
     }
   }
+  for (int i = first; i < first + count; ++i) all.threads[i].state = State::kReady;
+}
+}  // namespace
+
+void cta_barrier(Site site) {
+  Cta& cta = all.ctas[now.rank];
+  if (cta.done) fault("reached the barrier at " + at(site) + " when other threads of its CTA had ended");
+  ++cta.at_barrier;
+  if (cta.at_barrier < all.threads_of_cta()) {
+    wait(State::kAtBarrier, site);
+    return;
+  }
+  pass_barrier(State::kAtBarrier, now.rank * all.threads_of_cta(), all.threads_of_cta(), site);
   cta.at_barrier = 0;
-  ++now.barriers;
-  for (Thread& thread : cta.threads) thread.state = State::kReady;
+  now.barriers = ++cta.barriers;
+}
+
+void cluster_barrier(Site site) {
+  if (all.done) fault("reached the cluster's barrier at " + at(site) + " when other threads of its cluster had ended");
+  ++all.at_barrier;
+  if (all.at_barrier < threads_of_cluster()) {
+    wait(State::kAtClusterBarrier, site);
+    return;
+  }
+  pass_barrier(State::kAtClusterBarrier, 0, threads_of_cluster(), site);
+  all.at_barrier = 0;
+  for (Cta& cta : all.ctas) ++cta.barriers;
+  now.barriers = all.ctas[now.rank].barriers;
+  ++now.cluster_barriers;
 }
 
 void warp_meet(const char* what, uint32_t mask, void* data, void (*combine)(Lanes& lanes), Site site) {
-  const int self = cta.running, first = self / kWarpSize * kWarpSize;
+  const int self = all.running, first = self / kWarpSize * kWarpSize;
   if (!(mask >> self % kWarpSize & 1)) fault("is not in the mask of its own " + std::string(what) + " at " + at(site));
-  Thread& thread = cta.threads[self];
+  Thread& thread = all.threads[self];
   thread.what = what;
   thread.mask = mask;
   thread.data = data;
@@ -244,9 +315,9 @@ void warp_meet(const char* what, uint32_t mask, void* data, void (*combine)(Lane
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
     const int index = first + lane;
-    const bool missing = index >= static_cast<int>(cta.threads.size()) || cta.threads[index].state == State::kDone;
+    const bool missing = index >= static_cast<int>(all.threads.size()) || all.threads[index].state == State::kDone;
     if (missing) fault(std::string(what) + " at " + at(site) + " names lane " + std::to_string(lane) + ", which ended");
-    const Thread& other = cta.threads[index];
+    const Thread& other = all.threads[index];
     if (index != self && other.state != State::kInWarp) return wait(State::kInWarp, site);
     lanes[lane] = other.data;
     if (index == self) continue;
@@ -257,21 +328,21 @@ void warp_meet(const char* what, uint32_t mask, void* data, void (*combine)(Lane
   }
   combine(lanes);
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (mask >> lane & 1) cta.threads[first + lane].state = State::kReady;
+    if (mask >> lane & 1) all.threads[first + lane].state = State::kReady;
   }
 }
 
 void warpgroup_meet(const char* what, void* data, void (*combine)(WarpgroupLanes& lanes), Site site) {
-  const int self = cta.running, first = self / kWarpgroupSize * kWarpgroupSize;
-  if (first + kWarpgroupSize > static_cast<int>(cta.threads.size()))
+  const int self = all.running, first = first_thread_of_warpgroup();
+  if (first + kWarpgroupSize > (now.rank + 1) * all.threads_of_cta())
     fault(std::string(what) + " of a part of a warpgroup");
-  Thread& thread = cta.threads[self];
+  Thread& thread = all.threads[self];
   thread.what = what;
   thread.mask = 0xffffffffu;
   thread.data = data;
   WarpgroupLanes lanes;
   for (int i = 0; i < kWarpgroupSize; ++i) {
-    const Thread& other = cta.threads[first + i];
+    const Thread& other = all.threads[first + i];
     if (first + i != self && other.state != State::kInWarp) return wait(State::kInWarp, site);
     lanes[i] = other.data;
     if (first + i != self && (other.what != what || other.site.line != site.line)) {
@@ -280,31 +351,56 @@ void warpgroup_meet(const char* what, void* data, void (*combine)(WarpgroupLanes
     }
   }
   combine(lanes);
-  for (int i = 0; i < kWarpgroupSize; ++i) cta.threads[first + i].state = State::kReady;
+  for (int i = 0; i < kWarpgroupSize; ++i) all.threads[first + i].state = State::kReady;
+}
+
+namespace {
+std::map<std::pair<int, int>, int> warpgroup_of_barrier;  // of a CTA's rank and a number
+}
+
+void warpgroup_barrier(int number, Site site) {
+  const int self = first_thread_of_warpgroup();
+  if (number < 1 || number > 15) fault("uses barrier number " + std::to_string(number) + " at " + at(site));
+  if (warpgroup_of_barrier.emplace(std::pair(now.rank, number), self).first->second != self) {
+    fault("uses barrier number " + std::to_string(number) + " at " + at(site) + ", which is another warpgroup's");
+  }
+  const auto combine = [](WarpgroupLanes& lanes) {
+    for (void* lane : lanes) {
+      if (*static_cast<int*>(lane) != *static_cast<int*>(lanes[0]))
+        fault("threads of a barrier disagree about its number");
+    }
+    join_clocks_of_warpgroup(first_thread_of_warpgroup());
+  };
+  warpgroup_meet("bar.sync", &number, combine, site);
+  load_clock(all.running);
+}
+
+void forget_warpgroup_barriers() {
+  warpgroup_of_barrier.clear();
 }
 
 void block(const char* what, Site site) {
-  cta.threads[cta.running].what = what;
-  cta.threads[cta.running].mask = 0;
+  all.threads[all.running].what = what;
+  all.threads[all.running].mask = 0;
   wait(State::kBlocked, site);
 }
 
 void wake(int thread) {
-  cta.threads[thread].state = State::kReady;
+  all.threads[thread].state = State::kReady;
 }
 
 void warp_barrier(uint32_t mask, Site site) {
   char nothing;
   const auto combine = [](Lanes& lanes) {
-    const int warp = cta.running / kWarpSize;
-    ++cta.warp_barriers[warp];
+    const int warp = all.running / kWarpSize;
+    ++all.warp_barriers[warp];
     uint32_t mask = 0;
     for (int lane = 0; lane < kWarpSize; ++lane) mask |= static_cast<uint32_t>(lanes[lane] != nullptr) << lane;
     join_clocks_of_warp(warp * kWarpSize, mask);
   };
   warp_meet("__syncwarp", mask, &nothing, combine, site);
-  now.warp_barriers = cta.warp_barriers[cta.running / kWarpSize];
-  load_clock(cta.running);
+  now.warp_barriers = all.warp_barriers[all.running / kWarpSize];
+  load_clock(all.running);
 }
 
 }  // namespace cuda_emulator

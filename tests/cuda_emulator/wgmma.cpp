@@ -29,7 +29,7 @@ struct Warpgroup {
 std::map<int, Warpgroup> warpgroups;
 
 Warpgroup& my_warpgroup() {
-  return warpgroups[current().thread / kWarpgroupSize];
+  return warpgroups[first_thread_of_warpgroup()];
 }
 
 // The 16 bytes of row `token` that hold columns 8 * chunk ... + 7 of the operand.
@@ -38,7 +38,7 @@ const uint16_t* operand_chunk(uint64_t descriptor, int token, int chunk) {
   uint32_t address = start + token / 8 * rows_of_8 + token % 8 * 128 + chunk * 16;
   address ^= address >> 3 & 0x70;
   const unsigned char* bytes = dynamic_shared() + (address - kSharedWindow);
-  check_async_read(bytes, 16);
+  check_async_read(bytes, 16, "wgmma");
   return reinterpret_cast<const uint16_t*>(bytes);
 }
 

@@ -1,0 +1,129 @@
+// The warps of w4a16_gemm_sm90.cu that multiply: int4 is expanded in registers while wgmma runs.
+#pragma once
+
+#include "../common/dequant.cuh"
+#include "../common/ptx_sm90.cuh"
+#include "gemm.cuh"
+#include "sm90_stage.cuh"
+
+namespace hf_fastpath {
+
+// The packed layout gives a lane eight neighbouring columns of a run of 32; wgmma wants lane t to have columns 2t and
+// 2t + 1 of each eight, as x has them. This exchanges pairs of columns within each four lanes: bytes 0 and 2 of a word
+// are one pair of both rows, bytes 1 and 3 the next one.
+__device__ __forceinline__ void transpose_pairs(uint32_t& left, uint32_t& right, int lane) {
+  const uint32_t merge = lane % 2 ? 0x3715 : 0x6240;
+  left = __byte_perm(left, __shfl_xor_sync(0xffffffffu, left, 1), merge);
+  right = __byte_perm(right, __shfl_xor_sync(0xffffffffu, right, 1), merge);
+  const bool upper = lane & 2;
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? left : right, 2);
+  (upper ? left : right) = other;
+}
+
+// What a lane holds of a stage's weights: its words, the scales and zeros of rows g and g + 8.
+template <typename T, int kGroup, int kTokenTiles>
+struct PackedWeights {
+  using Stage = Sm90Stage<kGroup, kTokenTiles>;
+  uint4 words;
+  uint32_t scales[Stage::kGroups][2], zeros[Stage::kGroups][2];
+
+  __device__ __forceinline__ void load(const Stage& stage, bool has_zeros, int warp, int lane) {
+    words = stage.weights[warp][lane];
+#pragma unroll
+    for (int i = 0; i < Stage::kGroups; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scales[i][h] = stage.scales[warp][i][lane / 4 + 8 * h];
+        zeros[i][h] = has_zeros ? stage.zeros[warp][i][lane / 4 + 8 * h] : 8;
+      }
+    }
+  }
+
+  // To what expand() wants; apart from load(), since it waits for the loads.
+  __device__ __forceinline__ void prepare(int lane) {
+    transpose_pairs(words.x, words.y, lane);
+    transpose_pairs(words.z, words.w, lane);
+#pragma unroll
+    for (int i = 0; i < Stage::kGroups; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scales[i][h] = __byte_perm(scales[i][h], 0, 0x1010);
+        zeros[i][h] = zero_pair<T>(zeros[i][h]);
+      }
+    }
+  }
+
+  // The A fragments of 16 columns: (q - zero) * scale, rounded as w4a16_dequantize rounds.
+  __device__ __forceinline__ void expand(uint32_t (&a)[4], int step) const {
+    using P = typename Pair<T>::type;
+    const int group = step * 16 / kGroup;
+    const uint32_t word = step == 0 ? words.x : step == 1 ? words.y : step == 2 ? words.z : words.w;
+    int4_fragment<T>(word, zeros[group][0], zeros[group][1], a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = as_bits(__hmul2(as_pair<P>(a[i]), as_pair<P>(scales[group][i % 2])));
+  }
+};
+
+constexpr int kSteps = kStageCols / 16;  // products of a stage, one group of wgmma
+
+// Queues the products of a stage as one group of wgmma.
+template <typename T, int kTokenTiles>
+__device__ __forceinline__ void multiply_stage(float (&acc)[kTokenTiles][4], uint32_t (&a)[kSteps][4], uint64_t b,
+                                               bool accumulate) {
+#pragma unroll
+  for (int i = 0; i < kSteps * 4; ++i) pin_register(a[i / 4][i % 4]);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    wgmma_m64k16<T>(acc, a[step], b + 2 * step, accumulate || step);
+  }
+  wgmma_commit();
+}
+
+// store_tile(acc, place) is called for each tile, and may change nothing in the ring.
+template <typename T, int kGroup, int kTokenTiles, int kStages, typename StoreTile>
+__device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<kGroup, kTokenTiles>* stages,
+                                        uint64_t* full, uint64_t* empty, const Sm90Params<T>& params, int cta,
+                                        int thread, StoreTile store_tile) {
+  const ClusterSchedule& s = params.schedule;
+  const bool has_zeros = params.gemm.zeros != nullptr;
+  const int warp = thread / 32, lane = thread % 32;
+  uint32_t a[2][kSteps][4];  // one is filled while wgmma reads the other
+  PackedWeights<T, kGroup, kTokenTiles> weights;
+  StageCursor now(s, cta);
+  int stage = 0, phase = 0;
+  const auto release = [&](int done) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty + done);
+  };
+  const auto load = [&] {
+    mbarrier_wait(full + stage, phase);
+    weights.load(stages[stage], has_zeros, warp, lane);
+  };
+  load();
+  while (!now.done(s)) {
+    const int tile = now.tile;
+    for (bool started = false, ended = false; !ended; started = true) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int current = stage;
+        weights.prepare(lane);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) weights.expand(a[half][step], step);
+        multiply_stage<T>(acc, a[half], wgmma_descriptor(stages[stage].x), started || half);
+        ended = now.advance(s);
+        if (++stage == kStages) stage = 0, phase ^= 1;
+        if (half == 0 || !now.done(s)) load();  // before the wait, so that the next words are there when wgmma is
+        wgmma_wait<1>();
+        if (started || half) release(current == 0 ? kStages - 1 : current - 1);
+      }
+    }
+    wgmma_wait<0>();
+    release(stage == 0 ? kStages - 1 : stage - 1);
+#pragma unroll
+    for (int i = 0; i < kTokenTiles * 4; ++i) pin_register(acc[i / 4][i % 4]);
+    store_tile(acc, s.place(tile));
+  }
+}
+
+}  // namespace hf_fastpath

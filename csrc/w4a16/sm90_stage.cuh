@@ -1,0 +1,124 @@
+// The ring of w4a16_gemm_sm90.cu: what a stage holds, and the warp that fills it.
+#pragma once
+
+#include "../common/memory.cuh"
+#include "../common/ptx_sm90.cuh"
+#include "gemm.cuh"
+#include "schedule.cuh"
+
+namespace hf_fastpath {
+
+constexpr int kStageCols = 64;  // one packed tile; two stages are a unit
+
+template <typename T>
+struct Sm90Params {
+  GemmParams<T> gemm;
+  ClusterSchedule schedule;
+  TensorMap x, y, weights, scales, zeros;
+  bool x_mapped, y_mapped;  // else x is loaded, or y stored, by ordinary instructions
+};
+
+// Everything as it is in global memory: all of it arrives by the engine that copies boxes of matrices.
+template <int kGroup, int kTokenTiles>
+struct __align__(1024) Sm90Stage {
+  static constexpr int kGroups = kGroup < kStageCols ? kStageCols / kGroup : 1;
+  unsigned char x[8 * kTokenTiles][128];  // the B operand of wgmma_descriptor()
+  uint4 weights[kGemmWarps][32];
+  uint16_t scales[kGemmWarps][kGroups][16];
+  uint8_t zeros[kGemmWarps][kGroups][16];
+};
+
+// Arrivals that fill a stage: one that tells how much of the weights to wait for, one for x.
+constexpr int kFillArrivals = 2;
+
+// A CTA's way through the stages of its tiles.
+struct StageCursor {
+  int tile, col_tile;
+  int begin, end;  // col_tile in each tile
+
+  __device__ __forceinline__ StageCursor(const ClusterSchedule& s, int cta)
+      : tile(cta / s.splits), begin(2 * s.begin(cta % s.splits)), end(2 * s.begin(cta % s.splits + 1)) {
+    col_tile = begin;
+  }
+  __device__ __forceinline__ bool done(const ClusterSchedule& s) const { return tile >= s.count(); }
+  // Returns whether that leads to another tile.
+  __device__ __forceinline__ bool advance(const ClusterSchedule& s) {
+    if (++col_tile < end) return false;
+    col_tile = begin;
+    tile += s.clusters;
+    return true;
+  }
+};
+
+// One thread's work. Beyond the last row or column of tiles the engine writes zeros.
+template <typename T, int kGroup, int kTokenTiles>
+__device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
+                                             const Sm90Params<T>& params, int row_block, int col_tile) {
+  const bool has_zeros = params.gemm.zeros != nullptr;
+  const int first_tile = row_block * kGemmWarps, group = col_tile * kStageCols / kGroup;
+  mbarrier_arrive_expecting(full, static_cast<int>(sizeof stage.weights + sizeof stage.scales) +
+                                      (has_zeros ? static_cast<int>(sizeof stage.zeros) : 0));
+  tensor_load(stage.weights, params.weights, first_tile, col_tile * 128, full);
+  tensor_load(stage.scales, params.scales, first_tile, group * 8, full);
+  if (has_zeros) tensor_load(stage.zeros, params.zeros, first_tile, group * 4, full);
+}
+
+// x of a stage without a map: rows that do not start at multiples of 16 bytes. The same bytes at the same places.
+template <int kTokenTiles, typename T>
+__device__ __forceinline__ void store_x(unsigned char (&x)[8 * kTokenTiles][128], const GemmParams<T>& p,
+                                        int token_block, int first_col, int lane) {
+  const int chunk = lane % 8, col = first_col + chunk * 8;
+  for (int token = lane / 8; token < 8 * kTokenTiles; token += 4) {
+    const int64_t row = token_block * 8 * kTokenTiles + token;
+    uint4 values = make_uint4(0, 0, 0, 0);
+    if (row < p.m && col < p.k) values = load_8x16bit<false>(p.x + row * p.x_row_stride + col);
+    *reinterpret_cast<uint4*>(&x[token][(chunk ^ token % 8) * 16]) = values;
+  }
+  fence_proxy_async();
+}
+
+template <typename T, int kGroup, int kTokenTiles>
+__device__ __forceinline__ void load_x(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
+                                       const Sm90Params<T>& params, int token_block, int col_tile, int lane) {
+  if (params.x_mapped) {
+    if (lane) return;
+    mbarrier_arrive_expecting(full, sizeof stage.x);
+    tensor_load(stage.x, params.x, token_block * 8 * kTokenTiles, col_tile * kStageCols, full);
+    return;
+  }
+  store_x<kTokenTiles>(stage.x, params.gemm, token_block, col_tile * kStageCols, lane);
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(full);
+}
+
+// One warp's work. The weights of the first stages are asked for while the kernel before this one may still run.
+template <typename T, int kGroup, int kTokenTiles, int kStages>
+__device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles>* stages, uint64_t* full, uint64_t* empty,
+                                        const Sm90Params<T>& params, int cta, int lane) {
+  const ClusterSchedule& s = params.schedule;
+  StageCursor now(s, cta);
+  if (lane == 0) {
+    StageCursor ahead = now;
+    for (int stage = 0; stage < kStages && !ahead.done(s); ++stage) {
+      load_weights<T>(stages[stage], full + stage, params, s.place(ahead.tile).row_block, ahead.col_tile);
+      ahead.advance(s);
+    }
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  Place place = s.place(now.tile);
+  int stage = 0, phase = 0;
+  bool first_round = true;
+  while (!now.done(s)) {
+    if (!first_round) {
+      mbarrier_wait(empty + stage, phase ^ 1);
+      if (lane == 0) load_weights<T>(stages[stage], full + stage, params, place.row_block, now.col_tile);
+    }
+    load_x<T>(stages[stage], full + stage, params, place.token_block, now.col_tile, lane);
+    if (++stage == kStages) stage = 0, phase ^= 1, first_round = false;
+    if (now.advance(s)) place = s.place(now.tile);
+  }
+  __syncwarp();
+}
+
+}  // namespace hf_fastpath
