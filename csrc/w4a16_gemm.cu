@@ -67,8 +67,8 @@ struct WeightShare {
 };
 
 template <typename T, int kGroup, int kTokenTiles>
-__device__ __forceinline__ void load_x(Stage<kGroup, kTokenTiles>& stage, const GemmParams<T>& p,
-                                       int token_block, int unit, int thread) {
+__device__ __forceinline__ void load_x(Stage<kGroup, kTokenTiles>& stage, const GemmParams<T>& p, int token_block,
+                                       int unit, int thread) {
   constexpr int kTokensAtOnce = kGemmThreads / 16;
   const int chunk = thread % 16, col = unit * kUnitCols + chunk * 8;
 #pragma unroll
@@ -170,8 +170,7 @@ cudaError_t launch(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
   const StreamKParams<T> p{gemm_params<T>(a), reinterpret_cast<float4*>(a.workspace),
                            gemm_schedule(v, a.m, a.n, a.k, sm_count)};
   const auto kernel = w4a16_gemm_kernel<T, kGroup, v.token_tiles, v.stages, v.ctas_per_sm>;
-  const cudaError_t error =
-      launch_kernel_with_shared(kernel, p.schedule.ctas, kGemmThreads, kBytes, stream, p);
+  const cudaError_t error = launch_kernel_with_shared(kernel, p.schedule.ctas, kGemmThreads, kBytes, stream, p);
   return error == cudaSuccess ? launch_gemm_sum<T, v.token_tiles>(p, stream) : error;
 }
 

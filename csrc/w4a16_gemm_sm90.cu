@@ -13,6 +13,8 @@
 // Where there are fewer tiles than multiprocessors, the CTAs of a cluster divide a tile's K and add their parts through
 // each other's shared memory, in the order of K: the order of a sum depends on the shape and the variant, never on
 // timing.
+#include <type_traits>
+
 #include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "common/ptx_sm90.cuh"
@@ -21,8 +23,6 @@
 #include "w4a16/sm90_consume.cuh"
 #include "w4a16/sm90_stage.cuh"
 #include "w4a16/sm90_store.cuh"
-
-#include <type_traits>
 
 namespace hf_fastpath {
 namespace {

@@ -152,11 +152,16 @@ def measure(sizes: Sizes, device: torch.device, step: Callable[[], None] = lambd
                 moved = weight_bytes + 2 * m * (k + n)
                 calls = [make() for _ in range(max(2, math.ceil(rotate / moved)))]
                 timing = bench_ops.percentiles(microseconds(calls, device))
-                variant = heuristics.w4a16_variant(device.type, m).value if impl == OURS else ""
+                variant = _chosen(device, m) if impl == OURS else ""
                 size = {"m": m, "k": k, "n": n, "group_size": sizes.group_size, "dtype": str(sizes.dtype)[6:]}
                 timing["gb_s"] = round(moved / timing["us_p50"] / 1000, 1)
                 yield {"impl": impl, **size, "variant": variant, "bytes": moved, **timing}
             step()
+
+
+def _chosen(device: torch.device, rows: int) -> str:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return heuristics.w4a16_variant(device.type, rows, capability=capability).value
 
 
 def table(rows: list[Row], copy_gb_s: float) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS
+from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS, GemmVariant
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
 
@@ -15,6 +15,7 @@ class W4A16Variant(enum.Enum):
     REFERENCE = "reference"
     CPU_INT4PACK = "torch _weight_int4pack_mm_for_cpu"
     CUDA_KERNEL = "w4a16_linear kernel"
+    CUDA_GEMM = "w4a16_gemm kernel"
     CUDA_DEQUANTIZE = "w4a16_dequantize kernel, then cuBLAS"
 
 
@@ -36,20 +37,26 @@ def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16
     return W8A16Variant.CUDA_KERNEL if rows <= MAX_ROWS else W8A16Variant.CUDA_DEQUANTIZE
 
 
-def w4a16_variant(device_type: str, rows: int, reference: bool = False) -> W4A16Variant:
+def w4a16_variant(
+    device_type: str, rows: int, reference: bool = False, capability: tuple[int, int] = (9, 0)
+) -> W4A16Variant:
     """The variant for ``rows`` rows of activations on ``"cpu"`` or ``"cuda"``.
 
     On the CPU one library kernel serves every size. On CUDA our kernel reads each weight once for up to 16 rows; with
-    more rows the product is limited by arithmetic, and expanding the weight for cuBLAS costs less than it saves.
-    reference: what a GPU runs that the kernels do not support.
+    more rows w4a16_gemm does, except where only its mma.sync form runs and the rows are so many that arithmetic is the
+    limit: there cuBLAS is faster, though it wants the weight expanded.
+
+    Args:
+        reference: what a GPU runs that the kernels do not support.
+        capability: compute capability of the GPU.
     """
-    # w4a16_gemm was written for more than 16 rows, but no GPU has run it yet: the path that was verified on hardware
-    # stays the choice until eval/bench_ops.py has compared the two. Who wants it asks w4a16_gemm_variant().
     if device_type == "cpu":
         return W4A16Variant.CPU_INT4PACK
     if reference:
         return W4A16Variant.REFERENCE
-    return W4A16Variant.CUDA_KERNEL if rows <= MAX_ROWS else W4A16Variant.CUDA_DEQUANTIZE
+    if rows <= MAX_ROWS:
+        return W4A16Variant.CUDA_KERNEL
+    return W4A16Variant.CUDA_GEMM if capability == (9, 0) or rows <= 64 else W4A16Variant.CUDA_DEQUANTIZE
 
 
 def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
@@ -57,31 +64,40 @@ def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
     return capability == (9, 0) if VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)
 
 
-# What a CTA does besides multiplying, in the time of 128 columns of K: starting; and where a cluster divides K, adding.
-_START, _SUM = 1, 2
-
-
 def w4a16_gemm_variant(
     rows: int, out_features: int, in_features: int, capability: tuple[int, int], sm_count: int
 ) -> int:
-    """The variant of w4a16_gemm to try first for ``(rows, in_features)`` times ``(out_features, in_features)``.
+    """The variant of w4a16_gemm for ``(rows, in_features)`` times ``(out_features, in_features)``.
 
-    By reasoning, not yet by measurement: the smallest tile that has all rows, or the largest; and of the divisions of
-    K the one whose busiest multiprocessor has the least to do.
+    The smallest tile that has all rows, or the largest, and K divided where tiles are fewer than multiprocessors. The
+    limits are from eval/results/ops_h200.csv: the choice is within 6% of the best variant for 46 of the 48 sizes there.
     """
     forms = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, capability)]
-    forms = [i for i in forms if VARIANTS[i].instruction == "wgmma"] or forms
+    wgmma = [i for i in forms if VARIANTS[i].instruction == "wgmma"]
+    if rows <= 32 and in_features >= 4096:  # mma.sync and stream-K are the faster ones there, on an H200 too
+        wgmma = []
+    forms = wgmma or [i for i in forms if VARIANTS[i].instruction == "mma"]
     sizes = {VARIANTS[i].tokens for i in forms}
     tokens = min((size for size in sizes if size >= rows), default=max(sizes))
-    tiles = ceil_div(out_features, TILE_OUTPUTS) * ceil_div(rows, tokens)
-    units = ceil_div(in_features, 128)
+    output_tiles = ceil_div(out_features, TILE_OUTPUTS)
+    if wgmma and tokens == 256 and output_tiles * ceil_div(rows, 256) <= sm_count // 4:
+        tokens = 128
+    tiles, units = output_tiles * ceil_div(rows, tokens), ceil_div(in_features, 128)
+    fitting = [i for i in forms if VARIANTS[i].tokens == tokens]
+    return max(
+        (i for i in fitting if _worth_dividing(VARIANTS[i], tiles, units, sm_count)),
+        key=lambda i: VARIANTS[i].splits,
+        default=fitting[0],
+    )
 
-    def work(variant: int) -> int:
-        splits = max(VARIANTS[variant].splits, 1)
-        waves = ceil_div(tiles * splits, sm_count)
-        return waves * (ceil_div(units, splits) + _START + (_SUM if splits > 1 else 0))
 
-    return min((i for i in forms if VARIANTS[i].tokens == tokens), key=work)
+def _worth_dividing(form: GemmVariant, tiles: int, units: int, sm_count: int) -> bool:
+    """Whether K, of ``units`` of 128 columns, should be divided for ``tiles`` tiles as ``form`` does."""
+    ctas, each = tiles * form.splits, units // max(form.splits, 1)
+    if form.tokens <= 64:  # two CTAs to a multiprocessor
+        return (ctas <= sm_count and each >= 4) or (ctas <= 2 * sm_count and each >= 8)
+    # Clusters of 4 with a multiprocessor for each CTA do not fill a GPU: its parts hold odd numbers of them.
+    return each >= 4 and ctas <= (sm_count if form.splits <= 2 else sm_count * 3 // 4)
 
 
 def attn_decode_int8_supports(head_dim: int) -> bool:

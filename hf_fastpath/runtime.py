@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -17,6 +18,12 @@ def _library_reason() -> str:
 
     result = load_library()
     return "" if result.loaded else f"the CUDA kernels are not available: {result.reason}"
+
+
+@functools.cache
+def gpu_properties(device: torch.device) -> Any:
+    """torch.cuda.get_device_properties(): what a kernel is chosen by, at every call."""
+    return torch.cuda.get_device_properties(device)
 
 
 @functools.cache

@@ -13,9 +13,12 @@ from hf_fastpath.ops.w4a16_gemm import VARIANTS
 H200, A100, RTX4090 = ((9, 0), 132), ((8, 0), 108), ((8, 9), 128)
 
 
-def test_only_what_hardware_has_verified_is_the_default() -> None:
+def test_more_rows_than_the_decode_kernel_takes() -> None:
     for rows in (17, 64, 512, 8192):
-        assert w4a16_variant("cuda", rows) is W4A16Variant.CUDA_DEQUANTIZE
+        assert w4a16_variant("cuda", rows, capability=(9, 0)) is W4A16Variant.CUDA_GEMM
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        assert w4a16_variant("cuda", 64, capability=capability) is W4A16Variant.CUDA_GEMM
+        assert w4a16_variant("cuda", 65, capability=capability) is W4A16Variant.CUDA_DEQUANTIZE
 
 
 def test_the_table_is_that_of_the_kernels() -> None:
@@ -46,12 +49,20 @@ def test_every_shape_has_a_variant_that_runs(
 @pytest.mark.parametrize(
     ("rows", "out_features", "in_features", "name"),
     [
-        (32, 2048, 2048, "wgmma_128x32_splits8"),  # 16 tiles: a share of 128 multiprocessors
+        (32, 2048, 2048, "wgmma_128x32_splits4"),  # 16 tiles
+        (32, 28672, 4096, "mma_128x32"),
         (64, 4096, 4096, "wgmma_128x64_splits4"),
-        (64, 6144, 4096, "wgmma_128x64_splits2"),  # 48 tiles: 4 shares each would be two on most multiprocessors
+        (64, 4096, 14336, "wgmma_128x64_splits8"),
+        (64, 6144, 4096, "wgmma_128x64_splits4"),
+        (64, 6144, 2048, "wgmma_128x64_splits2"),
+        (64, 14336, 4096, "wgmma_128x64_splits2"),
         (64, 28672, 4096, "wgmma_128x64_splits1"),
         (64, 2048, 128, "wgmma_128x64_splits1"),  # nothing to divide
+        (128, 2048, 2048, "wgmma_128x128_splits4"),
+        (128, 4096, 4096, "wgmma_128x128_splits2"),
+        (512, 2048, 2048, "wgmma_128x128_splits2"),
         (512, 4096, 14336, "wgmma_128x256_splits2"),
+        (512, 6144, 4096, "wgmma_128x256_splits1"),
         (8192, 28672, 4096, "wgmma_128x256_splits1"),
     ],
 )

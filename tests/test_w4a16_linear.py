@@ -93,7 +93,7 @@ def test_empty_batch_and_wrong_width() -> None:
 def test_variants() -> None:
     assert w4a16_variant("cpu", 1) is w4a16_variant("cpu", 1000) is W4A16Variant.CPU_INT4PACK
     assert w4a16_variant("cuda", 1) is w4a16_variant("cuda", 16) is W4A16Variant.CUDA_KERNEL
-    assert w4a16_variant("cuda", 17) is W4A16Variant.CUDA_DEQUANTIZE
+    assert w4a16_variant("cuda", 17) is W4A16Variant.CUDA_GEMM
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

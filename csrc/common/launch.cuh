@@ -82,13 +82,8 @@ cudaError_t launch_kernel_early(void (*kernel)(Params...), dim3 grid, dim3 block
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel_in_clusters(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster_size,
                                       int shared_bytes, cudaStream_t stream, Args&&... args) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // else the next launch's error would be this one
-      return error;
-    }
-  }
+  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

@@ -8,9 +8,9 @@ from torch import nn
 from hf_fastpath import heuristics, packing
 from hf_fastpath.heuristics import W4A16Variant
 from hf_fastpath.modules.packed_linear import PackedLinear
-from hf_fastpath.ops import w4a16_dequantize, w4a16_linear
+from hf_fastpath.ops import w4a16_dequantize, w4a16_gemm, w4a16_linear
 from hf_fastpath.quantize import GroupQuantized
-from hf_fastpath.runtime import require_device
+from hf_fastpath.runtime import gpu_properties, require_device
 
 _IDENTITY_ROWS = 512
 
@@ -100,7 +100,11 @@ class W4A16Linear(PackedLinear):
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if self.input_order is not None:
             rows = rows.index_select(1, self.input_order)
-        variant = heuristics.w4a16_variant(rows.device.type, rows.shape[0], self.reference)
+        capability = (0, 0)
+        if rows.is_cuda:
+            gpu = gpu_properties(rows.device)
+            capability = (gpu.major, gpu.minor)
+        variant = heuristics.w4a16_variant(rows.device.type, rows.shape[0], self.reference, capability)
         if variant is W4A16Variant.CPU_INT4PACK:
             return self._multiply_on_cpu(rows)
         return self._multiply_on_cuda(rows, variant)
@@ -112,6 +116,12 @@ class W4A16Linear(PackedLinear):
             require_device(x.device)
         if reference or variant is W4A16Variant.CUDA_KERNEL:
             return w4a16_linear(x, self.qweight, self.scales, self.zeros, self.bias, n, g, reference=reference)
+        if variant is W4A16Variant.CUDA_GEMM:
+            gpu = gpu_properties(x.device)
+            form = heuristics.w4a16_gemm_variant(
+                x.shape[0], n, self.in_features, (gpu.major, gpu.minor), gpu.multi_processor_count
+            )
+            return w4a16_gemm(x, self.qweight, self.scales, self.zeros, self.bias, n, g, form)
         weight = w4a16_dequantize(self.qweight, self.scales, self.zeros, self.in_features, n, g)
         return nn.functional.linear(x, weight, self.bias)
 

@@ -44,8 +44,9 @@ uintptr_t image_begin, image_end;
 
 Access this_access() {
   const Current& now = current();
-  return {now.cta,           now.cluster,          now.thread, now.thread / kWarpSize, now.barriers,
-          now.warp_barriers, now.cluster_barriers, now.tick,   now.fences};
+  return {now.cta,      now.cluster,       now.thread,           now.thread / kWarpSize,
+          now.barriers, now.warp_barriers, now.cluster_barriers, now.tick,
+          now.fences};
 }
 
 bool ordered(const Access& before, const Access& now) {

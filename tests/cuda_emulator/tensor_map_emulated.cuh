@@ -19,9 +19,15 @@ struct alignas(64) TensorMap {
 inline cudaError_t make_map(TensorMap* map, const void* matrix, int64_t rows, int64_t width, int64_t row_bytes,
                             int box_rows, int box_bytes, int unit, bool swizzled) {
   const bool aligned = reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && row_bytes % 16 == 0 && width % 16 == 0;
-  const bool sized = rows > 0 && width > 0 && row_bytes >= width && box_rows > 0 && box_rows <= 256 &&
-                     box_bytes > 0 && box_bytes % 16 == 0 && box_bytes / unit <= 256;
-  *map = {static_cast<unsigned char*>(const_cast<void*>(matrix)), rows, width, row_bytes, box_rows, box_bytes, unit,
+  const bool sized = rows > 0 && width > 0 && row_bytes >= width && box_rows > 0 && box_rows <= 256 && box_bytes > 0 &&
+                     box_bytes % 16 == 0 && box_bytes / unit <= 256;
+  *map = {static_cast<unsigned char*>(const_cast<void*>(matrix)),
+          rows,
+          width,
+          row_bytes,
+          box_rows,
+          box_bytes,
+          unit,
           swizzled};
   return aligned && sized ? cudaSuccess : cudaErrorInvalidValue;
 }
