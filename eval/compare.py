@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import DynamicCache
 
-from hf_fastpath import FastpathConfig, Int8KVCache, StaticKVCache
+from hf_fastpath import FastpathConfig
 from hf_fastpath.config import KVFormat
 from hf_fastpath.eval.measure import Rate, cache_bytes_per_token, decode_rates, float32_parameters, weight_bytes
 from hf_fastpath.eval.perplexity import Perplexity, perplexity
+from hf_fastpath.generation import CACHES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,9 @@ def variants(config: FastpathConfig) -> list[FastpathConfig]:
 
 def empty_cache(model: Any, kv_cache: KVFormat | None) -> Any:
     """A cache in which every token, the prompt's too, is read back as it is stored."""
-    if kv_cache is KVFormat.INT8:
-        return Int8KVCache(model.config, fresh_prefill=False)
-    return StaticKVCache(model.config) if kv_cache is KVFormat.STATIC else DynamicCache(config=model.config)
+    if kv_cache is None:
+        return DynamicCache(config=model.config)
+    return CACHES[kv_cache](model.config, **({"fresh_prefill": False} if kv_cache.compressed else {}))
 
 
 def measure(

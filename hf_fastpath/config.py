@@ -29,6 +29,12 @@ class KVFormat(enum.Enum):
 
     STATIC = "static"
     INT8 = "int8"
+    FP8 = "fp8"
+
+    @property
+    def compressed(self) -> bool:
+        """Whether attention has to read it in another form than plain tensors."""
+        return self is not KVFormat.STATIC
 
 
 class Fallback(enum.Enum):
@@ -76,8 +82,8 @@ class FastpathConfig:
             strongly random tokens drive its input channel (several times faster); ``"mse"`` minimizes the error of
             the weights alone; ``"absmax"`` is plain rounding to the largest value. ``"auto"`` is ``"output"`` in
             ``patch_model``, and ``"activation"`` where a model is quantized while it loads, and cannot run yet.
-        kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
-            precision, preallocated), or None for transformers' own DynamicCache.
+        kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"fp8"``,
+            ``"static"`` (full precision, preallocated), or None for transformers' own DynamicCache.
         lm_head: ``"int8"`` packs the language-model head too, with one scale an output; ``"int4"`` packs it like the
             other layers; None leaves it. A head that is tied to the embeddings is untied for it: the embeddings stay
             as they are.

@@ -10,10 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_fastpath.caches.int8 import Int8KVLayer
+from hf_fastpath.caches.compressed import CompressedLayer
 from hf_fastpath.caches.lazy import LazyKV
-from hf_fastpath.caches.rotation import rotate
-from hf_fastpath.ops import attn_decode_int8
 
 ATTENTION_NAME = "fastpath"
 
@@ -41,14 +39,10 @@ def fastpath_attention(
     """
     if type(key) is LazyKV and type(value) is LazyKV:
         layer = key.layer
-        if isinstance(layer, Int8KVLayer) and _decodable(query, attention_mask, dropout, kwargs):
+        if isinstance(layer, CompressedLayer) and _decodable(query, attention_mask, dropout, kwargs):
             mask = None if attention_mask is None else attention_mask[:, 0, 0]
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            k_data, k_scale, v_data, v_scale = layer.storage
-            q = rotate(query[:, :, 0]).contiguous()  # as the stored keys are
-            stored = (k_data, k_scale, v_data, v_scale)
-            out = attn_decode_int8(q, *stored, mask, key.shape[2], scale, reference=layer.reference)
-            return out.unsqueeze(1), None
+            return layer.decode(query[:, :, 0], mask, scale).unsqueeze(1), None
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

@@ -1,0 +1,132 @@
+"""What each cache format is to give back, written down once more and as simply as possible: the caches' test oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny_models import make_llama
+from transformers import DynamicCache
+
+from hf_fastpath import Fp8KVCache, Int8KVCache, StaticKVCache
+from hf_fastpath.caches.rotation import rotate
+from hf_fastpath.ops.kv_int8_append import quantize_int8
+
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+E4M3 = E4M3[E4M3.isfinite()].unique()
+
+
+def nearest(x: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """The nearest of the sorted values ``allowed``; in the middle of two, that with the even index from 0."""
+    above = torch.searchsorted(allowed, x).clamp(1, len(allowed) - 1)
+    low, high = allowed[above - 1], allowed[above]
+    even = (above - int((allowed == 0).nonzero())) % 2 == 0
+    take_high = (high - x < x - low) | ((high - x == x - low) & even)
+    return torch.where(take_high, high, low)
+
+
+class Plain:
+    """Nothing is rounded. ``group`` tokens are rounded together as soon as ``keep`` tokens follow them."""
+
+    group, keep = 1, 0
+    rotates = False  # whether keys are stored rotated
+
+    def __init__(self, batch: int = 3) -> None:
+        self.quantized = 0
+
+    def keys(self, group: torch.Tensor) -> torch.Tensor:
+        """What a group of keys ``(B, H, group, D)`` becomes."""
+        return group
+
+    def values(self, group: torch.Tensor) -> torch.Tensor:
+        return group
+
+    def settle(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Rounds the groups that are due, in place."""
+        self.quantized = min(self.quantized, keys.shape[2] // self.group * self.group)  # after a crop
+        while self.quantized + self.group + self.keep <= keys.shape[2]:
+            part = slice(self.quantized, self.quantized + self.group)
+            keys[:, :, part], values[:, :, part] = self.keys(keys[:, :, part]), self.values(values[:, :, part])
+            self.quantized += self.group
+
+
+class Int8(Plain):
+    rotates = True
+
+    def keys(self, group: torch.Tensor) -> torch.Tensor:
+        q, scale = quantize_int8(group)
+        return q.float() * scale.float().unsqueeze(-1)
+
+    values = keys
+
+
+class Fp8(Plain):
+    group = 64
+    rotates = True
+
+    def keys(self, group: torch.Tensor) -> torch.Tensor:
+        largest = group.double().abs().amax((2, 3), keepdim=True)
+        scale = 2.0 ** (largest / 448).log2().ceil()
+        return (nearest(group.double() / scale, E4M3) * scale).to(group.dtype)
+
+    values = keys
+
+
+MODELS: dict[type, type[Plain]] = {StaticKVCache: Plain, Int8KVCache: Int8, Fp8KVCache: Fp8}
+CACHES = list(MODELS)
+
+
+def random_kv(batch: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = torch.randn(2, batch, 2, tokens, 16, generator=generator)
+    return key, value
+
+
+def filled_storage(cache_class: Any, batch: int, tokens: int, dim: int) -> list[torch.Tensor]:
+    """The storage of a layer with two KV heads that holds random tokens."""
+    layer = cache_class.layer_class()
+    layer.update(*torch.randn(2, batch, 2, tokens, dim))
+    return layer.storage
+
+
+class Mirror:
+    """A cache of the class under test beside a DynamicCache that holds what the cache should hold."""
+
+    def __init__(self, cache_class: type, batch: int = 3, **options: Any) -> None:
+        config = make_llama().config
+        self.kind, self.cache, self.expected = cache_class, cache_class(config, **options), DynamicCache(config=config)
+        self.models = [MODELS[cache_class](), MODELS[cache_class]()]
+        self.batch, self.seed = batch, 0
+
+    def append(self, tokens: int) -> None:
+        for layer, model in enumerate(self.models):
+            self.seed += 1
+            key, value = random_kv(self.batch, tokens, self.seed)
+            self.cache.update(key, value, layer)
+            model.settle(*self._plain(layer))
+            self.expected.update(rotate(key) if model.rotates else key, value, layer)
+            model.settle(*self._plain(layer))
+
+    def _plain(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        plain = self.expected.layers[layer]
+        empty = torch.zeros(1, 1, 0, 1)
+        return (plain.keys, plain.values) if plain.is_initialized else (empty, empty)
+
+    def reset(self) -> None:
+        self.cache.reset()
+        self.expected = DynamicCache(config=make_llama().config)
+        self.models = [MODELS[self.kind](), MODELS[self.kind]()]
+
+    def both(self, operation: str, *args: Any) -> None:
+        """The same operation on the cache and on what it is compared with."""
+        for cache in (self.cache, self.expected):
+            getattr(cache, operation)(*args)
+
+    def check(self) -> None:
+        for got, want, model in zip(self.cache.layers, self.expected.layers, self.models, strict=True):
+            # Rotating keys back is a product whose sums depend on its shape in the last bit.
+            keys = rotate(want.keys) if model.rotates else want.keys
+            torch.testing.assert_close(got.keys, keys, rtol=0, atol=1e-5)
+            assert torch.equal(got.values, want.values)
+        assert self.cache.get_seq_length() == self.expected.get_seq_length()
+        assert self.cache.get_mask_sizes(4, 0) == self.expected.get_mask_sizes(4, 0)
