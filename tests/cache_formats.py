@@ -26,13 +26,10 @@ def nearest(x: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
 
 
 class Plain:
-    """Nothing is rounded. ``group`` tokens are rounded together as soon as ``keep`` tokens follow them."""
+    """Nothing is rounded. ``group`` tokens are rounded together, as soon as they are there."""
 
-    group, keep = 1, 0
+    group = 1
     rotates = False  # whether keys are stored rotated
-
-    def __init__(self, batch: int = 3) -> None:
-        self.quantized = 0
 
     def keys(self, group: torch.Tensor) -> torch.Tensor:
         """What a group of keys ``(B, H, group, D)`` becomes."""
@@ -40,14 +37,6 @@ class Plain:
 
     def values(self, group: torch.Tensor) -> torch.Tensor:
         return group
-
-    def settle(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Rounds the groups that are due, in place."""
-        self.quantized = min(self.quantized, keys.shape[2] // self.group * self.group)  # after a crop
-        while self.quantized + self.group + self.keep <= keys.shape[2]:
-            part = slice(self.quantized, self.quantized + self.group)
-            keys[:, :, part], values[:, :, part] = self.keys(keys[:, :, part]), self.values(values[:, :, part])
-            self.quantized += self.group
 
 
 class Int8(Plain):
@@ -90,42 +79,65 @@ def filled_storage(cache_class: Any, batch: int, tokens: int, dim: int) -> list[
 
 
 class Mirror:
-    """A cache of the class under test beside a DynamicCache that holds what the cache should hold."""
+    """A cache of the class under test beside a DynamicCache that holds what the cache should hold, and another one that
+    holds the same tokens as they were before their group was rounded."""
 
     def __init__(self, cache_class: type, batch: int = 3, **options: Any) -> None:
-        config = make_llama().config
-        self.kind, self.cache, self.expected = cache_class, cache_class(config, **options), DynamicCache(config=config)
-        self.models = [MODELS[cache_class](), MODELS[cache_class]()]
+        self.kind, self.cache, self.model = (
+            cache_class,
+            cache_class(make_llama().config, **options),
+            MODELS[cache_class](),
+        )
         self.batch, self.seed = batch, 0
+        self._forget()
 
-    def append(self, tokens: int) -> None:
-        for layer, model in enumerate(self.models):
-            self.seed += 1
-            key, value = random_kv(self.batch, tokens, self.seed)
-            self.cache.update(key, value, layer)
-            model.settle(*self._plain(layer))
-            self.expected.update(rotate(key) if model.rotates else key, value, layer)
-            model.settle(*self._plain(layer))
-
-    def _plain(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        plain = self.expected.layers[layer]
-        empty = torch.zeros(1, 1, 0, 1)
-        return (plain.keys, plain.values) if plain.is_initialized else (empty, empty)
+    def _forget(self) -> None:
+        self.expected, self.unrounded = (DynamicCache(config=make_llama().config) for _ in range(2))
+        self.written = 0  # the most tokens that there were
 
     def reset(self) -> None:
         self.cache.reset()
-        self.expected = DynamicCache(config=make_llama().config)
-        self.models = [MODELS[self.kind](), MODELS[self.kind]()]
+        self._forget()
+
+    def append(self, tokens: int) -> None:
+        start = self.cache.get_seq_length()
+        for layer in range(2):
+            self.seed += 1
+            key, value = random_kv(self.batch, tokens, self.seed)
+            self.cache.update(key, value, layer)
+            for cache in (self.expected, self.unrounded):
+                cache.update(rotate(key) if self.model.rotates else key, value, layer)
+            self._round(self.expected.layers[layer], start)
+        self.written = max(self.written, start + tokens)
+
+    def _round(self, plain: Any, start: int) -> None:
+        group = self.model.group
+        for first in range(start // group * group, plain.keys.shape[2] - group + 1, group):
+            part = slice(first, first + group)
+            plain.keys[:, :, part] = self.model.keys(plain.keys[:, :, part])
+            plain.values[:, :, part] = self.model.values(plain.values[:, :, part])
+
+    def crop(self, tokens: int) -> None:
+        """Tokens of a group that is not full any more come back as they were, while the cache has them: a later token
+        takes the place of the one that is a group before it."""
+        self.both("crop", -tokens)
+        length, group = self.cache.get_seq_length(), self.model.group
+        for plain, unrounded in zip(self.expected.layers, self.unrounded.layers, strict=True):
+            for which in ("keys", "values") if plain.is_initialized else ():
+                held, before = getattr(plain, which), getattr(unrounded, which)
+                for token in range(length // group * group, length):
+                    source, target = (before, held) if token >= self.written - group else (held, before)
+                    target[:, :, token] = source[:, :, token]
 
     def both(self, operation: str, *args: Any) -> None:
         """The same operation on the cache and on what it is compared with."""
-        for cache in (self.cache, self.expected):
+        for cache in (self.cache, self.expected, self.unrounded):
             getattr(cache, operation)(*args)
 
     def check(self) -> None:
-        for got, want, model in zip(self.cache.layers, self.expected.layers, self.models, strict=True):
+        for got, want in zip(self.cache.layers, self.expected.layers, strict=True):
             # Rotating keys back is a product whose sums depend on its shape in the last bit.
-            keys = rotate(want.keys) if model.rotates else want.keys
+            keys = rotate(want.keys) if self.model.rotates else want.keys
             torch.testing.assert_close(got.keys, keys, rtol=0, atol=1e-5)
             assert torch.equal(got.values, want.values)
         assert self.cache.get_seq_length() == self.expected.get_seq_length()

@@ -24,7 +24,7 @@ def run(mirror: Mirror, operation: str, argument: Any) -> None:
     if operation == "append":
         mirror.append(argument)
     elif operation == "crop":
-        mirror.both("crop", -min(argument, mirror.cache.get_seq_length()))
+        mirror.crop(min(argument, mirror.cache.get_seq_length()))
     elif operation == "reset":
         mirror.reset()
     else:

@@ -57,7 +57,7 @@ def test_reorder_repeat_select_crop_reset(start: int, mirror: Mirror) -> None:
     mirror.both("reorder_cache", torch.tensor([2, 0, 0]))
     mirror.check()
     mirror.append(2)
-    mirror.both("crop", -3)
+    mirror.crop(3)
     mirror.check()
     mirror.append(1)
     mirror.both("batch_repeat_interleave", 2)

@@ -163,11 +163,11 @@ class FastLayer(CacheLayerMixin):
         rows = rows.to(self.device)
         same_batch = rows.numel() == self.batch_size
         for i, (old, tokens) in enumerate(zip(self.storage, self.tokens_per_entry, strict=True)):
-            used = ceil_div(self.length, tokens) if tokens else old.shape[2]
-            chosen = old[:, :, :used].index_select(0, rows)
+            used = (slice(None), slice(None), slice(ceil_div(self.length, tokens))) if tokens else ()
+            chosen = old[used].index_select(0, rows)
             if not same_batch:
                 self.storage[i] = old.new_zeros((rows.numel(), *old.shape[1:]))
-            self.storage[i][:, :, :used] = chosen
+            self.storage[i][used] = chosen
         self.batch_size = rows.numel()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

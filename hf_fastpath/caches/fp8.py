@@ -19,14 +19,14 @@ class Fp8KVLayer(GroupedLayer):
 
     k_tail, v_tail: ``(B, H_kv, 64, D)`` in the model's dtype, the others: token t is entry ``t % 64``.
 
-    lengths: int32 ``(B, H_kv, 2)``, tokens stored and tokens quantized; the first ones, a multiple of 64.
+    lengths: int32 ``(B, H_kv)``, tokens stored; the first ``lengths // 64 * 64`` of them are quantized.
 
     All are contiguous, a head's tokens behind one another: a tile of 64 tokens is 64 D bytes, aligned to 16, with one
     scale.
     """
 
     format = "fp8"
-    group_tokens = ring_tokens = GROUP_TOKENS
+    group_tokens = GROUP_TOKENS
     tokens_per_entry = (1, GROUP_TOKENS, 0, 1, GROUP_TOKENS, 0, 0)
 
     @classmethod
@@ -40,11 +40,11 @@ class Fp8KVLayer(GroupedLayer):
             ((*rows, capacity // GROUP_TOKENS), torch.float32),
             ((*rows, GROUP_TOKENS, dim), key.dtype),
         )
-        kinds = (*one, *one, ((*rows, 2), torch.int32))
+        kinds = (*one, *one, (rows, torch.int32))
         return [torch.zeros(shape, dtype=dtype, device=key.device) for shape, dtype in kinds]
 
     @property
-    def rings(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.storage[2], self.storage[5]
 
     @property

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 
 from hf_fastpath.caches.compressed import CompressedLayer
-from hf_fastpath.ops._groups import quantized_after, ring_write
+from hf_fastpath.ops._groups import quantized_of, tail_write
 
 
 class GroupedLayer(CompressedLayer):
-    """A layer that keeps the latest tokens in rings: see :mod:`hf_fastpath.ops._groups`, which says when a group is
-    quantized. ``quantized`` is the host's copy of how many tokens are, as ``length`` is of how many are stored."""
+    """A layer whose tokens are quantized in groups of ``group_tokens``, as :mod:`hf_fastpath.ops._groups` says."""
 
     group_tokens: int
-    ring_tokens: int
 
-    def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True, reference: bool = False) -> None:
-        super().__init__(initial_tokens, fresh_prefill, reference)
-        self.quantized = 0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._written = 0  # the tails have had all tokens before this one
 
     @property
     @abstractmethod
-    def rings(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rings of the latest keys and values."""
+    def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latest keys and values."""
 
     @property
     @abstractmethod
     def lengths(self) -> torch.Tensor:
-        """Tokens stored and tokens quantized, int32 ``(B, H_kv, 2)``."""
+        """Tokens stored, int32 ``(B, H_kv)``."""
 
     @abstractmethod
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -37,33 +36,34 @@ class GroupedLayer(CompressedLayer):
 
     @abstractmethod
     def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """:meth:`expand`, but in the form that the ring holds (keys may be stored rotated)."""
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.quantized = 0
+        """:meth:`expand`, but in the form that the tail holds (keys may be stored rotated)."""
 
     def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
         self.append(key, value)
-        self.quantized = quantized_after(self.length, self.quantized, self.group_tokens, self.ring_tokens)
+        self._written = max(self._written, self.length)
 
     def reset(self) -> None:
         super().reset()
-        self._set_lengths(0)
+        self._written = 0
+        self._count()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` tokens. What is left of a group that was quantized moves back to the
-        full-precision tokens, with the values that quantizing gave it."""
+        """Forgets the last ``-tokens_to_remove`` tokens. What is left of a group that was quantized is in the tail
+        again: those of its tokens that were not overwritten there exactly, the others as quantizing left them."""
+        before = self.length
         super().crop(tokens_to_remove)
-        if self.is_initialized:
-            self._set_lengths(min(self.quantized, self.length // self.group_tokens * self.group_tokens))
+        self._refill_tails(before)
+        self._count()
 
     @torch.inference_mode(False)
-    def _set_lengths(self, quantized: int) -> None:
-        if quantized < self.quantized and self.length > quantized:
-            for which, ring in zip(("keys", "values"), self.rings, strict=True):
-                kept = self.expand_stored(which, self.length, self.dtype)[:, :, quantized:]
-                ring_write(ring, kept, quantized)
-        self.quantized = quantized
+    def _refill_tails(self, before: int) -> None:
+        first, before_first = (quantized_of(tokens, self.group_tokens) for tokens in (self.length, before))
+        last = min(self.length, self._written - self.group_tokens)
+        if first < min(before_first, last):
+            for which, tail in zip(("keys", "values"), self.tails, strict=True):
+                tail_write(tail, self.expand_stored(which, last, self.dtype)[:, :, first:], first)
+
+    @torch.inference_mode(False)
+    def _count(self) -> None:
         if self.is_initialized:
-            self.lengths[..., 0], self.lengths[..., 1] = self.length, quantized
+            self.lengths.fill_(self.length)

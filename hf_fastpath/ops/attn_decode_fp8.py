@@ -30,17 +30,18 @@ def attn_decode_fp8_reference(
     scaling: float,
 ) -> torch.Tensor:
     """Computed in float32; keys and values are expanded tile by tile. A row whose tokens are all masked gives 0."""
-    stored, quantized = _groups.counts(lengths)
-    keys, k_scales = _expanded(k_data, k_scale, k_tail, quantized, stored)
-    values, v_scales = _expanded(v_data, v_scale, v_tail, quantized, stored)
+    stored = _groups.tokens_stored(lengths)
+    keys, k_scales = _expanded(k_data, k_scale, k_tail, stored)
+    values, v_scales = _expanded(v_data, v_scale, v_tail, stored)
     return attend_tiles(query, k_data.shape[1], keys, values, mask, scaling, k_scales, v_scales)
 
 
 def _expanded(
-    data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, quantized: int, stored: int
+    data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, stored: int
 ) -> tuple[Iterator[torch.Tensor], torch.Tensor]:
     """Keys or values in tiles, float32 but not yet scaled, and the scale of each token, 1 for the latest ones."""
-    parts = [data[:, :, tile] for tile in tiles(quantized)] + [_groups.ring_tokens(tail, quantized, stored)]
+    quantized = _groups.quantized_of(stored, GROUP_TOKENS)
+    parts = [data[:, :, tile] for tile in tiles(quantized)] + [tail[:, :, : stored - quantized]]
     scales = scale.new_ones((*scale.shape[:2], stored))
     scales[:, :, :quantized] = scale[:, :, : quantized // GROUP_TOKENS].repeat_interleave(GROUP_TOKENS, dim=2)
     return (part.float() for part in parts), scales

@@ -55,16 +55,15 @@ def kv_fp8_append_reference(
     v_tail: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    start, quantized = _groups.counts(lengths)
-    stored = start + key.shape[2]
-    after = _groups.quantized_after(stored, quantized, GROUP_TOKENS, k_tail.shape[2])
+    start = _groups.tokens_stored(lengths)
+    first = _groups.quantized_of(start, GROUP_TOKENS)
     for x, data, scale, tail in ((key, k_data, k_scale, k_tail), (value, v_data, v_scale, v_tail)):
-        ready = _groups.ring_append(x, tail, start, quantized, after)
-        if after > quantized:
-            q, s = quantize_fp8_groups(ready)
-            data[:, :, quantized:after] = q
-            scale[:, :, quantized // GROUP_TOKENS : after // GROUP_TOKENS] = s
-    lengths[..., 0], lengths[..., 1] = stored, after
+        full = _groups.tail_append(x, tail, start)
+        if full.shape[2]:
+            q, s = quantize_fp8_groups(full)
+            data[:, :, first : first + full.shape[2]] = q
+            scale[:, :, first // GROUP_TOKENS : (first + full.shape[2]) // GROUP_TOKENS] = s
+    lengths += key.shape[2]
 
 
 def _fake(

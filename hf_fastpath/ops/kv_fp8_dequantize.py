@@ -6,6 +6,7 @@ import torch
 
 from hf_fastpath.ops import _groups, _library
 from hf_fastpath.ops.kv_fp8_append import GROUP_TOKENS
+from hf_fastpath.packing import ceil_div
 
 SCHEMA = "kv_fp8_dequantize(Tensor data, Tensor scale, Tensor tail, Tensor lengths, Tensor(a!) out) -> ()"
 
@@ -18,11 +19,12 @@ def expand_fp8_groups(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def kv_fp8_dequantize_reference(
     data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor
 ) -> None:
-    length, quantized = out.shape[2], min(_groups.counts(lengths)[1], out.shape[2])
-    groups = -(-quantized // GROUP_TOKENS)
+    length = out.shape[2]
+    quantized = min(_groups.quantized_of(_groups.tokens_stored(lengths), GROUP_TOKENS), length)
+    groups = ceil_div(quantized, GROUP_TOKENS)
     whole = expand_fp8_groups(data[:, :, : groups * GROUP_TOKENS], scale[:, :, :groups])
     out[:, :, :quantized] = whole[:, :, :quantized]
-    out[:, :, quantized:] = _groups.ring_tokens(tail, quantized, length)
+    out[:, :, quantized:] = tail[:, :, : length - quantized]
 
 
 def _fake(
