@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from typing import Any
@@ -25,11 +26,16 @@ class HeadFormat(enum.Enum):
 
 
 class KVFormat(enum.Enum):
-    """How the KV cache that ``generate()`` makes by default is stored."""
+    """How the KV cache that ``generate()`` makes by default is stored. ``"int4_kivi"`` is another name of int4."""
 
     STATIC = "static"
     INT8 = "int8"
     FP8 = "fp8"
+    INT4 = "int4"
+
+    @classmethod
+    def _missing_(cls, value: object) -> KVFormat | None:
+        return cls.INT4 if value == "int4_kivi" else None
 
     @property
     def compressed(self) -> bool:
@@ -59,9 +65,8 @@ def _parse_enum(field: str, value: Any, kind: type[enum.Enum], optional: bool) -
     if isinstance(value, kind) or (value is None and optional):
         return value
     if isinstance(value, str):
-        for member in kind:
-            if member.value == value.lower():
-                return member
+        with contextlib.suppress(ValueError):
+            return kind(value.lower())
     raise ValueError(f"FastpathConfig.{field}={value!r}: allowed are {', '.join(allowed)}")
 
 
@@ -83,7 +88,7 @@ class FastpathConfig:
             the weights alone; ``"absmax"`` is plain rounding to the largest value. ``"auto"`` is ``"output"`` in
             ``patch_model``, and ``"activation"`` where a model is quantized while it loads, and cannot run yet.
         kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"fp8"``,
-            ``"static"`` (full precision, preallocated), or None for transformers' own DynamicCache.
+            ``"int4"``, ``"static"`` (full precision, preallocated), or None for transformers' own DynamicCache.
         lm_head: ``"int8"`` packs the language-model head too, with one scale an output; ``"int4"`` packs it like the
             other layers; None leaves it. A head that is tied to the embeddings is untied for it: the embeddings stay
             as they are.

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import configuration_utils
 
-from hf_fastpath.caches import FastCache, Fp8KVCache, Int8KVCache, StaticKVCache
+from hf_fastpath.caches import FastCache, Fp8KVCache, Int4KIVICache, Int8KVCache, StaticKVCache
 from hf_fastpath.caches.attention import register_attention
 from hf_fastpath.config import KVFormat
 
@@ -17,6 +17,7 @@ CACHES: dict[KVFormat, type[FastCache]] = {
     KVFormat.STATIC: StaticKVCache,
     KVFormat.INT8: Int8KVCache,
     KVFormat.FP8: Fp8KVCache,
+    KVFormat.INT4: Int4KIVICache,
 }
 CACHE_NAMES: dict[str, KVFormat] = {f"fastpath_{fmt.value}": fmt for fmt in CACHES}
 

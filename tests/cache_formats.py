@@ -8,7 +8,7 @@ import torch
 from tiny_models import make_llama
 from transformers import DynamicCache
 
-from hf_fastpath import Fp8KVCache, Int8KVCache, StaticKVCache
+from hf_fastpath import Fp8KVCache, Int4KIVICache, Int8KVCache, StaticKVCache
 from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.ops.kv_int8_append import quantize_int8
 
@@ -29,6 +29,7 @@ class Plain:
     """Nothing is rounded. ``group`` tokens are rounded together, as soon as they are there."""
 
     group = 1
+    sinks = 0  # tokens in front that are in no group
     rotates = False  # whether keys are stored rotated
 
     def keys(self, group: torch.Tensor) -> torch.Tensor:
@@ -61,7 +62,22 @@ class Fp8(Plain):
     values = keys
 
 
-MODELS: dict[type, type[Plain]] = {StaticKVCache: Plain, Int8KVCache: Int8, Fp8KVCache: Fp8}
+class Int4(Plain):
+    group, sinks, rotates = 64, 4, True
+
+    def keys(self, group: torch.Tensor) -> torch.Tensor:
+        return self._round(group, 2)
+
+    def values(self, group: torch.Tensor) -> torch.Tensor:
+        return self._round(group, 3)
+
+    def _round(self, group: torch.Tensor, dim: int) -> torch.Tensor:
+        low, high = group.amin(dim, keepdim=True), group.amax(dim, keepdim=True)
+        scale, low = ((high - low) / 15).half().float(), low.half().float()
+        return ((group - low) / scale).round().clamp(0, 15) * scale + low
+
+
+MODELS: dict[type, type[Plain]] = {StaticKVCache: Plain, Int8KVCache: Int8, Fp8KVCache: Fp8, Int4KIVICache: Int4}
 CACHES = list(MODELS)
 
 
@@ -83,11 +99,10 @@ class Mirror:
     holds the same tokens as they were before their group was rounded."""
 
     def __init__(self, cache_class: type, batch: int = 3, **options: Any) -> None:
-        self.kind, self.cache, self.model = (
-            cache_class,
-            cache_class(make_llama().config, **options),
-            MODELS[cache_class](),
-        )
+        self.kind, self.model = cache_class, MODELS[cache_class]()
+        for option, value in options.items():
+            setattr(self.model, {"group_tokens": "group", "sinks": "sinks", "rotate_keys": "rotates"}[option], value)
+        self.cache = cache_class(make_llama().config, **options)
         self.batch, self.seed = batch, 0
         self._forget()
 
@@ -112,10 +127,15 @@ class Mirror:
 
     def _round(self, plain: Any, start: int) -> None:
         group = self.model.group
-        for first in range(start // group * group, plain.keys.shape[2] - group + 1, group):
+        for first in range(self._first_open(start), plain.keys.shape[2] - group + 1, group):
             part = slice(first, first + group)
             plain.keys[:, :, part] = self.model.keys(plain.keys[:, :, part])
             plain.values[:, :, part] = self.model.values(plain.values[:, :, part])
+
+    def _first_open(self, length: int) -> int:
+        """The first token of the group that is not full."""
+        behind = max(length - self.model.sinks, 0)
+        return self.model.sinks + behind // self.model.group * self.model.group
 
     def crop(self, tokens: int) -> None:
         """Tokens of a group that is not full any more come back as they were, while the cache has them: a later token
@@ -125,7 +145,7 @@ class Mirror:
         for plain, unrounded in zip(self.expected.layers, self.unrounded.layers, strict=True):
             for which in ("keys", "values") if plain.is_initialized else ():
                 held, before = getattr(plain, which), getattr(unrounded, which)
-                for token in range(length // group * group, length):
+                for token in range(self._first_open(length), length):
                     source, target = (before, held) if token >= self.written - group else (held, before)
                     target[:, :, token] = source[:, :, token]
 

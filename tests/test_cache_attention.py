@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from cache_formats import CACHES, E4M3, nearest
+from tiny_models import make_llama
 
-from hf_fastpath import StaticKVCache
+from hf_fastpath import Int4KIVICache, StaticKVCache, Unsupported
 from hf_fastpath.caches import CompressedLayer
 from hf_fastpath.ops import _attention
 from hf_fastpath.ops.kv_fp8_append import quantize_fp8_groups
+from hf_fastpath.ops.kv_int4_append import quantize_int4, value_groups
 
 COMPRESSED = [kind.layer_class for kind in CACHES if kind is not StaticKVCache]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -114,3 +116,70 @@ def test_fp8_groups(dtype: torch.dtype) -> None:
     # What was rounded once stays as it is, whatever else the group holds that is not thousands of times larger.
     again, scale_again = quantize_fp8_groups(back.flatten(2, 3).float() * 4)
     assert torch.equal(again.double().unflatten(2, (5, 64)) * scale_again.double()[..., None, None], back * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_codes(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    x = (torch.randn(50, 64) * torch.logspace(-3, 3, 50)[:, None] + torch.linspace(-50, 50, 50)[:, None]).to(dtype)
+    x[7] = 0.3  # all alike
+    q, scale, low = quantize_int4(x)
+    assert int(q.max()) == 15
+    assert not bool(q[7].any())
+    back = q.double() * scale.double()[:, None] + low.double()[:, None]
+    # Half a step; the minimum is rounded by 2^-11 of itself, and 15 steps by as much, which the clamping cuts off.
+    step = scale.double()[:, None]
+    bound = step * (0.5 + 15 * 2**-11) + low.double().abs()[:, None] * 2**-11 + 6e-8 * 16
+    assert bool(((back - x.double()).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("group", "dim"), [(64, 16), (32, 96), (64, 128)])
+def test_int4_layout_is_the_documented_one(group: int, dim: int) -> None:
+    torch.manual_seed(3)
+    layer = Int4KIVICache.layer_class(group_tokens=group, sinks=3, rotate_keys=False)
+    layer.update(*torch.randn(2, 2, 2, 200, dim))
+    k_data, k_params, _, k_sinks, v_data, v_params, _, _, lengths = layer.storage
+    keys, values = (layer.expand(which, 200, torch.float32) for which in ("keys", "values"))
+    parts = value_groups(dim)
+    assert bool((lengths == 200).all())
+    for t, c in ((0, 0), (1, 1), (70, dim - 1), (127, 7), (37, dim // 2)):
+        half = 4 * (c % 2)
+        q = k_data[1, 1, t, c // 2].int() >> half & 15
+        expected = q * k_params[1, 1, t // group, 0, c].float() + k_params[1, 1, t // group, 1, c].float()
+        torch.testing.assert_close(keys[1, 1, 3 + t, c], expected)
+        q = v_data[1, 1, t // 8, c, t % 8 // 2].int() >> 4 * (t % 2) & 15
+        scale, low = v_params[1, 1, t // group, :, c // (dim // parts), t % group].float()
+        torch.testing.assert_close(values[1, 1, 3 + t, c], q * scale + low)
+    assert torch.equal(keys[:, :, :3], k_sinks)
+
+
+def test_value_groups_are_equal_and_at_most_64_channels() -> None:
+    for dim in range(2, 258, 2):
+        parts = value_groups(dim)
+        assert dim % parts == 0
+        assert dim // parts <= 64
+
+
+def test_int4_mistakes_are_named() -> None:
+    config = make_llama().config
+    with pytest.raises(ValueError, match="group_tokens=48: allowed are 32, 64"):
+        Int4KIVICache(config, group_tokens=48)
+    with pytest.raises(ValueError, match="sinks=-1"):
+        Int4KIVICache(config, sinks=-1)
+    with pytest.raises(Unsupported, match="an even head size, not 15"):
+        Int4KIVICache(config).update(*torch.randn(2, 1, 2, 3, 15), 0)
+
+
+def test_sinks_are_exact_and_spare_the_others_their_range() -> None:
+    torch.manual_seed(4)
+    key, value = torch.randn(2, 1, 1, 132, 64)
+    key[..., 0, :] *= 30  # the first token
+    errors = {}
+    for sinks in (0, 4):
+        layer = Int4KIVICache.layer_class(sinks=sinks)
+        layer.update(key, value)
+        back = layer.expand("keys", 132, torch.float32)
+        errors[sinks] = float((back - key)[:, :, 4:68].square().mean().sqrt())
+        if sinks:
+            torch.testing.assert_close(back[:, :, :4], key[:, :, :4], rtol=0, atol=1e-4)
+    assert errors[4] < 0.2 * errors[0]

@@ -10,6 +10,8 @@ from cache_formats import CACHES, Mirror
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_fastpath import Int4KIVICache
+
 BATCH = 3
 STEP = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([1, 1, 2, 5, 31, 64, 70, 130])),
@@ -37,11 +39,17 @@ def run(mirror: Mirror, operation: str, argument: Any) -> None:
             mirror.batch = len(rows)
 
 
-@pytest.mark.parametrize("kind", CACHES, ids=lambda kind: kind.__name__)
+VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {kind.__name__: (kind, {}) for kind in CACHES}
+VARIANTS["int4, groups of 32"] = (Int4KIVICache, {"group_tokens": 32, "sinks": 0})
+VARIANTS["int4, many sinks"] = (Int4KIVICache, {"sinks": 70, "rotate_keys": False})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=25, deadline=None)
 @given(steps=st.lists(STEP, min_size=1, max_size=14))
-def test_any_sequence_of_operations(kind: type, steps: list[tuple[str, Any]]) -> None:
-    mirror = Mirror(kind, BATCH)
+def test_any_sequence_of_operations(variant: str, steps: list[tuple[str, Any]]) -> None:
+    kind, options = VARIANTS[variant]
+    mirror = Mirror(kind, BATCH, **options)
     mirror.append(1)
     for operation, argument in steps:
         run(mirror, operation, argument)

@@ -9,7 +9,7 @@ import torch
 from cache_formats import filled_storage
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_fastpath import Fp8KVCache, ops, packing, packing_int8
+from hf_fastpath import Fp8KVCache, Int4KIVICache, ops, packing, packing_int8
 from hf_fastpath.ops import _attention
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8_reference
 from hf_fastpath.ops.kv_int8_append import quantize_int8
@@ -228,7 +228,12 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     merged = packed_weight(32, 64, 32, False, torch.bfloat16)[:3]
     int8 = packing_int8.pack_int8(torch.randint(-128, 128, (20, 64), dtype=torch.int8)), torch.rand(20).bfloat16()
     fp8 = filled_storage(Fp8KVCache, 2, 100, 32)
+    int4 = filled_storage(Int4KIVICache, 2, 100, 32)
     return [
+        ("kv_int4_append", (new, new.clone(), *int4)),
+        ("kv_int4_dequantize", (*int4[:4], int4[8], False, torch.empty(2, 2, 90, 32))),
+        ("kv_int4_dequantize", (*int4[4:], True, torch.empty(2, 2, 90, 32))),
+        ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, 0.2)),
         ("kv_fp8_append", (new, new.clone(), *fp8)),
         ("kv_fp8_dequantize", (*fp8[:3], fp8[6], torch.empty(2, 2, 90, 32))),
         ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, 0.2)),

@@ -12,9 +12,11 @@ from hf_fastpath.ops._groups import quantized_of, tail_write
 
 
 class GroupedLayer(CompressedLayer):
-    """A layer whose tokens are quantized in groups of ``group_tokens``, as :mod:`hf_fastpath.ops._groups` says."""
+    """A layer whose tokens are quantized in groups of ``group_tokens``, but for the first ``sinks``, as
+    :mod:`hf_fastpath.ops._groups` says."""
 
     group_tokens: int
+    sinks = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,11 +59,15 @@ class GroupedLayer(CompressedLayer):
 
     @torch.inference_mode(False)
     def _refill_tails(self, before: int) -> None:
-        first, before_first = (quantized_of(tokens, self.group_tokens) for tokens in (self.length, before))
+        first, before_first = (self._quantized_end(tokens) for tokens in (self.length, before))
         last = min(self.length, self._written - self.group_tokens)
         if first < min(before_first, last):
             for which, tail in zip(("keys", "values"), self.tails, strict=True):
-                tail_write(tail, self.expand_stored(which, last, self.dtype)[:, :, first:], first)
+                tail_write(tail, self.expand_stored(which, last, self.dtype)[:, :, first:], first - self.sinks)
+
+    def _quantized_end(self, stored: int) -> int:
+        """The token behind the quantized ones."""
+        return self.sinks + quantized_of(stored, self.group_tokens, self.sinks)
 
     @torch.inference_mode(False)
     def _count(self) -> None:

@@ -2,7 +2,8 @@
 
 The tokens of the group that is not full yet are in a tail ``(B, H_kv, G, D)`` in full precision: token t is entry
 ``t % G``. What is stored is counted in ``lengths``, int32 ``(B, H_kv)``; the first ``lengths // G * G`` tokens are
-quantized. Each head has a copy of the count, so that of a kernel that appends no CTA has to wait for that of another
+quantized. A format may keep ``sinks`` tokens in front of them in full precision: then tokens are numbered from behind
+those. Each head has a copy of the count, so that of a kernel that appends no CTA has to wait for that of another
 head. The rows of a batch are equally long.
 """
 
@@ -15,9 +16,9 @@ def tokens_stored(lengths: torch.Tensor) -> int:
     return int(lengths[0, 0])
 
 
-def quantized_of(stored: int, group: int) -> int:
-    """How many of the tokens are quantized."""
-    return stored // group * group
+def quantized_of(stored: int, group: int, sinks: int = 0) -> int:
+    """How many of the tokens are quantized, those in front of the groups not counted."""
+    return max(stored - sinks, 0) // group * group
 
 
 def tail_write(tail: torch.Tensor, x: torch.Tensor, start: int) -> None:
@@ -25,6 +26,15 @@ def tail_write(tail: torch.Tensor, x: torch.Tensor, start: int) -> None:
     stop = start + x.shape[2]
     kept = x[:, :, -tail.shape[2] :].to(tail.dtype)
     tail.index_copy_(2, torch.arange(stop - kept.shape[2], stop, device=tail.device) % tail.shape[2], kept)
+
+
+def take_sinks(x: torch.Tensor, sinks: torch.Tensor, start: int) -> torch.Tensor:
+    """Puts those of the tokens x ``(B, H_kv, n, D)``, the first being number ``start``, that are among the first S into
+    ``sinks`` ``(B, H_kv, S, D)``; returns the others."""
+    count = min(max(sinks.shape[2] - start, 0), x.shape[2])
+    if count:
+        sinks[:, :, start : start + count] = x[:, :, :count]
+    return x[:, :, count:]
 
 
 def tail_append(x: torch.Tensor, tail: torch.Tensor, start: int) -> torch.Tensor:
