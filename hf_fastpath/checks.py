@@ -102,7 +102,7 @@ def _check_not_quantized(model: Any) -> None:
 def _check_cache(model: Any, config: FastpathConfig) -> None:
     if config.kv_cache is None:
         return
-    CACHES[config.kv_cache](model.config)  # says no to configurations that it does not fit
+    CACHES[config.kv_cache](model.config, **config.cache_options)  # says no to configurations that it does not fit
     if not config.kv_cache.compressed:
         return
     if not model._can_set_attn_implementation():

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import configuration_utils
 
-from hf_fastpath.caches import FastCache, Fp8KVCache, Int4KIVICache, Int8KVCache, StaticKVCache
+from hf_fastpath.caches import FastCache, Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, StaticKVCache
 from hf_fastpath.caches.attention import register_attention
 from hf_fastpath.config import KVFormat
 
@@ -18,6 +18,7 @@ CACHES: dict[KVFormat, type[FastCache]] = {
     KVFormat.INT8: Int8KVCache,
     KVFormat.FP8: Fp8KVCache,
     KVFormat.INT4: Int4KIVICache,
+    KVFormat.H2O: H2OKVCache,
 }
 CACHE_NAMES: dict[str, KVFormat] = {f"fastpath_{fmt.value}": fmt for fmt in CACHES}
 
@@ -66,7 +67,9 @@ def _max_cache_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _new_cache(model: Any, kv_format: KVFormat, tokens: int) -> FastCache:
     state = getattr(model, "_fastpath", None)
-    options = {"reference": True} if state and state.reference and kv_format.compressed else {}
+    options: dict[str, Any] = {"reference": True} if state and state.reference and kv_format.compressed else {}
+    if state and state.config.kv_cache is kv_format:
+        options |= state.config.cache_options
     return CACHES[kv_format](model.config, max_cache_len=min(tokens, _MAX_PREALLOCATED_TOKENS), **options)
 
 

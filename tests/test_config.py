@@ -25,8 +25,8 @@ def test_strings_and_enums_are_the_same() -> None:
     ("field", "value", "allowed"),
     [
         ("weights", "int3", "'w4a16', None"),
-        ("kv_cache", "int2", "'static', 'int8', 'fp8', 'int4', None"),
-        ("kv_cache", 8, "'static', 'int8', 'fp8', 'int4', None"),
+        ("kv_cache", "int2", "'static', 'int8', 'fp8', 'int4', 'h2o', None"),
+        ("kv_cache", 8, "'static', 'int8', 'fp8', 'int4', 'h2o', None"),
         ("scale_search", None, "'absmax', 'mse', 'activation', 'output'"),
         ("group_size", 16, "128, 64, 32"),
         ("group_size", "128", "128, 64, 32"),

@@ -15,7 +15,7 @@ from hf_fastpath.config import KVFormat
 from hf_fastpath.generation import CACHES
 from hf_fastpath.heuristics import W4A16Variant, w4a16_variant
 
-WITHOUT_KERNELS = ("fp8", "int4")
+WITHOUT_KERNELS = ("fp8", "int4", "h2o")
 GPU = torch.device("cuda", 0)
 REASON = "no nvcc here"
 IDS = torch.randint(0, 199, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from hf_fastpath import fastpath_report, patch_model, register
 from hf_fastpath.config import KVFormat
 from hf_fastpath.generation import CACHES
 
-FORMATS = [fmt.value for fmt in KVFormat if fmt.compressed]
+FORMATS = [fmt.value for fmt in KVFormat if fmt.compressed and fmt is not KVFormat.H2O]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 50},

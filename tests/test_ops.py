@@ -9,7 +9,7 @@ import torch
 from cache_formats import filled_storage
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_fastpath import Fp8KVCache, Int4KIVICache, ops, packing, packing_int8
+from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, ops, packing, packing_int8
 from hf_fastpath.ops import _attention
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8_reference
 from hf_fastpath.ops.kv_int8_append import quantize_int8
@@ -219,6 +219,13 @@ def test_decode_attention_never_expands_more_than_a_tile(monkeypatch: pytest.Mon
     assert largest == 16 * 32
 
 
+def h2o_storage() -> list[torch.Tensor]:
+    layer = H2OKVCache.layer_class(budget=16, window=5, sinks=2)
+    layer.update(*torch.randn(2, 2, 2, 20, 32))
+    layer.attend(torch.randn(2, 4, 20, 32), None, 0.2)
+    return layer.storage
+
+
 def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     torch.manual_seed(0)
     qweight, scales, zero, _ = packed_weight(20, 64, 32, True, torch.bfloat16)
@@ -229,7 +236,11 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     int8 = packing_int8.pack_int8(torch.randint(-128, 128, (20, 64), dtype=torch.int8)), torch.rand(20).bfloat16()
     fp8 = filled_storage(Fp8KVCache, 2, 100, 32)
     int4 = filled_storage(Int4KIVICache, 2, 100, 32)
+    h2o = h2o_storage()
     return [
+        ("kv_h2o_append", (new[:, :, :1], new[:, :, 1:2], *h2o, 5, 2)),
+        ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
+        ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 0.2, 5, 2)),
         ("kv_int4_append", (new, new.clone(), *int4)),
         ("kv_int4_dequantize", (*int4[:4], int4[8], False, torch.empty(2, 2, 90, 32))),
         ("kv_int4_dequantize", (*int4[4:], True, torch.empty(2, 2, 90, 32))),

@@ -3,6 +3,7 @@
 from hf_fastpath.caches.base import FastCache, FastLayer
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
 from hf_fastpath.caches.fp8 import Fp8KVCache
+from hf_fastpath.caches.h2o import H2OKVCache
 from hf_fastpath.caches.int4 import Int4KIVICache
 from hf_fastpath.caches.int8 import Int8KVCache
 from hf_fastpath.caches.static import StaticKVCache
@@ -13,6 +14,7 @@ __all__ = [
     "FastCache",
     "FastLayer",
     "Fp8KVCache",
+    "H2OKVCache",
     "Int4KIVICache",
     "Int8KVCache",
     "StaticKVCache",

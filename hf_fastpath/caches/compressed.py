@@ -18,10 +18,12 @@ from hf_fastpath.runtime import require_device, why_no_kernels
 class CompressedLayer(FastLayer):
     """A layer whose ``update()`` returns :class:`LazyKV` handles, and which attends by itself (:meth:`decode`).
 
-    ``format``: its name in ``FastpathConfig.kv_cache``, for messages.
+    ``format``: its name in ``FastpathConfig.kv_cache``, for messages. ``attends_chunks``: whether all attention has to
+    be its own (``attend()``), of several tokens too; otherwise only that of one new token a row is.
     """
 
     format: str
+    attends_chunks = False
 
     def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True, reference: bool = False) -> None:
         super().__init__(initial_tokens)
@@ -39,6 +41,11 @@ class CompressedLayer(FastLayer):
     @abstractmethod
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """Attention of one new token a row, query ``(B, H, D)`` and result alike; mask: bool ``(B, length)``."""
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """With ``attends_chunks``, attention of the new tokens: query ``(B, H, q, D)`` and result alike; mask: bool
+        ``(B, q, length)``, or None: causal."""
+        raise NotImplementedError
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         if not self.reference:
@@ -63,6 +70,10 @@ class CompressedLayer(FastLayer):
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fresh_prefill and key.shape[2] == self.length and key.shape[2] > 1:
             return key, value
+        return self._handles(key)
+
+    def _handles(self, key: torch.Tensor) -> tuple[LazyKV, LazyKV]:
+        """What stands for all keys and values, ``key`` being new ones."""
         shape = (*key.shape[:2], self.length, key.shape[3])
         keys, values = (LazyKV(self, which, shape, key.dtype, key.device) for which in ("keys", "values"))
         return keys, values
