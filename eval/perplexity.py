@@ -98,7 +98,7 @@ def perplexity(
         counted = logits[-fresh - 1 : -1]
         if on_logits is not None:
             on_logits(counted)
-        window_nll, window_top1 = _score(counted, chunk[-fresh:])
+        window_nll, window_top1 = score(counted, chunk[-fresh:])
         nll.append(window_nll)
         top1.append(window_top1)
         if progress is not None:
@@ -137,7 +137,7 @@ class Divergence:
         return mean
 
 
-def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of each target, and the most likely token, on the CPU."""
     nll = []
     for rows, wanted in zip(logits.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True):

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from hf_fastpath import packing_int8
 from hf_fastpath.caches.attention import ATTENTION_NAME
-from hf_fastpath.caches.int8 import why_head_dim_unsupported
-from hf_fastpath.config import FastpathConfig, HeadFormat, KVFormat
+from hf_fastpath.caches.compressed import CompressedLayer
+from hf_fastpath.config import FastpathConfig, HeadFormat
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.generation import CACHES
 from hf_fastpath.packing import GROUP_SIZES
@@ -39,7 +39,8 @@ class LinearPlan:
 
 def needs_kernels(config: FastpathConfig) -> bool:
     """Whether a model patched like this runs ops of ours, which on CUDA are kernels for 16-bit models."""
-    return not (config.weights is None and config.lm_head is None) or config.kv_cache is KVFormat.INT8
+    packs = config.weights is not None or config.lm_head is not None
+    return packs or (config.kv_cache is not None and config.kv_cache.compressed)
 
 
 def check_model(model: Any, config: FastpathConfig) -> None:
@@ -75,8 +76,10 @@ def choose_reference(model: Any, config: FastpathConfig, device: torch.device) -
     if device.type != "cuda" or not needs_kernels(config):
         return ""
     reason = why_no_kernels(device, model.dtype)
-    if not reason and config.kv_cache is KVFormat.INT8:
-        reason = why_head_dim_unsupported(CACHES[config.kv_cache](model.config).head_dim)
+    if not reason and config.kv_cache is not None:
+        cache = CACHES[config.kv_cache](model.config)
+        if issubclass(cache.layer_class, CompressedLayer):
+            reason = cache.layer_class.why_no_kernel(cache.head_dim)
     if reason and config.fallback is None:
         raise Unsupported(f"{reason}; fallback='reference' runs the slow PyTorch implementations instead")
     return reason
@@ -99,8 +102,8 @@ def _check_not_quantized(model: Any) -> None:
 def _check_cache(model: Any, config: FastpathConfig) -> None:
     if config.kv_cache is None:
         return
-    CACHES[config.kv_cache](model.config)  # says no to configurations that it does not fit
-    if config.kv_cache is not KVFormat.INT8:
+    CACHES[config.kv_cache](model.config, **config.cache_options)  # says no to configurations that it does not fit
+    if not config.kv_cache.compressed:
         return
     if not model._can_set_attn_implementation():
         raise Unsupported(f"{type(model).__name__} does not let its attention be replaced: use kv_cache='static'")

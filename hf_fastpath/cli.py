@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_fastpath import FastpathConfig, __version__
-from hf_fastpath.config import ScaleSearch
+from hf_fastpath.config import KV_BUDGET, ScaleSearch
 
 app = typer.Typer(
     help="int4 weights and int8 KV caches for transformers models.",
@@ -30,7 +30,8 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32 or auto (what the checkpoint names).")]
 Weights = Annotated[str, typer.Option("--weights", help="w4a16 or none.")]
 Head = Annotated[str, typer.Option("--lm-head", help="int4, int8 or none.")]
-KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, static or none.")]
+KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, fp8, int4, h2o, static or none.")]
+KVBudget = Annotated[int, typer.Option("--kv-budget", help="Tokens that --kv-cache h2o keeps.")]
 GroupSize = Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 128, 64 or 32.")]
 ZeroPoints = Annotated[bool, typer.Option("--zero-points/--no-zero-points", help="Asymmetric int4.")]
 Search = Annotated[str | None, typer.Option("--scale-search", help="How scales are chosen (see FastpathConfig).")]
@@ -46,9 +47,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the number
 
 
 def _config(
-    weights: str, lm_head: str, kv_cache: str, group_size: int, zero_points: bool, search: str | None
+    weights: str, lm_head: str, kv_cache: str, kv_budget: int, group_size: int, zero_points: bool, search: str | None
 ) -> FastpathConfig:
-    fields: dict[str, Any] = {"group_size": group_size, "zero_points": zero_points}
+    fields: dict[str, Any] = {"kv_budget": kv_budget, "group_size": group_size, "zero_points": zero_points}
     for name, value in (("weights", weights), ("lm_head", lm_head), ("kv_cache", kv_cache)):
         fields[name] = None if value.lower() == "none" else value
     if search is not None:
@@ -71,6 +72,7 @@ def demo(
     weights: Weights = "w4a16",
     lm_head: Head = "none",
     kv_cache: KVCache = "int8",
+    kv_budget: KVBudget = KV_BUDGET,
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
     scale_search: Search = None,
@@ -83,7 +85,7 @@ def demo(
     """Stock against patched on a real model: speed, memory, perplexity, and a generation to read."""
     from hf_fastpath.eval import demo as job
 
-    config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
+    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
     speed: dict[str, Any] = {"prompt": prompt or job.PROMPT, "new_tokens": max_new_tokens}
     options = speed | _text_options(text, window, max_windows)
     request = job.Request(config, model, device, dtype, **options, json=json, calibration=calibration)
@@ -101,6 +103,7 @@ def evaluate(
     weights: Weights = "w4a16",
     lm_head: Head = "none",
     kv_cache: KVCache = "int8",
+    kv_budget: KVBudget = KV_BUDGET,
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
     scale_search: Search = None,
@@ -110,7 +113,7 @@ def evaluate(
     """Perplexity of a text, stock against patched, with the quantized cache in the loop."""
     from hf_fastpath.eval import demo as job
 
-    config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
+    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
     options = _text_options(text, window, max_windows)
     request = job.Request(config, model, device, dtype, new_tokens=0, **options, json=json, calibration=calibration)
     job.run(request, Console())
@@ -130,6 +133,7 @@ def generate(
     weights: Weights = "w4a16",
     lm_head: Head = "none",
     kv_cache: KVCache = "int8",
+    kv_budget: KVBudget = KV_BUDGET,
     group_size: GroupSize = 128,
     zero_points: ZeroPoints = True,
     scale_search: Search = None,
@@ -143,7 +147,7 @@ def generate(
     from hf_fastpath.eval import demo as job
 
     console = Console()
-    config = _config(weights, lm_head, kv_cache, group_size, zero_points, scale_search)
+    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
     if calibration is None and config.scale_search is not ScaleSearch.OUTPUT:
         loaded = job.load_with_status(model, device, dtype, console, config)
     else:

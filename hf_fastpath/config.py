@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from typing import Any
 
 from hf_fastpath.packing import GROUP_SIZES
 
+KV_BUDGET = 1024
+KV_SINKS = 4
 QUANT_METHOD = "fastpath"  # the name in transformers' table of quantizers, and in config.json
 
 
@@ -25,10 +28,41 @@ class HeadFormat(enum.Enum):
 
 
 class KVFormat(enum.Enum):
-    """How the KV cache that ``generate()`` makes by default is stored."""
+    """How the KV cache that ``generate()`` makes by default is stored. ``"int4_kivi"`` is another name of int4."""
 
     STATIC = "static"
     INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
+    H2O = "h2o"
+
+    @classmethod
+    def _missing_(cls, value: object) -> KVFormat | None:
+        return cls.INT4 if value == "int4_kivi" else None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether attention has to read it in another form than plain tensors."""
+        return self is not KVFormat.STATIC
+
+
+def check_budget(kv_budget: int, kv_window: int | None, kv_sinks: int) -> int:
+    """The window of an H2O cache, half of the budget where it is None.
+
+    Raises:
+        ValueError: a number is none, too small, or the window and the sinks together are more than the budget.
+    """
+    window = kv_budget // 2 if kv_window is None and type(kv_budget) is int else kv_window
+    for name, value, least in (("kv_budget", kv_budget, 1), ("kv_window", window, 0), ("kv_sinks", kv_sinks, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}={value!r}: must be an integer of {least} or more")
+    assert window is not None
+    if window + kv_sinks > kv_budget:
+        raise ValueError(
+            f"kv_window={window} and kv_sinks={kv_sinks} are more tokens than kv_budget={kv_budget} keeps: together "
+            "they may be at most as many"
+        )
+    return window
 
 
 class Fallback(enum.Enum):
@@ -53,9 +87,8 @@ def _parse_enum(field: str, value: Any, kind: type[enum.Enum], optional: bool) -
     if isinstance(value, kind) or (value is None and optional):
         return value
     if isinstance(value, str):
-        for member in kind:
-            if member.value == value.lower():
-                return member
+        with contextlib.suppress(ValueError):
+            return kind(value.lower())
     raise ValueError(f"FastpathConfig.{field}={value!r}: allowed are {', '.join(allowed)}")
 
 
@@ -76,8 +109,11 @@ class FastpathConfig:
             strongly random tokens drive its input channel (several times faster); ``"mse"`` minimizes the error of
             the weights alone; ``"absmax"`` is plain rounding to the largest value. ``"auto"`` is ``"output"`` in
             ``patch_model``, and ``"activation"`` where a model is quantized while it loads, and cannot run yet.
-        kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"static"`` (full
-            precision, preallocated), or None for transformers' own DynamicCache.
+        kv_cache: what ``generate()`` and ``model(...)`` use when you pass no cache: ``"int8"``, ``"fp8"``,
+            ``"int4"``, ``"h2o"`` (a fixed number of tokens, the least attended ones go), ``"static"`` (full precision,
+            preallocated), or None for transformers' own DynamicCache.
+        kv_budget, kv_window, kv_sinks: of ``kv_cache="h2o"``: tokens kept in each head, how many of the latest ones
+            among them (None: half), and how many of the first ones.
         lm_head: ``"int8"`` packs the language-model head too, with one scale an output; ``"int4"`` packs it like the
             other layers; None leaves it. A head that is tied to the embeddings is untied for it: the embeddings stay
             as they are.
@@ -95,6 +131,9 @@ class FastpathConfig:
     zero_points: bool = True
     scale_search: ScaleSearch = ScaleSearch.AUTO
     kv_cache: KVFormat | None = KVFormat.INT8
+    kv_budget: int = KV_BUDGET
+    kv_window: int | None = None
+    kv_sinks: int = KV_SINKS
     lm_head: HeadFormat | None = None
     skip_modules: tuple[str, ...] = ()
     fallback: Fallback | None = None
@@ -116,6 +155,10 @@ class FastpathConfig:
             raise ValueError(
                 f"FastpathConfig.group_size={self.group_size!r}: allowed are {', '.join(map(str, GROUP_SIZES))}"
             )
+        try:
+            check_budget(self.kv_budget, self.kv_window, self.kv_sinks)
+        except ValueError as error:
+            raise ValueError(f"FastpathConfig.{error}") from None
         for field in ("zero_points", "keep_original", "progress"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"FastpathConfig.{field}={getattr(self, field)!r}: allowed are True, False")
@@ -127,6 +170,13 @@ class FastpathConfig:
 
         register()
         return QUANT_METHOD
+
+    @property
+    def cache_options(self) -> dict[str, Any]:
+        """What the class of ``kv_cache`` takes of this configuration."""
+        if self.kv_cache is not KVFormat.H2O:
+            return {}
+        return {"kv_budget": self.kv_budget, "kv_window": self.kv_window, "kv_sinks": self.kv_sinks}
 
     def with_search(self, automatic: ScaleSearch) -> FastpathConfig:
         """This configuration with ``scale_search="auto"`` replaced."""

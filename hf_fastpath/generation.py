@@ -9,11 +9,17 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation import configuration_utils
 
-from hf_fastpath.caches import FastCache, Int8KVCache, StaticKVCache
+from hf_fastpath.caches import FastCache, Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, StaticKVCache
 from hf_fastpath.caches.attention import register_attention
 from hf_fastpath.config import KVFormat
 
-CACHES: dict[KVFormat, type[FastCache]] = {KVFormat.STATIC: StaticKVCache, KVFormat.INT8: Int8KVCache}
+CACHES: dict[KVFormat, type[FastCache]] = {
+    KVFormat.STATIC: StaticKVCache,
+    KVFormat.INT8: Int8KVCache,
+    KVFormat.FP8: Fp8KVCache,
+    KVFormat.INT4: Int4KIVICache,
+    KVFormat.H2O: H2OKVCache,
+}
 CACHE_NAMES: dict[str, KVFormat] = {f"fastpath_{fmt.value}": fmt for fmt in CACHES}
 
 # Room made at once for a generate() call that allows many new tokens; most calls stop long before their limit.
@@ -23,7 +29,7 @@ _POSITION_OF_PAST = 3  # forward(input_ids, attention_mask, position_ids, past_k
 
 
 def register() -> None:
-    """Makes ``cache_implementation="fastpath_int8"`` (and ``"fastpath_static"``) and
+    """Makes ``cache_implementation="fastpath_int8"`` (and every other format's name) and
     ``attn_implementation="fastpath"`` known to transformers, for every model. Idempotent."""
     register_attention()
     settings: Any = configuration_utils
@@ -61,7 +67,9 @@ def _max_cache_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _new_cache(model: Any, kv_format: KVFormat, tokens: int) -> FastCache:
     state = getattr(model, "_fastpath", None)
-    options = {"reference": True} if state and state.reference and kv_format is KVFormat.INT8 else {}
+    options: dict[str, Any] = {"reference": True} if state and state.reference and kv_format.compressed else {}
+    if state and state.config.kv_cache is kv_format:
+        options |= state.config.cache_options
     return CACHES[kv_format](model.config, max_cache_len=min(tokens, _MAX_PREALLOCATED_TOKENS), **options)
 
 

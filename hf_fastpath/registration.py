@@ -8,7 +8,7 @@ from hf_fastpath import generation, quantizer
 def register() -> None:
     """Makes hf_fastpath known to transformers, for every model; idempotent.
 
-    ``cache_implementation="fastpath_int8"`` (and ``"fastpath_static"``), ``attn_implementation="fastpath"``, and packed
+    ``cache_implementation="fastpath_int8"`` (and so on), ``attn_implementation="fastpath"``, and packed
     checkpoints in ``from_pretrained``. ``patch_model`` and ``quantization_config=FastpathConfig()`` call it.
     """
     generation.register()

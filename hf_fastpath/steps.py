@@ -13,7 +13,7 @@ from torch import nn
 from hf_fastpath import generation
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import LinearPlan
-from hf_fastpath.config import FastpathConfig, KVFormat
+from hf_fastpath.config import FastpathConfig
 from hf_fastpath.modules import PackedLinear, W4A16Linear, W8A16Linear
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import quantize_int4, quantize_int8_rows
@@ -93,7 +93,7 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
 def _install_cache(model: Any, config: FastpathConfig) -> None:
     if config.kv_cache is None:
         return
-    if config.kv_cache is KVFormat.INT8:  # a static cache returns plain tensors, which any attention takes
+    if config.kv_cache.compressed:  # a static cache returns plain tensors, which any attention takes
         model.set_attn_implementation(ATTENTION_NAME)
     model._prepare_cache_for_generation = functools.partial(generation.prepare_default_cache, model)
     model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
@@ -127,7 +127,7 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
     else:
         cache = (
             f"KV cache: {kv_cache.value} by default in generate() and model(...); attention: "
-            + (f"{ATTENTION_NAME} instead of " if kv_cache is KVFormat.INT8 else "")
+            + (f"{ATTENTION_NAME} instead of " if kv_cache.compressed else "")
             + str(state.attn_implementation)
         )
     if device.type == "cuda":
@@ -136,7 +136,9 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
             runs += f" by the slow reference implementations: {state.reference}"
     else:
         parts = ["torch's int4 product"] if state.replaced else []
-        parts += ["int8 attention by its reference implementation"] if kv_cache is KVFormat.INT8 else []
+        parts += (
+            [f"{kv_cache.value} attention by its reference implementation"] if kv_cache and kv_cache.compressed else []
+        )
         runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
     originals = "kept in CPU memory" if state.config.keep_original else "freed"
     return (cache, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))

@@ -80,7 +80,7 @@ def test_eval_measures_all_of_the_text_and_no_speed(requests: list[demo.Request]
     ("args", "message"),
     [
         (["demo", "--group-size", "48"], "allowed are 128, 64, 32"),
-        (["eval", "--kv-cache", "int2"], "'static', 'int8', None"),
+        (["eval", "--kv-cache", "int2"], "'static', 'int8', 'fp8', 'int4', 'h2o', None"),
         (["generate", "Hi", "--model", "absent/model-folder"], "cannot load 'absent/model-folder'"),
     ],
 )

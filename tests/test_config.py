@@ -18,14 +18,15 @@ def test_strings_and_enums_are_the_same() -> None:
     assert config.kv_cache is KVFormat.STATIC
     assert config.scale_search is ScaleSearch.MSE
     assert config.skip_modules == ("lm_head",)
+    assert FastpathConfig(kv_cache="INT4_KIVI") == FastpathConfig(kv_cache="int4")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
         ("weights", "int3", "'w4a16', None"),
-        ("kv_cache", "int2", "'static', 'int8', None"),
-        ("kv_cache", 8, "'static', 'int8', None"),
+        ("kv_cache", "int2", "'static', 'int8', 'fp8', 'int4', 'h2o', None"),
+        ("kv_cache", 8, "'static', 'int8', 'fp8', 'int4', 'h2o', None"),
         ("scale_search", None, "'absmax', 'mse', 'activation', 'output'"),
         ("group_size", 16, "128, 64, 32"),
         ("group_size", "128", "128, 64, 32"),

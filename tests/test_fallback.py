@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from tiny_models import logits, make_llama
 
 from hf_fastpath import FastpathConfig, Unsupported, checks, fastpath_report, patch_model, patching, runtime
+from hf_fastpath.config import KVFormat
+from hf_fastpath.generation import CACHES
 from hf_fastpath.heuristics import W4A16Variant, w4a16_variant
 
+WITHOUT_KERNELS = ("fp8", "int4", "h2o")
 GPU = torch.device("cuda", 0)
 REASON = "no nvcc here"
 IDS = torch.randint(0, 199, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -47,6 +51,16 @@ def test_a_head_size_that_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPat
         choose(odd, monkeypatch)
     assert "not 24" in choose(odd, monkeypatch, fallback="reference")
     assert choose(odd, monkeypatch, kv_cache="static") == ""
+
+
+def test_formats_without_kernels_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kv_cache in WITHOUT_KERNELS:
+        with pytest.raises(Unsupported, match=f"the {kv_cache} KV cache has no CUDA kernels yet.*fallback='reference'"):
+            choose(make_llama(), monkeypatch, kv_cache=kv_cache)
+        assert "no CUDA kernels" in choose(make_llama(), monkeypatch, kv_cache=kv_cache, fallback="reference")
+        layer = CACHES[KVFormat(kv_cache)].layer_class()
+        with pytest.raises(Unsupported, match=r"no CUDA kernels yet.*reference=True"):
+            layer._check_kernels(SimpleNamespace(is_cuda=True, shape=(1, 2, 3, 64)))
 
 
 def test_float32_and_old_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def offloaded() -> Any:
         (lambda: make_llama(intermediate_size=64, hidden_size=48), {"group_size": 32}, "skip_modules to leave"),
         (nan_weight, {}, "model.layers.1.mlp.up_proj: the weight holds NaN"),
         (make_llama, {"skip_modules": ("lm_head", "dwon_proj")}, "'dwon_proj' matches no module"),
-        (make_llama, {"kv_cache": "int3"}, "allowed are 'static', 'int8', None"),
+        (make_llama, {"kv_cache": "int3"}, "allowed are 'static', 'int8', 'fp8', 'int4', 'h2o', None"),
         (make_llama, {"bits": 4}, "has no 'bits'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

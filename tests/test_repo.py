@@ -17,6 +17,7 @@ import pytest
 
 import hf_fastpath
 from hf_fastpath import FastpathConfig, cli
+from hf_fastpath.generation import CACHES
 from hf_fastpath.patches import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,9 +105,12 @@ print(json.dumps([before, state(), unwanted]))
 def test_the_public_names_are_there_and_documented() -> None:
     for name in hf_fastpath.__all__:
         assert getattr(hf_fastpath, name).__doc__, f"{name} has no docstring"
-    for name in ("patch_model", "unpatch_model", "fastpath_report", "FastpathConfig", "Int8KVCache", "StaticKVCache"):
+    caches = [cache.__name__ for cache in CACHES.values()]
+    for name in ("patch_model", "unpatch_model", "fastpath_report", "FastpathConfig", *caches):
         assert name in hf_fastpath.__all__
         assert name in README
+    for kv_format in CACHES:
+        assert re.search(rf'^\| `"{kv_format.value}"` \| `{CACHES[kv_format].__name__}` \|', README, re.MULTILINE)
 
 
 def test_one_version() -> None:

@@ -32,6 +32,13 @@ def make_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: A
     return model.to(dtype).eval()
 
 
+def long_batch(padding: tuple[int, ...], tokens: int = 70) -> dict[str, torch.Tensor]:
+    """A batch of rows with that much padding on the left, long enough that every cache format has quantized tokens."""
+    ids = torch.randint(2, 199, (len(padding), tokens), generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(tokens) >= torch.tensor(padding)[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(ids, use_cache=False).logits

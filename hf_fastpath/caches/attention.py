@@ -10,10 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_fastpath.caches.int8 import Int8KVLayer
+from hf_fastpath.caches.compressed import CompressedLayer
 from hf_fastpath.caches.lazy import LazyKV
-from hf_fastpath.caches.rotation import rotate
-from hf_fastpath.ops import attn_decode_int8
+from hf_fastpath.errors import Unsupported
 
 ATTENTION_NAME = "fastpath"
 
@@ -41,27 +40,35 @@ def fastpath_attention(
     """
     if type(key) is LazyKV and type(value) is LazyKV:
         layer = key.layer
-        if isinstance(layer, Int8KVLayer) and _decodable(query, attention_mask, dropout, kwargs):
-            mask = None if attention_mask is None else attention_mask[:, 0, 0]
+        if isinstance(layer, CompressedLayer):
+            reason = _why_not_ours(query, attention_mask, dropout, kwargs)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            k_data, k_scale, v_data, v_scale = layer.storage
-            q = rotate(query[:, :, 0]).contiguous()  # as the stored keys are
-            stored = (k_data, k_scale, v_data, v_scale)
-            out = attn_decode_int8(q, *stored, mask, key.shape[2], scale, reference=layer.reference)
-            return out.unsqueeze(1), None
+            if layer.attends_chunks:
+                if reason:
+                    raise Unsupported(f"the {layer.format} KV cache cannot serve this call: {reason}")
+                mask = None if attention_mask is None else attention_mask[:, 0]
+                return layer.attend(query, mask, scale).transpose(1, 2).contiguous(), None
+            if not reason and query.shape[2] == 1:
+                mask = None if attention_mask is None else attention_mask[:, 0, 0]
+                return layer.decode(query[:, :, 0], mask, scale).unsqueeze(1), None
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def _decodable(
+def _why_not_ours(
     query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
-) -> bool:
-    """One new token a row, no gradient wanted, and at most a mask over the tokens that all heads share."""
+) -> str:
+    """Why a cache cannot attend by itself; "" when no gradient is wanted, and there is at most a mask over the tokens
+    that all heads share."""
     if query.requires_grad and torch.is_grad_enabled():
-        return False
-    if query.shape[2] != 1 or dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        return False
+        return "gradients are wanted; call the model within torch.no_grad()"
+    if dropout:
+        return "attention dropout is on; call model.eval()"
+    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        return "the model caps its attention scores or adds to them"
     if attention_mask is None:
-        return True
-    shared = attention_mask.dim() == 4 and attention_mask.shape[1:3] == (1, 1)
-    return shared and attention_mask.dtype == torch.bool and attention_mask.shape[0] == query.shape[0]
+        return ""
+    shared = attention_mask.dim() == 4 and attention_mask.shape[1] == 1 and attention_mask.shape[0] == query.shape[0]
+    if shared and attention_mask.shape[2] == query.shape[2] and attention_mask.dtype == torch.bool:
+        return ""
+    return "the attention mask is not a boolean one that all heads share"

@@ -3,6 +3,7 @@ generate()."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, cast
 
@@ -17,12 +18,17 @@ BLOCK_TOKENS = 256
 
 
 class FastLayer(CacheLayerMixin):
-    """One layer's keys and values, in ``storage``: tensors of shape ``(B, H_kv, capacity, ...)``.
+    """One layer's keys and values, in ``storage``: tensors ``(B, H_kv, entries, ...)``, a row's state in its own part.
 
     Only the first ``get_seq_length()`` tokens mean anything. The length is a host integer, so that nothing here waits
     for the GPU. A subclass says what is stored (:meth:`allocate`), how tokens are written (:meth:`write`), and what
     ``update()`` hands to the attention function (:meth:`read`).
+
+    ``tokens_per_entry``, one number a storage tensor: how many tokens an entry of its third dimension covers; 0 says
+    that the tensor does not grow with the tokens.
     """
+
+    tokens_per_entry: tuple[int, ...]
 
     is_compileable = False
     is_sliding = False
@@ -51,10 +57,10 @@ class FastLayer(CacheLayerMixin):
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         """``"keys"`` or ``"values"`` as a plain tensor ``(B, H_kv, length, D)``."""
 
-    @classmethod
     @abstractmethod
-    def bytes_per_head(cls, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes that the key (or value) of one token and head takes in a model of this dtype."""
+    def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
+        """Bytes that key and value of one token and KV head take in a model of this dtype, without what does not grow
+        with the tokens."""
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -68,7 +74,8 @@ class FastLayer(CacheLayerMixin):
 
     @property
     def capacity(self) -> int:
-        return self.storage[0].shape[2] if self.storage else 0
+        """Tokens that there is room for."""
+        return self.storage[0].shape[2] * self.tokens_per_entry[0] if self.storage else 0
 
     @property
     def nbytes(self) -> int:
@@ -110,9 +117,13 @@ class FastLayer(CacheLayerMixin):
             return
         wanted = max(self.length, self.capacity + self.capacity // 2)
         capacity = ceil_div(wanted, BLOCK_TOKENS) * BLOCK_TOKENS
-        for i, old in enumerate(self.storage):  # one at a time: the extra memory is one tensor's
-            new = old.new_zeros((*old.shape[:2], capacity, *old.shape[3:]))
-            new[:, :, :used] = old[:, :, :used]
+        for i, (old, tokens) in enumerate(zip(self.storage, self.tokens_per_entry, strict=True)):
+            if not tokens:
+                continue
+            # One at a time: the extra memory is one tensor's.
+            entries = ceil_div(used, tokens)
+            new = old.new_zeros((*old.shape[:2], capacity // tokens, *old.shape[3:]))
+            new[:, :, :entries] = old[:, :, :entries]
             self.storage[i] = new
 
     def get_seq_length(self) -> int:
@@ -151,11 +162,12 @@ class FastLayer(CacheLayerMixin):
             return
         rows = rows.to(self.device)
         same_batch = rows.numel() == self.batch_size
-        for i, old in enumerate(self.storage):
-            chosen = old[:, :, : self.length].index_select(0, rows)
+        for i, (old, tokens) in enumerate(zip(self.storage, self.tokens_per_entry, strict=True)):
+            used = (slice(None), slice(None), slice(ceil_div(self.length, tokens))) if tokens else ()
+            chosen = old[used].index_select(0, rows)
             if not same_batch:
                 self.storage[i] = old.new_zeros((rows.numel(), *old.shape[1:]))
-            self.storage[i][:, :, : self.length] = chosen
+            self.storage[i][used] = chosen
         self.batch_size = rows.numel()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -221,7 +233,14 @@ class FastCache(Cache):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token of one sequence takes in all layers, scales included."""
-        if self._fast_layers[0].is_initialized:
-            return sum(t.nbytes // (t.shape[0] * t.shape[2]) for layer in self._fast_layers for t in layer.storage)
-        return len(self.layers) * 2 * self.kv_heads * self.layer_class.bytes_per_head(self.head_dim, self.dtype)
+        """Bytes that one more token of one sequence takes in all layers, scales included, rounded up."""
+        layers = self._fast_layers
+        if not layers[0].is_initialized:
+            return math.ceil(len(layers) * self.kv_heads * layers[0].bytes_per_head(self.head_dim, self.dtype))
+        growing = [
+            tensor.nbytes / (tensor.shape[0] * tensor.shape[2] * tokens)
+            for layer in layers
+            for tensor, tokens in zip(layer.storage, layer.tokens_per_entry, strict=True)
+            if tokens
+        ]
+        return math.ceil(sum(growing))

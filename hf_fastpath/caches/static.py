@@ -10,6 +10,8 @@ from hf_fastpath.caches.base import FastCache, FastLayer
 class StaticKVLayer(FastLayer):
     """Keys and values as they come, in two tensors ``(B, H_kv, capacity, D)``."""
 
+    tokens_per_entry = (1, 1)
+
     def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         return [new.new_zeros((*new.shape[:2], capacity, new.shape[3])) for new in (key, value)]
 
@@ -22,9 +24,8 @@ class StaticKVLayer(FastLayer):
             return key, value  # a whole prompt: the same numbers, and gradients can flow
         return self.storage[0][:, :, : self.length], self.storage[1][:, :, : self.length]
 
-    @classmethod
-    def bytes_per_head(cls, head_dim: int, dtype: torch.dtype) -> int:
-        return head_dim * dtype.itemsize
+    def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
+        return 2 * head_dim * dtype.itemsize
 
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         return self.storage[0 if which == "keys" else 1][:, :, :length].to(dtype)

@@ -1,7 +1,16 @@
 """The operators, one file each: schema, reference (which is the CPU implementation), fake, wrapper."""
 
-from hf_fastpath.ops._library import NAMESPACE, SCHEMAS
+from hf_fastpath.ops._library import NAMESPACE, SCHEMAS, WITHOUT_KERNEL
+from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
+from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
+from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
+from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
+from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
+from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
+from hf_fastpath.ops.kv_h2o_append import kv_h2o_append
+from hf_fastpath.ops.kv_int4_append import kv_int4_append
+from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
@@ -15,7 +24,17 @@ from hf_fastpath.ops.w8a16_linear import w8a16_linear
 __all__ = [
     "NAMESPACE",
     "SCHEMAS",
+    "WITHOUT_KERNEL",
+    "attn_decode_fp8",
+    "attn_decode_h2o",
+    "attn_decode_int4",
     "attn_decode_int8",
+    "attn_prefill_h2o",
+    "kv_fp8_append",
+    "kv_fp8_dequantize",
+    "kv_h2o_append",
+    "kv_int4_append",
+    "kv_int4_dequantize",
     "kv_int8_append",
     "kv_int8_dequantize",
     "w4a16_dequantize",

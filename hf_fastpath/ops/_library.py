@@ -14,13 +14,19 @@ import torch
 NAMESPACE = "hf_fastpath"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # must stay alive as long as the ops are used
 SCHEMAS: dict[str, str] = {}
+WITHOUT_KERNEL: set[str] = set()  # ops that have no CUDA implementation yet
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Defines an op from its schema, with ``reference`` as its CPU implementation; returns the callable op."""
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, kernel: bool = True) -> Any:
+    """Defines an op from its schema, with ``reference`` as its CPU implementation; returns the callable op.
+
+    kernel: whether the compiled library has it; an op without one raises NotImplementedError on CUDA tensors.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     SCHEMAS[name] = schema
+    if not kernel:
+        WITHOUT_KERNEL.add(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

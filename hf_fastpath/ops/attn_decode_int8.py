@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.ops import _library
-
-# The CPU implementation expands this many tokens at a time: 1,024 tokens of a head stay in a core's L2 cache.
-TILE_TOKENS = 1024
+from hf_fastpath.ops._attention import attend_tiles, tiles
 
 SCHEMA = (
     "attn_decode_int8(Tensor query, Tensor k_data, Tensor k_scale, Tensor v_data, Tensor v_scale, Tensor? mask, "
@@ -29,24 +27,11 @@ def attn_decode_int8_reference(
     scaling: float,
 ) -> torch.Tensor:
     """Computed in float32; keys and values are expanded tile by tile. A row whose tokens are all masked gives 0."""
-    batch, heads, dim = query.shape
-    kv_heads = k_data.shape[1]
-    tiles = [slice(start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)]
-    q = query.float().view(batch, kv_heads, heads // kv_heads, dim) * scaling
-    parts = [q @ k_data[:, :, tile].float().transpose(2, 3) for tile in tiles]
-    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    scores *= k_scale[:, :, None, :length].float()
-    if mask is None:
-        weights = scores.softmax(-1)
-    else:
-        mask = mask[:, None, None, :length]
-        weights = scores.masked_fill_(~mask, float("-inf")).softmax(-1)
-        weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)  # softmax of nothing is NaN
-    weights *= v_scale[:, :, None, :length].float()
-    out = weights[..., tiles[0]] @ v_data[:, :, tiles[0]].float()
-    for tile in tiles[1:]:
-        out += weights[..., tile] @ v_data[:, :, tile].float()
-    return out.view(batch, heads, dim).to(query.dtype)
+    parts = tiles(length)
+    keys = (k_data[:, :, tile].float() for tile in parts)
+    values = (v_data[:, :, tile].float() for tile in parts)
+    scales = (scale[:, :, :length].float() for scale in (k_scale, v_scale))
+    return attend_tiles(query, k_data.shape[1], keys, values, mask, scaling, *scales)
 
 
 def _fake(

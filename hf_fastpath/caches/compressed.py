@@ -1,0 +1,106 @@
+"""What the compressed formats share: the attention function reads what is stored, and any other code a tensor that is
+expanded when somebody computes with it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from transformers.configuration_utils import PreTrainedConfig
+
+from hf_fastpath.caches.base import FastCache, FastLayer
+from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.errors import Unsupported
+from hf_fastpath.runtime import require_device, why_no_kernels
+
+
+class CompressedLayer(FastLayer):
+    """A layer whose ``update()`` returns :class:`LazyKV` handles, and which attends by itself (:meth:`decode`).
+
+    ``format``: its name in ``FastpathConfig.kv_cache``, for messages. ``attends_chunks``: whether all attention has to
+    be its own (``attend()``), of several tokens too; otherwise only that of one new token a row is.
+    """
+
+    format: str
+    attends_chunks = False
+
+    def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True, reference: bool = False) -> None:
+        super().__init__(initial_tokens)
+        self.fresh_prefill, self.reference = fresh_prefill, reference
+
+    @classmethod
+    @abstractmethod
+    def why_no_kernel(cls, head_dim: int) -> str:
+        """Why this format has no CUDA kernels for a head size; "" when it has. The references take any."""
+
+    @abstractmethod
+    def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:
+        """Empty storage for keys and values of the shape (but ``capacity`` tokens), dtype and device of ``key``."""
+
+    @abstractmethod
+    def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """Attention of one new token a row, query ``(B, H, D)`` and result alike; mask: bool ``(B, length)``."""
+
+    def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """With ``attends_chunks``, attention of the new tokens: query ``(B, H, q, D)`` and result alike; mask: bool
+        ``(B, q, length)``, or None: causal."""
+        raise NotImplementedError
+
+    def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
+        if not self.reference:
+            self._check_kernels(key)
+        if key.shape != value.shape:
+            raise Unsupported(
+                f"the {self.format} KV cache needs keys and values of one shape, got {tuple(key.shape)} and "
+                f"{tuple(value.shape)}; kv_cache='static' takes any"
+            )
+        return self.new_storage(key, capacity)
+
+    def _check_kernels(self, key: torch.Tensor) -> None:
+        if key.is_cuda and (reason := self.why_no_kernel(key.shape[3])):
+            raise Unsupported(
+                f"{reason}; the cache's reference=True (of a patched model, fallback='reference') runs the slow "
+                "PyTorch implementation"
+            )
+        require_device(key.device)
+        if reason := why_no_kernels(key.device, key.dtype):
+            raise Unsupported(reason)
+
+    def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.fresh_prefill and key.shape[2] == self.length and key.shape[2] > 1:
+            return key, value
+        return self._handles(key)
+
+    def _handles(self, key: torch.Tensor) -> tuple[LazyKV, LazyKV]:
+        """What stands for all keys and values, ``key`` being new ones."""
+        shape = (*key.shape[:2], self.length, key.shape[3])
+        keys, values = (LazyKV(self, which, shape, key.dtype, key.device) for which in ("keys", "values"))
+        return keys, values
+
+
+class CompressedCache(FastCache):
+    """A cache of :class:`CompressedLayer`.
+
+    With ``attn_implementation="fastpath"`` (what ``patch_model`` sets) decoding reads what is stored. With any other
+    implementation, so also on an unpatched model, each layer is expanded when its attention needs it.
+
+    Args:
+        config, max_cache_len: see :class:`FastCache`.
+        fresh_prefill: let the first prompt chunk attend to its own unrounded keys and values (they are in memory
+            anyway). With False it reads back what was stored, as later chunks do.
+        reference: run on the reference implementations (plain PyTorch, slow), also where the kernels cannot run.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        max_cache_len: int = 0,
+        fresh_prefill: bool = True,
+        reference: bool = False,
+        **layer_options: Any,
+    ) -> None:
+        super().__init__(
+            config, max_cache_len=max_cache_len, fresh_prefill=fresh_prefill, reference=reference, **layer_options
+        )

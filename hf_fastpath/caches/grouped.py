@@ -1,0 +1,75 @@
+"""What the formats share that quantize tokens in groups and keep the latest ones in full precision."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from hf_fastpath.caches.compressed import CompressedLayer
+from hf_fastpath.ops._groups import quantized_of, tail_write
+
+
+class GroupedLayer(CompressedLayer):
+    """A layer whose tokens are quantized in groups of ``group_tokens``, but for the first ``sinks``, as
+    :mod:`hf_fastpath.ops._groups` says."""
+
+    group_tokens: int
+    sinks = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._written = 0  # the tails have had all tokens before this one
+
+    @property
+    @abstractmethod
+    def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latest keys and values."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> torch.Tensor:
+        """Tokens stored, int32 ``(B, H_kv)``."""
+
+    @abstractmethod
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Appends to the storage by its op, which counts in ``lengths``."""
+
+    @abstractmethod
+    def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """:meth:`expand`, but in the form that the tail holds (keys may be stored rotated)."""
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        self.append(key, value)
+        self._written = max(self._written, self.length)
+
+    def reset(self) -> None:
+        super().reset()
+        self._written = 0
+        self._count()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens. What is left of a group that was quantized is in the tail
+        again: those of its tokens that were not overwritten there exactly, the others as quantizing left them."""
+        before = self.length
+        super().crop(tokens_to_remove)
+        self._refill_tails(before)
+        self._count()
+
+    @torch.inference_mode(False)
+    def _refill_tails(self, before: int) -> None:
+        first, before_first = (self._quantized_end(tokens) for tokens in (self.length, before))
+        last = min(self.length, self._written - self.group_tokens)
+        if first < min(before_first, last):
+            for which, tail in zip(("keys", "values"), self.tails, strict=True):
+                tail_write(tail, self.expand_stored(which, last, self.dtype)[:, :, first:], first - self.sinks)
+
+    def _quantized_end(self, stored: int) -> int:
+        """The token behind the quantized ones."""
+        return self.sinks + quantized_of(stored, self.group_tokens, self.sinks)
+
+    @torch.inference_mode(False)
+    def _count(self) -> None:
+        if self.is_initialized:
+            self.lengths.fill_(self.length)

@@ -1,0 +1,86 @@
+"""Attention of one new token a row over an fp8 KV cache: E4M3 groups, then the full-precision tail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hf_fastpath.ops import _groups, _library
+from hf_fastpath.ops._attention import attend_tiles, tiles
+from hf_fastpath.ops.kv_fp8_append import GROUP_TOKENS
+
+SCHEMA = (
+    "attn_decode_fp8(Tensor query, Tensor k_data, Tensor k_scale, Tensor k_tail, Tensor v_data, Tensor v_scale, "
+    "Tensor v_tail, Tensor lengths, Tensor? mask, float scaling) -> Tensor"
+)
+
+
+def attn_decode_fp8_reference(
+    query: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    k_tail: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_tail: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Computed in float32; keys and values are expanded tile by tile. A row whose tokens are all masked gives 0."""
+    stored = _groups.tokens_stored(lengths)
+    keys, k_scales = _expanded(k_data, k_scale, k_tail, stored)
+    values, v_scales = _expanded(v_data, v_scale, v_tail, stored)
+    return attend_tiles(query, k_data.shape[1], keys, values, mask, scaling, k_scales, v_scales)
+
+
+def _expanded(
+    data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, stored: int
+) -> tuple[Iterator[torch.Tensor], torch.Tensor]:
+    """Keys or values in tiles, float32 but not yet scaled, and the scale of each token, 1 for the latest ones."""
+    quantized = _groups.quantized_of(stored, GROUP_TOKENS)
+    parts = [data[:, :, tile] for tile in tiles(quantized)] + [tail[:, :, : stored - quantized]]
+    scales = scale.new_ones((*scale.shape[:2], stored))
+    scales[:, :, :quantized] = scale[:, :, : quantized // GROUP_TOKENS].repeat_interleave(GROUP_TOKENS, dim=2)
+    return (part.float() for part in parts), scales
+
+
+def _fake(
+    query: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    k_tail: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_tail: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+_op = _library.define(SCHEMA, attn_decode_fp8_reference, _fake, kernel=False)
+
+
+def attn_decode_fp8(
+    query: torch.Tensor,
+    storage: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    reference: bool = False,
+) -> torch.Tensor:
+    """``softmax(scaling * q K^T) V`` over the tokens that are stored, ``(B, H, D)`` in ``query.dtype``.
+
+    Args:
+        query: ``(B, H, D)`` contiguous; fp16, bf16 (CPU also fp32). H is a multiple of H_kv; head h reads KV head
+            ``h // (H / H_kv)``.
+        storage: that of :class:`hf_fastpath.caches.fp8.Fp8KVLayer`, which describes it.
+        mask: bool ``(B, >= tokens stored)``, last dimension contiguous, True where a token may be attended; None: all.
+        reference: run the reference implementation, on any device.
+    """
+    attend: Any = attn_decode_fp8_reference if reference else _op
+    return attend(query, *storage, mask, scaling)

@@ -1,0 +1,170 @@
+"""Attention of a prompt chunk over the H2O cache and over itself, after which the chunk is in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_fastpath.ops import _library
+from hf_fastpath.ops._attention import masked_softmax
+from hf_fastpath.ops._slots import Slots, count_padding, priorities, quantize_fp8_tokens
+
+QUERIES = 128  # at a time, so that the weights of a long chunk are never in memory as a whole
+
+SCHEMA = (
+    "attn_prefill_h2o(Tensor query, Tensor key, Tensor value, Tensor(a!) k_data, Tensor(b!) k_scale, "
+    "Tensor(c!) v_data, Tensor(d!) v_scale, Tensor(e!) scores, Tensor(f!) positions, Tensor(g!) counts, Tensor? mask, "
+    "float scaling, int window, int sinks) -> Tensor"
+)
+
+
+def attn_prefill_h2o_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    counts: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    window: int,
+    sinks: int,
+) -> torch.Tensor:
+    """Computed in float32, some queries at a time."""
+    slots = Slots(k_data, k_scale, v_data, v_scale, scores, positions, counts)
+    start, tokens = slots.seen, key.shape[2]
+    new_positions = torch.arange(start, start + tokens, dtype=positions.dtype, device=positions.device)
+    held = torch.cat([positions[:, :, : slots.used], new_positions.expand(*positions.shape[:2], -1)], dim=2)
+    out, gained = _attend(query, key, value, slots, held, mask, scaling)
+    if mask is not None:
+        own = mask[:, -1, start : start + tokens]  # the last query sees every token that is no padding
+        count_padding(counts, own, start)
+    gained[:, :, : slots.used] += scores[:, :, : slots.used]
+    _keep(slots, key, value, gained, held, window, sinks)
+    return out
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: Slots,
+    held: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunk's output ``(B, H, q, D)``, and the attention that the slots in use and the chunk got, ``(B, H_kv, n)``.
+
+    held: the number of each of these tokens.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, used, start = key.shape[1], slots.used, slots.seen
+    old_keys, old_values = (
+        data[:, :, :used].float() * scale[:, :, :used, None].float()
+        for data, scale in ((slots.k_data, slots.k_scale), (slots.v_data, slots.v_scale))
+    )
+    keys, values = torch.cat([old_keys, key.float()], 2), torch.cat([old_values, value.float()], 2)
+    q = query.float().unflatten(1, (kv_heads, -1)) * scaling
+    out = torch.empty((batch, kv_heads, heads // kv_heads, tokens, dim), device=query.device)
+    gained = keys.new_zeros(held.shape)
+    for begin in range(0, tokens, QUERIES):
+        part = slice(begin, min(begin + QUERIES, tokens))
+        number = torch.arange(start + part.start, start + part.stop, device=held.device)
+        visible = held[:, :, None] <= number[:, None]  # (B, H_kv, part, n)
+        if mask is not None:
+            rows = mask[:, None, part].expand(-1, kv_heads, -1, -1)
+            visible &= rows.gather(3, held[:, :, None].expand(-1, -1, rows.shape[2], -1).long())
+        product = q[:, :, :, part].flatten(2, 3) @ keys.transpose(2, 3)
+        weights = masked_softmax(product.unflatten(2, (heads // kv_heads, -1)), visible.unsqueeze(2))
+        out[:, :, :, part] = (weights.flatten(2, 3) @ values).unflatten(2, (heads // kv_heads, -1))
+        if mask is not None:  # what padding attends to says nothing
+            weights = weights * mask[:, part].gather(2, number.expand(batch, -1)[..., None])[:, None, None]
+        gained += weights.sum((2, 3))
+    return out.flatten(1, 2).to(query.dtype), gained
+
+
+def _keep(
+    slots: Slots,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gained: torch.Tensor,
+    held: torch.Tensor,
+    window: int,
+    sinks: int,
+) -> None:
+    """Puts those of the tokens in use and of the chunk into the slots that stay, in the order of their numbers."""
+    used, last = slots.used, slots.seen + key.shape[2] - 1
+    count = min(slots.k_data.shape[2], last + 1)
+    order = priorities(gained, held, slots.counts[..., 1], last, window, sinks)
+    # The newer one of two alike stays: a stable sort of the tokens from the last to the first.
+    chosen = held.shape[2] - 1 - order.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    chosen = chosen.gather(2, held.gather(2, chosen).argsort(dim=-1))
+    for x, data, scale in ((key, slots.k_data, slots.k_scale), (value, slots.v_data, slots.v_scale)):
+        new_data, new_scale = quantize_fp8_tokens(x)
+        all_data = torch.cat([data[:, :, :used], new_data], dim=2).view(torch.uint8)
+        all_scale = torch.cat([scale[:, :, :used], new_scale], dim=2)
+        stays = all_data.gather(2, chosen[..., None].expand(-1, -1, -1, data.shape[3]))
+        data[:, :, :count] = stays.view(data.dtype)
+        scale[:, :, :count] = all_scale.gather(2, chosen)
+    slots.scores[:, :, :count] = gained.gather(2, chosen)
+    slots.positions[:, :, :count] = held.gather(2, chosen)
+    slots.counts[..., 0] += key.shape[2]
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    counts: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    window: int,
+    sinks: int,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+_op = _library.define(SCHEMA, attn_prefill_h2o_reference, _fake, kernel=False)
+
+
+def attn_prefill_h2o(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    storage: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    scaling: float,
+    window: int,
+    sinks: int,
+    *,
+    reference: bool = False,
+) -> torch.Tensor:
+    """Causal attention of q new tokens over the slots in use and over the new tokens, which are not rounded here;
+    ``(B, H, q, D)`` in ``query.dtype``. Afterwards the cache holds those of all these tokens that stay.
+
+    A token's score is the attention that it got from all tokens up to now, padding excepted. What stays is what
+    :func:`hf_fastpath.ops.kv_h2o_append` would not evict, all at once: the last ``window`` tokens, the first ``sinks``
+    that are no padding, and those with the highest scores, padding last, the newer one of two alike.
+
+    Args:
+        query: ``(B, H, q, D)``; key, value: ``(B, H_kv, q, D)``; fp16, bf16 (CPU also fp32). H is a multiple of H_kv;
+            head h reads KV head ``h // (H / H_kv)``.
+        storage: that of :class:`hf_fastpath.caches.h2o.H2OKVLayer`, which describes it.
+        mask: bool ``(B, q, >= tokens seen with the new ones)``, True where a query may attend to a token, also one that
+            was evicted; a query's own token is masked when it is padding. None: causal, no padding.
+        reference: run the reference implementation, on any device.
+    """
+    attend: Any = attn_prefill_h2o_reference if reference else _op
+    return attend(query, key, value, *storage, mask, scaling, window, sinks)
