@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <utility>
 
 namespace hf_fastpath {
@@ -17,12 +19,28 @@ cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, cuda
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
+// What allow_shared_bytes() has asked for: bytes, of a kernel on a GPU.
+inline std::mutex allowed_shared_bytes_lock;
+inline std::map<std::pair<const void*, int>, int> allowed_shared_bytes;
+
 // More than 48 KiB of shared memory, a kernel's static share included, is granted only to kernels that asked for it.
+// Remembered, since the runtime takes microseconds to answer and a token takes hundreds of launches; never lowered,
+// since another thread may be about to launch.
 template <typename Kernel>
 cudaError_t allow_shared_bytes(Kernel* kernel, int bytes) {
   if (bytes <= 32 * 1024) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) cudaGetLastError();  // else the next launch's error would be this one
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> guard(allowed_shared_bytes_lock);
+  int& known = allowed_shared_bytes[{reinterpret_cast<const void*>(kernel), device}];
+  if (bytes <= known) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    known = bytes;
+  } else {
+    cudaGetLastError();  // else the next launch's error would be this one
+  }
   return error;
 }
 
