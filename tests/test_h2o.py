@@ -226,6 +226,22 @@ def test_250_tokens_in_48_slots() -> None:
     assert out.past_key_values.nbytes == cache_of(kv_budget=48).layers[0].budget * 2 * 2 * 2 * (2 * 18 + 8) + 2 * 32
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_padding_on_the_right_attends_to_counts_for_nothing(tokens: int) -> None:
+    layer, reference = (H2OKVCache.layer_class(budget=12, window=4, sinks=1) for _ in range(2))
+    key, value = torch.randn(2, 1, 2, 6, 16)
+    query = torch.randn(1, 4, 6 + tokens, 16)
+    for each in (layer, reference):
+        each.update(key, value)
+        each.attend(query[:, :, :6], None, SCALING)
+    mask = mask_of([0], 6, tokens)[:, 0]
+    mask[:, :, 6:] = False
+    layer.update(*torch.randn(2, 1, 2, tokens, 16))
+    layer.attend(query[:, :, 6:], mask, SCALING)
+    assert torch.equal(layer.storage[4][..., :6], reference.storage[4][..., :6])
+    assert not bool(layer.storage[4][..., 6:].any())
+
+
 def test_a_token_that_gets_attention_stays() -> None:
     layer = H2OKVCache.layer_class(budget=12, window=4, sinks=1)
     wanted = torch.zeros(1, 1, 1, 16)

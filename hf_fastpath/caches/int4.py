@@ -119,7 +119,8 @@ class Int4KIVICache(CompressedCache):
 
     Args:
         config, max_cache_len, fresh_prefill, reference: see :class:`CompressedCache`.
-        group_tokens: tokens of a group, 32 or 64. 32 has a little less error, and takes 0.31 of the bytes of fp16.
+        group_tokens: tokens of a group, 32 or 64. 32 takes 0.31 of the bytes of fp16, and was no more accurate when
+            measured (README.md, "Accuracy").
         sinks: so many of the first tokens stay in full precision. Most of attention goes to the first token, so its
             error counts most (Xiao et al., 2024, "Efficient Streaming Language Models with Attention Sinks"). In a
             left-padded row these are padding.
