@@ -10,7 +10,7 @@ import torch
 from tiny_models import make_llama
 
 from hf_fastpath import Int8KVCache, StaticKVCache, Unsupported, fastpath_report, patch_model, unpatch_model
-from hf_fastpath.caches import attention, int8
+from hf_fastpath.caches import int8
 from hf_fastpath.modules import W4A16Linear, w4a16_linear
 
 pytestmark = pytest.mark.gpu
