@@ -17,9 +17,8 @@ struct Int8Weights {
   static constexpr bool kRowScales = true;
   static constexpr int kGroups = 0;
 
-  template <int kRowTiles>
   struct Stage {
-    uint4 tile[kRowTiles][2][32];
+    uint4 tile[linear::kRowTiles][2][32];
   };
 
   template <Epilogue kEpilogue, bool kWhole>
@@ -27,8 +26,8 @@ struct Int8Weights {
    public:
     __device__ __forceinline__ Source(const Params<T>& p, int first_row_tile, int padded_units, int lane)
         : tiles_(p, first_row_tile, padded_units, lane) {}
-    __device__ __forceinline__ void copy(Stage<linear::kRowTiles>& stage, const Params<T>& p,
-                                         const linear::Cursor<kEpilogue>& at, int lane) const {
+    __device__ __forceinline__ void copy(Stage& stage, const Params<T>& p, const linear::Cursor<kEpilogue>& at,
+                                         int lane) const {
       tiles_.copy(stage.tile, p, at, lane);
     }
     __device__ __forceinline__ void advance(bool wrapped) { tiles_.advance(wrapped); }
@@ -38,8 +37,8 @@ struct Int8Weights {
   };
 
   // acc += the unit's products, for row tile r.
-  template <int kColTiles, int kRowTiles>
-  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage<kRowTiles>& stage, int r,
+  template <int kColTiles>
+  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage& stage, int r,
                                                   const Activations<kColTiles, kUnitCols>& x,
                                                   const linear::GroupSums<0, kColTiles>&, int lane) {
 #pragma unroll

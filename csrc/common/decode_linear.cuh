@@ -12,8 +12,8 @@
 // (programmatic dependent launch), so that the memory does not rest between kernels.
 //
 // A weight format W (int4_weights.cuh, w8a16_linear.cu) has: T, kUnitCols, kGroups (those of a unit whose sums of x it
-// wants, times kSumFactor; 0: none), kRowScales (one scale an output, applied at the end), Stage<kRowTiles> (a unit in
-// shared memory), Source (which fills it) and multiply().
+// wants, times kSumFactor; 0: none), kRowScales (one scale an output, applied at the end), Stage (a unit in shared
+// memory), Source (which fills it) and multiply().
 #pragma once
 
 #include "decode_epilogue.cuh"
@@ -99,9 +99,9 @@ template <int kColTiles>
 struct GroupSums<0, kColTiles> {};
 
 // The shared memory of a CTA: the rings of its warps, partial sums, the groups' sums of x of all units, and x itself.
-template <typename W, int kColTiles, int kRowTiles>
+template <typename W, int kColTiles>
 struct Shared {
-  using Stage = typename W::template Stage<kRowTiles>;
+  using Stage = typename W::Stage;
   static constexpr int kPartialFloats = kWarps * kRowTiles * 8 * kColTiles * kPartialPitch;
   static constexpr int kUnitFloats = W::kGroups * 8 * kColTiles;
   static constexpr int kUnitX = kColTiles * (W::kUnitCols / 32) * 32;  // 16 bytes each
@@ -145,7 +145,7 @@ constexpr int kCtasPerSm = kColTiles == 1 ? 2 : 1;
 template <typename W, int kColTiles, bool kSharedX, bool kWhole, Epilogue kEpilogue, bool kNorm>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm<kColTiles>) linear_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
-  using Memory = Shared<W, kColTiles, kRowTiles>;
+  using Memory = Shared<W, kColTiles>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   typename Memory::Stage* const ring = Memory::ring(warp);
   const int padded_units = (p.units + kWarps - 1) / kWarps * kWarps;
@@ -236,7 +236,7 @@ template <typename W, int kColTiles, bool kSharedX, bool kWhole, Epilogue kEpilo
 cudaError_t launch(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   const int blocks = (p.row_tiles + kRowTiles - 1) / kRowTiles;
   const int grid = std::min(blocks, kCtasPerSm<kColTiles> * sm_count);
-  const int bytes = Shared<W, kColTiles, kRowTiles>::bytes(p.units, kSharedX);
+  const int bytes = Shared<W, kColTiles>::bytes(p.units, kSharedX);
   const auto kernel = linear_kernel<W, kColTiles, kSharedX, kWhole, kEpilogue, kNorm>;
   if (has_early_launch()) return launch_kernel_early(kernel, grid, kThreads, bytes, stream, p);
   return launch_kernel_with_shared(kernel, grid, kThreads, bytes, stream, p);
@@ -255,7 +255,7 @@ cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaSt
                  : launch<W, 1, false, false, kEpilogue, kNorm>(p, sm_count, stream);
   }
   if (!whole) return launch<W, 2, false, false, kEpilogue, kNorm>(p, sm_count, stream);
-  const bool fits = Shared<W, 2, kRowTiles>::bytes(p.units, true) <= max_shared_bytes();
+  const bool fits = Shared<W, 2>::bytes(p.units, true) <= max_shared_bytes();
   return fits ? launch<W, 2, true, true, kEpilogue, kNorm>(p, sm_count, stream)
               : launch<W, 2, false, true, kEpilogue, kNorm>(p, sm_count, stream);
 }

@@ -9,16 +9,6 @@
 
 namespace hf_fastpath {
 
-// Queues kernel(args...) on a stream; returns the launch's error.
-template <typename... Params, typename... Args>
-cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args&&... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
-}
-
 // What allow_shared_bytes() has asked for: bytes, of a kernel on a GPU.
 inline std::mutex allowed_shared_bytes_lock;
 inline std::map<std::pair<const void*, int>, int> allowed_shared_bytes;
@@ -61,61 +51,55 @@ inline bool has_early_launch() {
   return major >= 9;
 }
 
-// The same with dynamic shared memory.
+// Queues kernel(args...) on a stream, with dynamic shared memory and launch attributes; returns the launch's error.
 template <typename... Params, typename... Args>
-cudaError_t launch_kernel_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes,
-                                      cudaStream_t stream, Args&&... args) {
+cudaError_t launch_kernel_with(cudaLaunchAttribute* attributes, int attribute_count, void (*kernel)(Params...),
+                               dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream, Args&&... args) {
   const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
-}
-
-// Queues a kernel that may begin while the stream's kernel before it still runs, and that waits for its results with
-// wait_for_previous_kernel() (programmatic dependent launch, compute capability 9.0 and newer).
-template <typename... Params, typename... Args>
-cudaError_t launch_kernel_early(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
-                                Args&&... args) {
-  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
-}
-
-// An early launch of clusters of `cluster_size` CTAs, neighbours in the grid, which is a multiple of it: CTAs that run
-// at the same time and read each other's shared memory (compute capability 9.0 and newer).
-template <typename... Params, typename... Args>
-cudaError_t launch_kernel_in_clusters(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster_size,
-                                      int shared_bytes, cudaStream_t stream, Args&&... args) {
-  const cudaError_t error = allow_shared_bytes(kernel, shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster_size);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster_size > 1 ? 2 : 1;
+  config.numAttrs = attribute_count;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes,
+                                      cudaStream_t stream, Args&&... args) {
+  return launch_kernel_with(nullptr, 0, kernel, grid, block, shared_bytes, stream, std::forward<Args>(args)...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args&&... args) {
+  return launch_kernel_with_shared(kernel, grid, block, 0, stream, std::forward<Args>(args)...);
+}
+
+// Queues clusters of `cluster_size` CTAs, neighbours in the grid, which is a multiple of it: CTAs that run at the same
+// time and read each other's shared memory. The kernel may begin while the stream's kernel before it still runs, and
+// waits for its results with wait_for_previous_kernel() (programmatic dependent launch). Both are for compute
+// capability 9.0 and newer.
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel_in_clusters(void (*kernel)(Params...), dim3 grid, dim3 block, int cluster_size,
+                                      int shared_bytes, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster_size);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  return launch_kernel_with(attributes, cluster_size > 1 ? 2 : 1, kernel, grid, block, shared_bytes, stream,
+                            std::forward<Args>(args)...);
+}
+
+// The same without clusters.
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel_early(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                                Args&&... args) {
+  return launch_kernel_in_clusters(kernel, grid, block, 1, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
 }  // namespace hf_fastpath
