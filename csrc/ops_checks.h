@@ -1,4 +1,7 @@
-// What the operators in ops.cpp share: checks that say what is wrong, torch's current stream, output tensors.
+// What the operators (ops_*.cpp) share: checks that say what is wrong, torch's current stream, output tensors. These
+// files are the only ones that know torch, and only its stable ABI, so that one library serves every torch from 2.11
+// on. Schemas are defined in hf_fastpath/ops/*.py; tests/test_op_schemas.py compares them with the signatures in
+// ops_*.cpp, since the ABI does not check types.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -73,9 +73,9 @@ def source_dir() -> Path:
     """
     package = Path(__file__).parent
     for folder in (package / "csrc", package.parent / "csrc", package.resolve().parent / "csrc"):
-        if (folder / "ops.cpp").exists():
+        if (folder / "kernels.h").exists():
             return folder
-    raise RuntimeError(f"the CUDA sources are missing: no csrc/ops.cpp in or beside {package}; reinstall hf-fastpath")
+    raise RuntimeError(f"the CUDA sources are missing: no csrc/kernels.h in or beside {package}; reinstall hf-fastpath")
 
 
 def cuda_arch_list(*, present_only: bool = False) -> tuple[str, ...]:

@@ -1,7 +1,4 @@
-// The hf_fastpath operators on CUDA: argument checks, dispatch on the dtype, launch. This file and ops_checks.h are
-// the only ones that know torch, and only its stable ABI, so that one library serves every torch from 2.11 on. Schemas
-// are defined in hf_fastpath/ops/*.py; tests/test_op_schemas.py compares them with the signatures here, since the ABI
-// does not check types.
+// The products on CUDA: argument checks, dispatch on the dtype, launch (see ops_checks.h).
 #include <torch/csrc/stable/library.h>
 
 #include "ops_checks.h"
@@ -35,17 +32,6 @@ Dtype check_packed(const Check& check, const Tensor& qweight, const Tensor& scal
     check.same_device(qweight, *zeros, "zeros");
   }
   return dtype;
-}
-
-// The two tensors of one side of an int8 cache of `like`'s batch, heads and dimension.
-void check_cache(const Check& check, const Tensor& cache, const Tensor& scale, int64_t batch, int64_t heads,
-                 int64_t capacity, int64_t dim, const char* cache_name, const char* scale_name) {
-  check.dtype(cache, ScalarType::Char, cache_name, "int8");
-  check.shape(cache, {batch, heads, capacity, dim}, cache_name, "(B, H_kv, capacity, D)");
-  check.contiguous(cache, cache_name);
-  check.dtype(scale, ScalarType::Half, scale_name, "float16");
-  check.shape(scale, {batch, heads, capacity}, scale_name, "(B, H_kv, capacity)");
-  check.contiguous(scale, scale_name);
 }
 
 // x, a matrix, and bias of a product whose packed weight was checked before.
@@ -271,121 +257,6 @@ Tensor w4a16_dequantize(const Tensor& qweight, const Tensor& scales, const std::
   return out;
 }
 
-KvAppendSide append_side(const Tensor& input, const Tensor& cache, const Tensor& scale) {
-  return {data(input),     input.stride(0), input.stride(1), input.stride(2), static_cast<int8_t*>(cache.data_ptr()),
-          scale.data_ptr()};
-}
-
-void kv_int8_append(const Tensor& key, const Tensor& value, const Tensor& k_data, const Tensor& k_scale,
-                    const Tensor& v_data, const Tensor& v_scale, int64_t start) {
-  constexpr Check check{"kv_int8_append"};
-  const Dtype dtype = check.float_dtype(key, "key");
-  check.shape(key, {-1, -1, -1, -1}, "key", "(B, H_kv, q, D)");
-  const int64_t batch = key.size(0), heads = key.size(1), tokens = key.size(2), dim = key.size(3);
-  check.shape(value, {batch, heads, tokens, dim}, "value", "of key");
-  check(value.scalar_type() == key.scalar_type(), "key and value must have the same dtype");
-  check(dim >= 1 && dim <= kMaxKvDim, "takes head dimensions up to ", kMaxKvDim, ", got ", dim);
-  check((key.stride(3) == 1 && value.stride(3) == 1) || dim == 1,
-        "key and value must be contiguous in their last dimension");
-  check.shape(k_data, {-1, -1, -1, -1}, "k_data", "(B, H_kv, capacity, D)");
-  const int64_t capacity = k_data.size(2);
-  check_cache(check, k_data, k_scale, batch, heads, capacity, dim, "k_data", "k_scale");
-  check_cache(check, v_data, v_scale, batch, heads, capacity, dim, "v_data", "v_scale");
-  check(start >= 0 && start + tokens <= capacity, "tokens ", start, " to ", start + tokens,
-        " do not fit a capacity of ", capacity);
-  check.same_device(key, value, "value");
-  check.same_device(key, k_data, "k_data");
-  check.same_device(key, k_scale, "k_scale");
-  check.same_device(key, v_data, "v_data");
-  check.same_device(key, v_scale, "v_scale");
-  if (key.numel() == 0) return;
-  check(batch * heads * tokens <= kMaxInt, "takes up to 2^31 tokens and heads at once");
-  const Launch launch(key);
-  const KvAppendArgs args{{append_side(key, k_data, k_scale), append_side(value, v_data, v_scale)},
-                          static_cast<int>(batch),
-                          static_cast<int>(heads),
-                          static_cast<int>(tokens),
-                          static_cast<int>(dim),
-                          capacity,
-                          start};
-  check.launched(launch_kv_int8_append(args, dtype, launch.stream()));
-}
-
-void kv_int8_dequantize(const Tensor& cache, const Tensor& scale, const Tensor& out) {
-  constexpr Check check{"kv_int8_dequantize"};
-  check.shape(cache, {-1, -1, -1, -1}, "data", "(B, H_kv, capacity, D)");
-  const int64_t batch = cache.size(0), heads = cache.size(1), capacity = cache.size(2), dim = cache.size(3);
-  check_cache(check, cache, scale, batch, heads, capacity, dim, "data", "scale");
-  const Dtype dtype = check.float_dtype(out, "out");
-  check.shape(out, {batch, heads, -1, dim}, "out", "(B, H_kv, length, D)");
-  check.contiguous(out, "out");
-  const int64_t length = out.size(2);
-  check(length <= capacity, "length ", length, " is more than the capacity ", capacity);
-  check(length * dim <= kMaxInt * 64, "length ", length, " is too long");
-  check.same_device(cache, scale, "scale");
-  check.same_device(cache, out, "out");
-  if (out.numel() == 0) return;
-  const Launch launch(cache);
-  const KvDequantizeArgs args{data<int8_t>(cache),  data(scale), out.data_ptr(), batch * heads, capacity, length,
-                              static_cast<int>(dim)};
-  check.launched(launch_kv_int8_dequantize(args, dtype, launch.stream()));
-}
-
-void check_mask(const Check& check, const Tensor& query, const Tensor& mask, int64_t length) {
-  check.dtype(mask, ScalarType::Bool, "mask", "bool");
-  check.shape(mask, {query.size(0), -1}, "mask", "(B, >= length)");
-  check(mask.size(1) >= length, "mask must have at least length ", length, " columns, got ", mask.size(1));
-  check(mask.stride(1) == 1 || mask.size(1) == 1, "mask must be contiguous in its last dimension");
-  check.same_device(query, mask, "mask");
-}
-
-Tensor attn_decode_int8(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& v_data,
-                        const Tensor& v_scale, const std::optional<Tensor>& mask, int64_t length, double scaling) {
-  constexpr Check check{"attn_decode_int8"};
-  const Dtype dtype = check.float_dtype(query, "query");
-  check.shape(query, {-1, -1, -1}, "query", "(B, H, D)");
-  check.contiguous(query, "query");
-  const int64_t batch = query.size(0), heads = query.size(1), dim = query.size(2);
-  check(dim >= 16 && dim <= kMaxKvDim && dim % 16 == 0, "takes head dimensions that are multiples of 16 up to ",
-        kMaxKvDim, ", got ", dim);
-  check.shape(k_data, {batch, -1, -1, dim}, "k_data", "(B, H_kv, capacity, D) with query's B and D");
-  const int64_t kv_heads = k_data.size(1), capacity = k_data.size(2);
-  check(kv_heads >= 1 && heads % kv_heads == 0, "the number of heads ", heads, " is not a multiple of H_kv ", kv_heads);
-  check_cache(check, k_data, k_scale, batch, kv_heads, capacity, dim, "k_data", "k_scale");
-  check_cache(check, v_data, v_scale, batch, kv_heads, capacity, dim, "v_data", "v_scale");
-  check.aligned(k_data, 16, "k_data");
-  check.aligned(v_data, 16, "v_data");
-  check(length >= 1 && length <= capacity, "length must be in 1 to the capacity ", capacity, ", got ", length);
-  check(batch <= 65535 && heads <= 65535, "takes up to 65535 rows and heads");
-  check.same_device(query, k_data, "k_data");
-  check.same_device(query, k_scale, "k_scale");
-  check.same_device(query, v_data, "v_data");
-  check.same_device(query, v_scale, "v_scale");
-  if (mask) check_mask(check, query, *mask, length);
-  const Launch launch(query);
-  Tensor out = launch.empty({batch, heads, dim}, query.scalar_type());
-  if (query.numel() == 0) return out;
-  const Tensor scratch = launch.empty({attn_decode_scratch_floats(batch, heads, dim, length)}, ScalarType::Float);
-  const AttnDecodeArgs args{data(query),
-                            data<int8_t>(k_data),
-                            data(k_scale),
-                            data<int8_t>(v_data),
-                            data(v_scale),
-                            data<uint8_t>(mask),
-                            mask ? mask->stride(0) : 0,
-                            out.data_ptr(),
-                            static_cast<float*>(scratch.data_ptr()),
-                            static_cast<int>(batch),
-                            static_cast<int>(heads),
-                            static_cast<int>(kv_heads),
-                            static_cast<int>(dim),
-                            capacity,
-                            length,
-                            static_cast<float>(scaling)};
-  check.launched(launch_attn_decode_int8(args, dtype, launch.stream()));
-  return out;
-}
-
 }  // namespace
 }  // namespace hf_fastpath
 
@@ -397,7 +268,4 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("w8a16_dequantize", TORCH_BOX(&hf_fastpath::w8a16_dequantize));
   m.impl("w4a16_gemm", TORCH_BOX(&hf_fastpath::w4a16_gemm));
   m.impl("w4a16_dequantize", TORCH_BOX(&hf_fastpath::w4a16_dequantize));
-  m.impl("kv_int8_append", TORCH_BOX(&hf_fastpath::kv_int8_append));
-  m.impl("kv_int8_dequantize", TORCH_BOX(&hf_fastpath::kv_int8_dequantize));
-  m.impl("attn_decode_int8", TORCH_BOX(&hf_fastpath::attn_decode_int8));
 }
