@@ -48,7 +48,8 @@ def input_energy(
 def random_walk(model: Any, decoder_layers: str) -> LayerWalk:
     """A walk on random token ids, always the same ones, in one batch."""
     generator = torch.Generator("cpu").manual_seed(_SEED)
-    tokens = torch.randint(model.config.vocab_size, (_SEQUENCES, _TOKENS), generator=generator, device="cpu")
+    length = min(_TOKENS, getattr(model.config, "max_position_embeddings", None) or _TOKENS)
+    tokens = torch.randint(model.config.vocab_size, (_SEQUENCES, length), generator=generator, device="cpu")
     return LayerWalk(model, decoder_layers, tokens, batch=_SEQUENCES)
 
 

@@ -13,6 +13,7 @@ from hf_fastpath.checks import LinearPlan
 from hf_fastpath.config import FastpathConfig
 from hf_fastpath.error_feedback import quantize_with_feedback
 from hf_fastpath.layer_walk import LayerWalk, watching_inputs
+from hf_fastpath.patches.linears import weight_matrix
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.precision import tensor_float32
 from hf_fastpath.quantize import GroupQuantized
@@ -109,7 +110,7 @@ def _quantize_together(
     model: nn.Module, plans: list[LinearPlan], moment: torch.Tensor, config: FastpathConfig
 ) -> Iterator[tuple[LinearPlan, GroupQuantized]]:
     """Layers with one input as one weight: the work goes column by column, and a column of three is as fast as one."""
-    weights: list[torch.Tensor] = [model.get_parameter(f"{plan.name}.weight") for plan in plans]
+    weights = [weight_matrix(model.get_submodule(plan.name)) for plan in plans]
     sizes = [weight.shape[0] for weight in weights]
     group_size = plans[0].group_size
     assert group_size is not None

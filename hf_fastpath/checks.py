@@ -16,6 +16,7 @@ from hf_fastpath.config import FastpathConfig, HeadFormat
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.generation import CACHES
 from hf_fastpath.packing import GROUP_SIZES
+from hf_fastpath.patches.linears import LINEAR_TYPES, in_and_out
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import pick_group_size
 from hf_fastpath.runtime import why_no_kernels
@@ -115,13 +116,13 @@ def _check_cache(model: Any, config: FastpathConfig) -> None:
 
 
 def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> list[LinearPlan]:
-    """A plan for every nn.Linear-like module of the model, in order.
+    """A plan for every linear layer of the model, in order.
 
     Raises:
         Unsupported: the group sizes fit none of a layer's shapes.
         ValueError: a name in skip_modules matches nothing, or a weight holds NaN or infinity.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
     targets = _recipe_names(model, recipe) if config.weights else set()
     head = _head_name(model)
     _check_skip_names(model, config)
@@ -140,9 +141,13 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
 
 
 def _recipe_names(model: nn.Module, recipe: Recipe) -> set[str]:
-    layers = model.get_submodule(recipe.decoder_layers)
-    indices = [name for name, _ in layers.named_children()]
-    return {f"{recipe.decoder_layers}.{i}.{linear}" for i in indices for linear in recipe.linears}
+    layers = model.get_submodule(recipe.decoder_layers).named_children()
+    return {
+        f"{recipe.decoder_layers}.{index}.{linear}"
+        for index, layer in layers
+        for linear in recipe.linears
+        if hasattr(layer, linear.split(".")[0])
+    }
 
 
 def _head_name(model: Any) -> str:
@@ -151,7 +156,7 @@ def _head_name(model: Any) -> str:
     return next((name for name, module in model.named_modules() if module is head), "")
 
 
-def _check_head(model: Any, head: str, linears: dict[str, nn.Linear]) -> None:
+def _check_head(model: Any, head: str, linears: dict[str, Any]) -> None:
     if head not in linears:
         raise Unsupported(f"lm_head: {type(model).__name__} has no linear language-model head; use lm_head=None")
 
@@ -181,7 +186,7 @@ def _check_skip_names(model: nn.Module, config: FastpathConfig) -> None:
 
 
 def _plan_one(
-    name: str, module: nn.Linear, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig, head: str
+    name: str, module: Any, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig, head: str
 ) -> LinearPlan:
     reason = ""
     shared = owners.get(id(module.weight), [name])
@@ -194,7 +199,7 @@ def _plan_one(
         reason = "weights=None"
     elif name not in targets:
         reason = "not in the recipe"
-    elif type(module) is not nn.Linear:
+    elif type(module) not in LINEAR_TYPES:
         reason = f"is a {_type_name(module)}, not a plain Linear"
     elif len(shared) > 1 and not tied:
         reason = f"shares its weight with {next(other for other in shared if other != name)}"
@@ -208,24 +213,25 @@ def _plan_one(
         reason = "has hooks, which a new module would lose"
     if reason:
         return LinearPlan(name, reason)
+    in_features, _ = in_and_out(module)
     if name == head and config.lm_head is HeadFormat.INT8:
-        if module.in_features % packing_int8.TILE_COLS:
+        if in_features % packing_int8.TILE_COLS:
             raise Unsupported(
-                f"{name}: in_features {module.in_features} is not a multiple of {packing_int8.TILE_COLS}, which int8 "
+                f"{name}: in_features {in_features} is not a multiple of {packing_int8.TILE_COLS}, which int8 "
                 "needs; use lm_head=None"
             )
         return LinearPlan(name, bits=8, tied=tied)
-    group_size = pick_group_size(module.in_features, config.group_size)
+    group_size = pick_group_size(in_features, config.group_size)
     if group_size is None:
         sizes = ", ".join(str(size) for size in GROUP_SIZES if size <= config.group_size)
         raise Unsupported(
-            f"{name}: in_features {module.in_features} is not a multiple of any int4 group size ({sizes}); "
+            f"{name}: in_features {in_features} is not a multiple of any int4 group size ({sizes}); "
             f"add {name.split('.')[-1]!r} to skip_modules to leave it in full precision"
         )
     return LinearPlan(name, bits=4, group_size=group_size, tied=tied)
 
 
-def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:
+def _check_finite(linears: dict[str, Any], plans: list[LinearPlan], config: FastpathConfig) -> None:
     todo = [plan.name for plan in plans if plan.bits is not None]
     todo = [name for name in todo if not linears[name].weight.is_meta]  # while loading, quantize_int4 checks alone
     for name in tqdm(todo, desc="Checking weights", unit="layer", disable=not (config.progress and todo), leave=False):

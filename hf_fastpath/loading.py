@@ -95,11 +95,11 @@ def _materialize_buffers(model: Any) -> None:
     device = model.get_input_embeddings().weight.device
     for module in model.modules():
         meta = [name for name in module._non_persistent_buffers_set if _is_meta(module._buffers[name])]
+        for name in meta:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if meta:
-            with device:
-                fresh = type(module)(config=model.config)
-            for name in meta:
-                module._buffers[name] = fresh._buffers[name].to(device)
+            with torch.no_grad():
+                model._init_weights(module)  # leaves alone what is loaded
 
 
 def _is_meta(tensor: torch.Tensor | None) -> bool:

@@ -17,6 +17,7 @@ from hf_fastpath.config import FastpathConfig, HeadFormat, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.modules import PackedLinear, W4A16Linear
 from hf_fastpath.patches import find_recipe
+from hf_fastpath.patches.linears import plain_linear
 from hf_fastpath.registration import register
 from hf_fastpath.report import FastpathReport, module_bytes
 from hf_fastpath.saving import forget_quantization
@@ -104,7 +105,7 @@ def _restore(model: Any, state: PatchState) -> None:
     for name, original in state.replaced.items():
         packed = model.get_submodule(name)
         if original is None:
-            restored = _plain_linear(packed, model.dtype)
+            restored = _plain_linear(packed, state.kinds[name], model.dtype)
         elif state.tie and state.tie.name == name:
             restored = original
         else:
@@ -164,13 +165,9 @@ def _replace_linears(model: Any, plans: list[LinearPlan], state: PatchState, cal
         replace_linear(model, plan, state, energy.get(plan.name))
 
 
-def _plain_linear(packed: PackedLinear, dtype: Any) -> nn.Linear:
-    weight = packed.dequantized_weight().to(dtype)
-    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight)
-    if packed.bias is not None:
-        linear.bias = nn.Parameter(packed.bias.detach().to(dtype, copy=True))
-    return linear
+def _plain_linear(packed: PackedLinear, kind: type[nn.Module], dtype: Any) -> nn.Module:
+    bias = None if packed.bias is None else packed.bias.detach().to(dtype, copy=True)
+    return plain_linear(kind, packed.dequantized_weight().to(dtype), bias)
 
 
 def _remove_forward_pre_hook(model: nn.Module, hook: Any) -> None:

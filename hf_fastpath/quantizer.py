@@ -29,6 +29,7 @@ from hf_fastpath.errors import Unsupported
 from hf_fastpath.loading import LayerStream, place_converted
 from hf_fastpath.packing import GROUP_SIZES
 from hf_fastpath.patches import find_recipe
+from hf_fastpath.patches.linears import LINEAR_TYPES, in_and_out
 from hf_fastpath.report import module_bytes
 from hf_fastpath.saving import INT4, FastpathQuantizationConfig, empty_packed
 from hf_fastpath.steps import PatchState, finish_patch
@@ -78,15 +79,16 @@ class FastpathHfQuantizer(HfQuantizer):
         else:
             self.plans = plan_linears(model, recipe, config)
             self.stream = LayerStream(model, self.state, self.plans)
+        _keep_from_initializing(model, [*self.state.replaced, *(plan.name for plan in self.plans if plan.bits)])
         self.state.reference = choose_reference(model, config, self.device)
 
     def _place_empty_layers(self, model: Any, layers: dict[str, dict[str, Any]]) -> list[LinearPlan]:
         for name, layout in layers.items():
             linear = _linear_at(model, name)
-            shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
-            model.set_submodule(name, empty_packed(layout, *shape, bias=bias, dtype=model.dtype))
-            self.state.replaced[name] = None
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            bias = linear.bias is not None
+            model.set_submodule(name, empty_packed(layout, *in_and_out(linear), bias=bias, dtype=model.dtype))
+            self.state.replaced[name], self.state.kinds[name] = None, type(linear)
+        linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
         return [LinearPlan(name, "not packed in the checkpoint") for name in linears]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -161,7 +163,7 @@ def _bytes_once_tied(model: Any) -> dict[str, int]:
 
 def _source_layers(model: nn.Module, source: CheckpointFormat) -> dict[str, dict[str, Any]]:
     """The layers that another tool's checkpoint holds as int4. Their real layout is known once they are converted."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
     layout = {"format": INT4, "group_size": GROUP_SIZES[-1], "zeros": False}
     layers = {name: layout for name in linears if source.quantizes(name)}
     if not layers:
@@ -169,12 +171,20 @@ def _source_layers(model: nn.Module, source: CheckpointFormat) -> dict[str, dict
     return layers
 
 
-def _linear_at(model: nn.Module, name: str) -> nn.Linear:
+def _keep_from_initializing(model: nn.Module, names: Iterable[str]) -> None:
+    """Marks what holds the layers ``names``: GPT-2 initializes its layers' weights, which are no more, by name."""
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not parent._parameters and not parent._buffers:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _linear_at(model: nn.Module, name: str) -> nn.Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, LINEAR_TYPES):
         raise Unsupported(f"the checkpoint holds a packed {name}, which is no linear layer of {type(model).__name__}")
     return module
 

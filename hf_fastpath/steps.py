@@ -15,6 +15,7 @@ from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import LinearPlan
 from hf_fastpath.config import FastpathConfig
 from hf_fastpath.modules import PackedLinear, W4A16Linear, W8A16Linear
+from hf_fastpath.patches.linears import weight_matrix
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import quantize_int4, quantize_int8_rows
 from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
@@ -32,7 +33,8 @@ class PatchState:
     recipe: Recipe
     dtype: torch.dtype  # the model's, when it was patched
     attn_implementation: str | None
-    replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
+    replaced: dict[str, nn.Module | None]  # module name -> the original, when kept
+    kinds: dict[str, type[nn.Module]]  # module name -> the original's class
     report: FastpathReport
     reference: str  # why the reference implementations run it on a GPU; "" where they do not
     tie: Tie | None = None  # of a head that is packed now
@@ -41,19 +43,27 @@ class PatchState:
     def new(cls, model: Any, config: FastpathConfig, recipe: Recipe, reference: str = "") -> PatchState:
         """That of a model of which nothing is patched yet."""
         return cls(
-            config, recipe, model.dtype, model.config._attn_implementation, {}, FastpathReport("", (), ()), reference
+            config,
+            recipe,
+            model.dtype,
+            model.config._attn_implementation,
+            {},
+            {},
+            FastpathReport("", (), ()),
+            reference,
         )
 
 
 def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: torch.Tensor | None) -> None:
     """Quantizes one linear layer and puts the packed one in its place."""
     config, original = state.config, model.get_submodule(plan.name)
+    weight = weight_matrix(original)
     if plan.bits == 8:
-        put_packed(model, plan, state, W8A16Linear.from_quantized(*quantize_int8_rows(original.weight), original.bias))
+        put_packed(model, plan, state, W8A16Linear.from_quantized(*quantize_int8_rows(weight), original.bias))
         return
     assert plan.group_size is not None
     quantized = quantize_int4(
-        original.weight,
+        weight,
         plan.group_size,
         zero_points=config.zero_points,
         search=config.scale_search,
@@ -72,7 +82,7 @@ def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLi
     else:
         kept = original.to("cpu") if state.config.keep_original else None
     model.set_submodule(plan.name, packed)
-    state.replaced[plan.name] = kept
+    state.replaced[plan.name], state.kinds[plan.name] = kept, type(original)
 
 
 def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before: dict[str, int]) -> None:
@@ -109,7 +119,7 @@ def _build_report(
     for name, size in (before | wrappers).items():
         module = model.get_submodule(name)
         if isinstance(module, PackedLinear):
-            kind, action, reason = "Linear", module.layout, ""
+            kind, action, reason = state.kinds[name].__name__, module.layout, ""
         else:
             kind, action = type(module).__name__, LEFT
             reason = planned[name].reason if name in planned else "not a linear layer of the recipe"

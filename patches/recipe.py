@@ -8,17 +8,35 @@ from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
+class Block:
+    """What a decoder layer consists of, so that a family is known by its structure and not only by its name.
+
+    Names are relative to a decoder layer. A layer that holds weights anywhere else is another kind of block.
+
+    Attributes:
+        norms: normalizations with one weight of ``hidden_size``.
+        head_norms: normalizations of each head's queries and keys, with one weight of ``head_dim``; all or none.
+    """
+
+    norms: tuple[str, ...]
+    head_norms: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """How one model family is patched.
 
     Attributes:
         family: the name shown in reports and errors.
-        model_class: the transformers class (with a language-model head) that this recipe fits.
-        linears: names of linear layers relative to a decoder layer, such as ``"self_attn.q_proj"``; all are replaced.
+        model_classes: transformers classes (with a language-model head) that this recipe fits, all of them tested.
+        linears: names of linear layers relative to a decoder layer, such as ``"self_attn.q_proj"``; those that a layer
+            has are replaced. Layers may differ: the names below a submodule that a layer lacks are not its own.
         decoder_layers: dotted path of the list of decoder layers in the model.
+        block: if given, the recipe also fits other models whose decoder layers all have this structure.
     """
 
     family: str
-    model_class: type[nn.Module]
+    model_classes: tuple[type[nn.Module], ...]
     linears: tuple[str, ...]
     decoder_layers: str = "model.layers"
+    block: Block | None = None
