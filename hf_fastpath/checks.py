@@ -141,13 +141,13 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
 
 
 def _recipe_names(model: nn.Module, recipe: Recipe) -> set[str]:
-    layers = model.get_submodule(recipe.decoder_layers).named_children()
-    return {
-        f"{recipe.decoder_layers}.{index}.{linear}"
-        for index, layer in layers
-        for linear in recipe.linears
-        if hasattr(layer, linear.split(".")[0])
-    }
+    names = set()
+    for index, layer in model.get_submodule(recipe.decoder_layers).named_children():
+        there = {name for name, _ in layer.named_modules()}
+        parents = {name.rpartition(".")[0] for name in recipe.linears if name in there}
+        own = [name for name in recipe.linears if name.rpartition(".")[0] in parents]
+        names |= {f"{recipe.decoder_layers}.{index}.{name}" for name in own}
+    return names
 
 
 def _head_name(model: Any) -> str:

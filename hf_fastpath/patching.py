@@ -113,6 +113,8 @@ def _restore(model: Any, state: PatchState) -> None:
             if model.dtype != state.dtype:
                 restored.to(dtype=model.dtype)
         model.set_submodule(name, restored.train(packed.training))
+    for name, kind in state.swapped.items():
+        model.get_submodule(name).__class__ = kind
     if state.tie:
         tie_again(model, state.tie)
     if model.config._attn_implementation == ATTENTION_NAME and state.attn_implementation != ATTENTION_NAME:

@@ -36,6 +36,7 @@ class PatchState:
     replaced: dict[str, nn.Module | None]  # module name -> the original, when kept
     kinds: dict[str, type[nn.Module]]  # module name -> the original's class
     report: FastpathReport
+    swapped: dict[str, type[nn.Module]]  # module name -> the class that it had
     reference: str  # why the reference implementations run it on a GPU; "" where they do not
     tie: Tie | None = None  # of a head that is packed now
 
@@ -43,14 +44,15 @@ class PatchState:
     def new(cls, model: Any, config: FastpathConfig, recipe: Recipe, reference: str = "") -> PatchState:
         """That of a model of which nothing is patched yet."""
         return cls(
-            config,
-            recipe,
-            model.dtype,
-            model.config._attn_implementation,
-            {},
-            {},
-            FastpathReport("", (), ()),
-            reference,
+            config=config,
+            recipe=recipe,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            replaced={},
+            kinds={},
+            report=FastpathReport("", (), ()),
+            swapped={},
+            reference=reference,
         )
 
 
@@ -87,7 +89,8 @@ def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLi
 
 def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before: dict[str, int]) -> None:
     """What follows once the linear layers are replaced: the cache, saving, the report."""
-    _install_cache(model, state.config)
+    if state.config.kv_cache is not None:
+        _install_cache(model, state)
     for name in state.replaced:
         model.get_submodule(name).reference = bool(state.reference)
     if state.replaced:
@@ -100,10 +103,13 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
     setattr(model, STATE, state)
 
 
-def _install_cache(model: Any, config: FastpathConfig) -> None:
-    if config.kv_cache is None:
-        return
-    if config.kv_cache.compressed:  # a static cache returns plain tensors, which any attention takes
+def _install_cache(model: Any, state: PatchState) -> None:
+    for name, module in model.named_modules():
+        if fast := state.recipe.modules.get(type(module)):
+            state.swapped[name] = type(module)
+            module.__class__ = fast
+    kv_cache = state.config.kv_cache
+    if kv_cache is not None and kv_cache.compressed:  # a static one returns plain tensors, which any attention takes
         model.set_attn_implementation(ATTENTION_NAME)
     model._prepare_cache_for_generation = functools.partial(generation.prepare_default_cache, model)
     model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
@@ -150,5 +156,7 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
             [f"{kv_cache.value} attention by its reference implementation"] if kv_cache and kv_cache.compressed else []
         )
         runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
+    kinds = sorted({kind.__name__ for kind in state.swapped.values()})
+    ours = (f"Forward passes of ours: {len(state.swapped)} {', '.join(kinds)}",) if kinds else ()
     originals = "kept in CPU memory" if state.config.keep_original else "freed"
-    return (cache, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))
+    return (cache, *ours, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))

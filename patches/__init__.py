@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.patches import gpt2, llama
+from hf_fastpath.patches import gpt2, lfm2, lfm2_moe, llama
 from hf_fastpath.patches.linears import LINEAR_TYPES, in_and_out
 from hf_fastpath.patches.recipe import Block, Recipe
 
-RECIPES: tuple[Recipe, ...] = (llama.RECIPE, gpt2.RECIPE)
+RECIPES: tuple[Recipe, ...] = (llama.RECIPE, lfm2.RECIPE, lfm2_moe.RECIPE, gpt2.RECIPE)
 
 
 def find_recipe(model: Any) -> Recipe:

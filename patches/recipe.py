@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -30,8 +31,10 @@ class Recipe:
         family: the name shown in reports and errors.
         model_classes: transformers classes (with a language-model head) that this recipe fits, all of them tested.
         linears: names of linear layers relative to a decoder layer, such as ``"self_attn.q_proj"``; those that a layer
-            has are replaced. Layers may differ: the names below a submodule that a layer lacks are not its own.
+            has are replaced. Layers may differ: of a submodule's names a layer has all or none.
         decoder_layers: dotted path of the list of decoder layers in the model.
+        modules: classes of the family's modules, each with what its modules become while our caches are in use: a
+            subclass without state of its own, so that changing a module's class is all it takes, and to undo it too.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.
     """
 
@@ -39,4 +42,5 @@ class Recipe:
     model_classes: tuple[type[nn.Module], ...]
     linears: tuple[str, ...]
     decoder_layers: str = "model.layers"
+    modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
     block: Block | None = None

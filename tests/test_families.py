@@ -66,7 +66,8 @@ def test_everything_in_the_layers_is_packed_and_stays_close(family: str, prompt:
     patch_model(model, **QUIET)
     for name, module in model.get_submodule(recipe.decoder_layers).named_modules():
         weights = [weight for weight in module.parameters(recurse=False) if weight.dim() > 1]
-        assert not weights, f"{name} is left"
+        small = isinstance(module, nn.Conv1d) or type(module).__name__.endswith(("Router", "Experts"))
+        assert small or not weights, f"{name} is left"
     relative = float((logits(model, prompt) - before).norm() / before.norm())
     assert 1e-3 < relative < 0.3  # int4 of random weights: a tenth an error of each layer, and not nothing
 
@@ -93,8 +94,9 @@ def test_padded_rows_give_what_they_give_alone(family: str, patch: str, padded: 
         alone = generate(model, {"input_ids": padded["input_ids"][row : row + 1, -length:]}, **flags)
         assert torch.equal(together.sequences[row, 8:], alone.sequences[0, length:])
         for a, b in zip(together.logits, alone.logits, strict=True):
-            # Sums in another order in float32; with int4 weights each activation is also rounded to bf16 again.
-            tolerance = 1e-4 if patch != "default" else 0.03
+            # Sums in another order in float32. That can move a key to the next of int8's 127 steps, which is 1 / 254 of
+            # that channel; and with int4 weights each activation is also rounded to bf16 again.
+            tolerance = {"lossless": 1e-4, "int8 kv": 4e-3, "default": 0.03}[patch]
             assert float((a[row] - b[0]).abs().max()) <= tolerance * float(b.abs().max())
 
 

@@ -237,7 +237,11 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     fp8 = filled_storage(Fp8KVCache, 2, 100, 32)
     int4 = filled_storage(Int4KIVICache, 2, 100, 32)
     h2o = h2o_storage()
+    conv, state = (torch.randn(2, 4, 18), torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6)), torch.randn(2, 6, 3)
+    padding = torch.tensor([[False, True, True, True], [True] * 4])
     return [
+        ("short_conv_prefill", (*conv, padding)),
+        ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("kv_h2o_append", (new[:, :, :1], new[:, :, 1:2], *h2o, 5, 2)),
         ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
         ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 0.2, 5, 2)),

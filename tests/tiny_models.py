@@ -13,6 +13,10 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Lfm2MoeConfig,
+    Lfm2MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -67,6 +71,33 @@ def make_gpt2(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: An
     return _randomized(GPT2LMHeadModel, GPT2Config(**settings), dtype, seed)
 
 
+LAYER_TYPES = ["conv", "full_attention", "conv"]
+
+
+def make_lfm2(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Lfm2ForCausalLM:
+    """A three-layer LFM2 with convolutions before and after its attention."""
+    settings = {"block_auto_adjust_ff_dim": False, "num_hidden_layers": 3, "layer_types": LAYER_TYPES}
+    return make_like_llama(Lfm2ForCausalLM, Lfm2Config, dtype, seed, **(settings | overrides))
+
+
+def make_lfm2_moe(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Lfm2MoeForCausalLM:
+    """A three-layer LFM2-MoE whose last two layers have four experts, and a bias that changes which are chosen."""
+    settings: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "layer_types": LAYER_TYPES,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "routed_scaling_factor": 1.5,
+    } | overrides
+    model = make_like_llama(Lfm2MoeForCausalLM, Lfm2MoeConfig, dtype, seed, **settings)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            torch.nn.init.normal_(buffer, std=0.1)
+    return model
+
+
 def _randomized(kind: type[Any], config: Any, dtype: torch.dtype, seed: int) -> Any:
     """A model in which losing any weight shows: transformers initializes biases to 0 and norms to 1."""
     torch.manual_seed(seed)
@@ -74,7 +105,7 @@ def _randomized(kind: type[Any], config: Any, dtype: torch.dtype, seed: int) -> 
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(parameter, std=config.initializer_range)
-        elif "q_norm" in name or "k_norm" in name or "ln_" in name:
+        elif "norm" in name or "ln_" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model.to(dtype).eval()
 
@@ -91,6 +122,8 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "qwen3": _like_llama(Qwen3ForCausalLM, Qwen3Config),
     "gemma": _like_llama(GemmaForCausalLM, GemmaConfig),
     "granite": _like_llama(GraniteForCausalLM, GraniteConfig, residual_multiplier=0.5, logits_scaling=2.0),
+    "lfm2": make_lfm2,
+    "lfm2_moe": make_lfm2_moe,
     "gpt2": make_gpt2,
 }
 
