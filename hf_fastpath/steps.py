@@ -12,9 +12,10 @@ from torch import nn
 
 from hf_fastpath import generation
 from hf_fastpath.caches.attention import ATTENTION_NAME
-from hf_fastpath.checks import LinearPlan
+from hf_fastpath.checks import ExpertsPlan, LinearPlan
 from hf_fastpath.config import FastpathConfig
-from hf_fastpath.modules import PackedLinear, W4A16Linear, W8A16Linear
+from hf_fastpath.expert_search import quantize_experts
+from hf_fastpath.modules import PackedExperts, PackedLinear, W4A16Linear, W8A16Linear
 from hf_fastpath.patches.linears import weight_matrix
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import quantize_int4, quantize_int8_rows
@@ -56,25 +57,34 @@ class PatchState:
         )
 
 
-def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: torch.Tensor | None) -> None:
-    """Quantizes one linear layer and puts the packed one in its place."""
+def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: Any) -> None:
+    """Quantizes one linear layer, or the experts of one mixture, and puts the packed one in its place.
+
+    importance: what ``layer_energy`` found of its inputs, or None.
+    """
     config, original = state.config, model.get_submodule(plan.name)
+    if isinstance(plan, ExpertsPlan):
+        assert plan.group_size is not None
+        assert plan.down_group_size is not None
+        quantized = quantize_experts(original, (plan.group_size, plan.down_group_size), config, importance)
+        put_packed(model, plan, state, PackedExperts.from_quantized(*quantized))
+        return
     weight = weight_matrix(original)
     if plan.bits == 8:
         put_packed(model, plan, state, W8A16Linear.from_quantized(*quantize_int8_rows(weight), original.bias))
         return
     assert plan.group_size is not None
-    quantized = quantize_int4(
+    codes = quantize_int4(
         weight,
         plan.group_size,
         zero_points=config.zero_points,
         search=config.scale_search,
         importance=importance,
     )
-    put_packed(model, plan, state, W4A16Linear.from_quantized(quantized, original.bias))
+    put_packed(model, plan, state, W4A16Linear.from_quantized(codes, original.bias))
 
 
-def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLinear) -> None:
+def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLinear | PackedExperts) -> None:
     """Puts a packed layer in the place of the original one, and notes what it takes to undo that."""
     original = model.get_submodule(plan.name)
     packed.train(original.training)
@@ -124,7 +134,7 @@ def _build_report(
     wrappers = {name: 0 for name in planned if name not in before}
     for name, size in (before | wrappers).items():
         module = model.get_submodule(name)
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, PackedExperts)):
             kind, action, reason = state.kinds[name].__name__, module.layout, ""
         else:
             kind, action = type(module).__name__, LEFT

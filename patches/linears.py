@@ -1,5 +1,5 @@
-"""The kinds of linear layers that can be packed: ``nn.Linear``, and transformers' ``Conv1D``, whose weight is
-transposed."""
+"""The kinds of layers that can be packed, and plain ones made anew: ``nn.Linear``, transformers' ``Conv1D``, whose
+weight is transposed, and the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def plain_linear(kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor
     linear.weight = nn.Parameter(weight.t().contiguous() if transposed else weight)
     linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
     return linear
+
+
+def plain_experts(kind: type[Any], config: Any, gate_up: torch.Tensor, down: torch.Tensor) -> nn.Module:
+    """Experts of ``kind`` from float weights ``(E, 2 I, H)`` and ``(E, H, I)``."""
+    with torch.device("meta"):
+        experts: nn.Module = kind(config)
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+    return experts

@@ -33,6 +33,9 @@ class Recipe:
         linears: names of linear layers relative to a decoder layer, such as ``"self_attn.q_proj"``; those that a layer
             has are replaced. Layers may differ: of a submodule's names a layer has all or none.
         decoder_layers: dotted path of the list of decoder layers in the model.
+        experts: modules of a decoder layer that hold the experts of a mixture, with their class: SwiGLU experts with
+            parameters ``gate_up_proj`` ``(E, 2 I, H)`` and ``down_proj`` ``(E, H, I)``, called with the hidden states
+            ``(tokens, H)``, the chosen experts and their shares, both ``(tokens, top_k)``.
         modules: classes of the family's modules, each with what its modules become while our caches are in use: a
             subclass without state of its own, so that changing a module's class is all it takes, and to undo it too.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.
@@ -42,5 +45,6 @@ class Recipe:
     model_classes: tuple[type[nn.Module], ...]
     linears: tuple[str, ...]
     decoder_layers: str = "model.layers"
+    experts: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
     block: Block | None = None
