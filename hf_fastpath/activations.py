@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_fastpath.expert_search import ExpertInputs, watching_experts
 from hf_fastpath.layer_walk import LayerWalk, watching_inputs
 
 # 256 tokens leave a fifth more perplexity, 4,096 no less: measured on SmolLM2-135M.
@@ -24,23 +25,25 @@ _SEQUENCES, _TOKENS, _SEED = 16, 64, 20260
 
 
 def input_energy(
-    model: Any, decoder_layers: str, names: Iterable[str], *, progress: bool = False
-) -> dict[str, torch.Tensor]:
+    model: Any, decoder_layers: str, names: Iterable[str], experts: Iterable[str] = (), *, progress: bool = False
+) -> dict[str, torch.Tensor | ExpertInputs]:
     """The mean square of each input channel of the linear layers ``names``, float32 ``(in_features,)`` each.
 
     Args:
         decoder_layers: dotted path of the list of decoder layers; a name outside of it reads the body's output.
+        experts: names of modules with the experts of a mixture, whose inputs are returned as they are.
 
     Raises:
         ValueError: the activations are not finite.
     """
-    energy: dict[str, torch.Tensor] = {}
+    energy: dict[str, torch.Tensor | ExpertInputs] = {}
     walk = random_walk(model, decoder_layers)
-    wanted = list(names)
+    wanted, mixtures = list(names), list(experts)
     layers = range(len(walk.layers))
     for index in tqdm(layers, desc="Measuring activations", unit="layer", disable=not progress, leave=False):
         prefix = f"{decoder_layers}.{index}."
-        energy |= layer_energy(walk, index, [name for name in wanted if name.startswith(prefix)])
+        inside = ([name for name in some if name.startswith(prefix)] for some in (wanted, mixtures))
+        energy |= layer_energy(walk, index, *inside)
     head = [name for name in wanted if name not in energy]
     return energy | (dict.fromkeys(head, head_energy(walk)) if head else {})
 
@@ -48,18 +51,22 @@ def input_energy(
 def random_walk(model: Any, decoder_layers: str) -> LayerWalk:
     """A walk on random token ids, always the same ones, in one batch."""
     generator = torch.Generator("cpu").manual_seed(_SEED)
-    tokens = torch.randint(model.config.vocab_size, (_SEQUENCES, _TOKENS), generator=generator, device="cpu")
+    length = min(_TOKENS, getattr(model.config, "max_position_embeddings", None) or _TOKENS)
+    tokens = torch.randint(model.config.vocab_size, (_SEQUENCES, length), generator=generator, device="cpu")
     return LayerWalk(model, decoder_layers, tokens, batch=_SEQUENCES)
 
 
-def layer_energy(walk: LayerWalk, index: int, names: Iterable[str]) -> dict[str, torch.Tensor]:
+def layer_energy(
+    walk: LayerWalk, index: int, names: Iterable[str], experts: Iterable[str] = ()
+) -> dict[str, torch.Tensor | ExpertInputs]:
     """Runs decoder layer ``index``; the mean square of the input channels of its linear layers ``names``.
 
     Args:
         names: full names, such as ``"model.layers.3.mlp.up_proj"``.
+        experts: those of modules with the experts of a mixture.
 
     Returns:
-        float32 ``(in_features,)`` for each name.
+        float32 ``(in_features,)`` for each of the names; for experts their inputs.
 
     Raises:
         ValueError: the inputs are not finite.
@@ -69,11 +76,11 @@ def layer_energy(walk: LayerWalk, index: int, names: Iterable[str]) -> dict[str,
     def see(name: str, x: torch.Tensor) -> None:
         energy[name] = _mean_square(x)
 
-    with watching_inputs(walk.model, names, see):
+    with watching_inputs(walk.model, names, see), watching_experts(walk.model, experts) as calls:
         walk.run_layer(index)
     for name, values in energy.items():
         _check_finite(name, values, walk.model)
-    return energy
+    return energy | {name: inputs.without_first(walk.tokens.shape[1]) for name, inputs in calls.items()}
 
 
 def head_energy(walk: LayerWalk) -> torch.Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_fastpath.checks import LinearPlan
+from hf_fastpath.checks import ExpertsPlan, LinearPlan
 from hf_fastpath.config import FastpathConfig
 from hf_fastpath.error_feedback import quantize_with_feedback
+from hf_fastpath.expert_search import quantize_experts, watching_experts
 from hf_fastpath.layer_walk import LayerWalk, watching_inputs
+from hf_fastpath.patches.linears import weight_matrix
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.precision import tensor_float32
 from hf_fastpath.quantize import GroupQuantized
@@ -23,8 +25,11 @@ _BATCH = 8  # sequences in one forward pass
 @torch.no_grad()
 def quantize_blockwise(
     model: Any, recipe: Recipe, plans: list[LinearPlan], config: FastpathConfig, tokens: torch.Tensor
-) -> Iterator[tuple[LinearPlan, GroupQuantized]]:
+) -> Iterator[tuple[LinearPlan, Any]]:
     """Quantizes the layers of ``plans`` in the order of the blocks, then the language-model head if it is among them.
+
+    Yields a :class:`GroupQuantized` for each linear layer, and for the experts of a mixture what
+    :func:`quantize_experts` returns.
 
     The caller puts each quantized layer in before it asks for the next one: the block is then run with it, and what
     it puts out is what the next block is measured on. So errors of earlier blocks are seen by later ones.
@@ -43,17 +48,32 @@ def quantize_blockwise(
     with bar:
         for index in range(len(walk.layers)):
             prefix = f"{recipe.decoder_layers}.{index}."
-            inside = [plan for plan in plans if plan.name.startswith(prefix)]
+            mixtures = [plan for plan in plans if isinstance(plan, ExpertsPlan) and plan.name.startswith(prefix)]
+            inside = [plan for plan in plans if plan.name.startswith(prefix) and plan not in mixtures]
             for members, moment in _moments(walk, index, [plan.name for plan in inside]):
                 chosen = [plan for plan in inside if plan.name in members]
                 for plan, quantized in _quantize_together(model, chosen, moment, config):
                     yield plan, quantized
                     bar.update()
+            for mixture in mixtures:
+                yield mixture, _quantize_mixture(walk, index, mixture, config)
+                bar.update()
             walk.run_layer(index)
         outside = [plan for plan in plans if not plan.name.startswith(f"{recipe.decoder_layers}.")]
         for plan in outside:
             yield from _quantize_together(model, [plan], _head_moment(walk, plan.name), config)
             bar.update()
+
+
+def _quantize_mixture(walk: LayerWalk, index: int, plan: ExpertsPlan, config: FastpathConfig) -> Any:
+    """By the inputs that the block's packed attention brings its experts."""
+    with watching_experts(walk.model, [plan.name]) as calls:
+        for _ in walk.outputs(index):
+            pass
+    assert plan.group_size is not None
+    assert plan.down_group_size is not None
+    groups = (plan.group_size, plan.down_group_size)
+    return quantize_experts(walk.model.get_submodule(plan.name), groups, config, calls[plan.name])
 
 
 def _moments(walk: LayerWalk, index: int, names: list[str]) -> Iterator[tuple[list[str], torch.Tensor]]:
@@ -109,7 +129,7 @@ def _quantize_together(
     model: nn.Module, plans: list[LinearPlan], moment: torch.Tensor, config: FastpathConfig
 ) -> Iterator[tuple[LinearPlan, GroupQuantized]]:
     """Layers with one input as one weight: the work goes column by column, and a column of three is as fast as one."""
-    weights: list[torch.Tensor] = [model.get_parameter(f"{plan.name}.weight") for plan in plans]
+    weights = [weight_matrix(model.get_submodule(plan.name)) for plan in plans]
     sizes = [weight.shape[0] for weight in weights]
     group_size = plans[0].group_size
     assert group_size is not None

@@ -107,9 +107,12 @@ def self_written_tokens(
     tokens do not show. (Liu et al., 2023, "LLM-QAT", train on data made like this.) Sequences start with the model's
     first token, where it has one, else with random ones, and do not stop at an end token.
 
+    A model with fewer positions than ``length`` writes that many.
+
     Raises:
         ValueError: the model's logits are not finite.
     """
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     generator = torch.Generator(model.device).manual_seed(_SEED)
     first = model.config.bos_token_id
     shape, options = (sequences, 1), {"dtype": torch.long, "device": model.device}

@@ -16,6 +16,7 @@ from hf_fastpath.config import FastpathConfig, HeadFormat
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.generation import CACHES
 from hf_fastpath.packing import GROUP_SIZES
+from hf_fastpath.patches.linears import LINEAR_TYPES, in_and_out
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import pick_group_size
 from hf_fastpath.runtime import why_no_kernels
@@ -35,6 +36,13 @@ class LinearPlan:
     bits: int | None = None
     group_size: int | None = None
     tied: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsPlan(LinearPlan):
+    """What will happen to the experts of one mixture. group_size: of their ``gate_up_proj``."""
+
+    down_group_size: int | None = None
 
 
 def needs_kernels(config: FastpathConfig) -> bool:
@@ -115,13 +123,13 @@ def _check_cache(model: Any, config: FastpathConfig) -> None:
 
 
 def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> list[LinearPlan]:
-    """A plan for every nn.Linear-like module of the model, in order.
+    """A plan for every linear layer of the model, in order, and for its experts.
 
     Raises:
         Unsupported: the group sizes fit none of a layer's shapes.
         ValueError: a name in skip_modules matches nothing, or a weight holds NaN or infinity.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
     targets = _recipe_names(model, recipe) if config.weights else set()
     head = _head_name(model)
     _check_skip_names(model, config)
@@ -135,14 +143,65 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
     missing = sorted(targets - linears.keys())
     plans = [LinearPlan(name, f"is a {_type_at(model, name)}, not a Linear") for name in missing]
     plans += [_plan_one(name, module, targets, owners, config, head) for name, module in linears.items()]
-    _check_finite(linears, plans, config)
+    experts = expert_names(model, recipe)
+    plans += [_plan_experts(name, model.get_submodule(name), kind, config) for name, kind in experts.items()]
+    _check_finite(model, plans, config)
     return plans
 
 
+def expert_names(model: nn.Module, recipe: Recipe) -> dict[str, type[nn.Module]]:
+    """The modules that hold the experts of a mixture, with the class that they should be of."""
+    layers = model.get_submodule(recipe.decoder_layers).named_children()
+    return {
+        f"{recipe.decoder_layers}.{index}.{name}": kind
+        for index, layer in layers
+        for name, kind in recipe.experts.items()
+        if name in {inside for inside, _ in layer.named_modules()}
+    }
+
+
+def _plan_experts(name: str, module: Any, kind: type[nn.Module], config: FastpathConfig) -> ExpertsPlan:
+    reason = ""
+    if any(_matches(name, skip) for skip in config.skip_modules):
+        reason = "in skip_modules"
+    elif config.weights is None:
+        reason = "weights=None"
+    elif type(module) is not kind:
+        reason = f"is a {_type_name(module)}, not a plain {kind.__name__}"
+    elif any(type(weight) is not nn.Parameter for weight in module.parameters()):
+        reason = "its weights are no plain parameters"
+    elif module.gate_up_proj.dtype not in _FLOAT_DTYPES:
+        reason = f"its weights are {module.gate_up_proj.dtype}"
+    elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        reason = "has hooks or a forward of its own, which a new module would lose"
+    if reason:
+        return ExpertsPlan(name, reason)
+    sizes = []
+    for key, weight in (("gate_up_proj", module.gate_up_proj), ("down_proj", module.down_proj)):
+        sizes.append(pick_group_size(weight.shape[-1], config.group_size))
+        if sizes[-1] is None:
+            allowed = ", ".join(str(size) for size in GROUP_SIZES if size <= config.group_size)
+            raise Unsupported(
+                f"{name}.{key}: {weight.shape[-1]} input features are not a multiple of any int4 group size "
+                f"({allowed}); add {name.split('.')[-1]!r} to skip_modules to leave it in full precision"
+            )
+    return ExpertsPlan(name, bits=4, group_size=sizes[0], down_group_size=sizes[1])
+
+
+def packed_weights(plan: LinearPlan) -> tuple[str, ...]:
+    """The names of the parameters that a plan packs."""
+    keys = ("gate_up_proj", "down_proj") if isinstance(plan, ExpertsPlan) else ("weight",)
+    return tuple(f"{plan.name}.{key}" for key in keys)
+
+
 def _recipe_names(model: nn.Module, recipe: Recipe) -> set[str]:
-    layers = model.get_submodule(recipe.decoder_layers)
-    indices = [name for name, _ in layers.named_children()]
-    return {f"{recipe.decoder_layers}.{i}.{linear}" for i in indices for linear in recipe.linears}
+    names = set()
+    for index, layer in model.get_submodule(recipe.decoder_layers).named_children():
+        there = {name for name, _ in layer.named_modules()}
+        parents = {name.rpartition(".")[0] for name in recipe.linears if name in there}
+        own = [name for name in recipe.linears if name.rpartition(".")[0] in parents]
+        names |= {f"{recipe.decoder_layers}.{index}.{name}" for name in own}
+    return names
 
 
 def _head_name(model: Any) -> str:
@@ -151,7 +210,7 @@ def _head_name(model: Any) -> str:
     return next((name for name, module in model.named_modules() if module is head), "")
 
 
-def _check_head(model: Any, head: str, linears: dict[str, nn.Linear]) -> None:
+def _check_head(model: Any, head: str, linears: dict[str, Any]) -> None:
     if head not in linears:
         raise Unsupported(f"lm_head: {type(model).__name__} has no linear language-model head; use lm_head=None")
 
@@ -181,7 +240,7 @@ def _check_skip_names(model: nn.Module, config: FastpathConfig) -> None:
 
 
 def _plan_one(
-    name: str, module: nn.Linear, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig, head: str
+    name: str, module: Any, targets: set[str], owners: dict[int, list[str]], config: FastpathConfig, head: str
 ) -> LinearPlan:
     reason = ""
     shared = owners.get(id(module.weight), [name])
@@ -194,7 +253,7 @@ def _plan_one(
         reason = "weights=None"
     elif name not in targets:
         reason = "not in the recipe"
-    elif type(module) is not nn.Linear:
+    elif type(module) not in LINEAR_TYPES:
         reason = f"is a {_type_name(module)}, not a plain Linear"
     elif len(shared) > 1 and not tied:
         reason = f"shares its weight with {next(other for other in shared if other != name)}"
@@ -208,27 +267,29 @@ def _plan_one(
         reason = "has hooks, which a new module would lose"
     if reason:
         return LinearPlan(name, reason)
+    in_features, _ = in_and_out(module)
     if name == head and config.lm_head is HeadFormat.INT8:
-        if module.in_features % packing_int8.TILE_COLS:
+        if in_features % packing_int8.TILE_COLS:
             raise Unsupported(
-                f"{name}: in_features {module.in_features} is not a multiple of {packing_int8.TILE_COLS}, which int8 "
+                f"{name}: in_features {in_features} is not a multiple of {packing_int8.TILE_COLS}, which int8 "
                 "needs; use lm_head=None"
             )
         return LinearPlan(name, bits=8, tied=tied)
-    group_size = pick_group_size(module.in_features, config.group_size)
+    group_size = pick_group_size(in_features, config.group_size)
     if group_size is None:
         sizes = ", ".join(str(size) for size in GROUP_SIZES if size <= config.group_size)
         raise Unsupported(
-            f"{name}: in_features {module.in_features} is not a multiple of any int4 group size ({sizes}); "
+            f"{name}: in_features {in_features} is not a multiple of any int4 group size ({sizes}); "
             f"add {name.split('.')[-1]!r} to skip_modules to leave it in full precision"
         )
     return LinearPlan(name, bits=4, group_size=group_size, tied=tied)
 
 
-def _check_finite(linears: dict[str, nn.Linear], plans: list[LinearPlan], config: FastpathConfig) -> None:
-    todo = [plan.name for plan in plans if plan.bits is not None]
-    todo = [name for name in todo if not linears[name].weight.is_meta]  # while loading, quantize_int4 checks alone
+def _check_finite(model: nn.Module, plans: list[LinearPlan], config: FastpathConfig) -> None:
+    todo = [name for plan in plans if plan.bits is not None for name in packed_weights(plan)]
+    todo = [name for name in todo if not model.get_parameter(name).is_meta]  # while loading, quantize_int4 checks alone
     for name in tqdm(todo, desc="Checking weights", unit="layer", disable=not (config.progress and todo), leave=False):
-        low, high = torch.aminmax(linears[name].weight.detach())  # NaN in, NaN out; and it takes no memory
+        low, high = torch.aminmax(model.get_parameter(name).detach())  # NaN in, NaN out; and it takes no memory
         if not bool((low.isfinite() & high.isfinite()).item()):
+            name = name.removesuffix(".weight")
             raise ValueError(f"{name}: the weight holds NaN or infinity, which int4 cannot store")

@@ -48,7 +48,7 @@ def register() -> None:
         kv_format = CACHE_NAMES.get(generation_config.cache_implementation)
         if kv_format is None or not _needs_cache(generation_config, model_kwargs):
             return stock(self, generation_config, model_kwargs, *args, **kwargs)
-        model_kwargs["past_key_values"] = _new_cache(self, kv_format, _max_cache_length(args, kwargs))
+        model_kwargs["past_key_values"] = _generation_cache(self, kv_format, generation_config, args, kwargs)
         return None
 
     prepare_named_cache._fastpath_wraps = stock  # type: ignore[attr-defined]
@@ -73,13 +73,22 @@ def _new_cache(model: Any, kv_format: KVFormat, tokens: int) -> FastCache:
     return CACHES[kv_format](model.config, max_cache_len=min(tokens, _MAX_PREALLOCATED_TOKENS), **options)
 
 
+def _generation_cache(
+    model: Any, kv_format: KVFormat, generation_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FastCache:
+    cache = _new_cache(model, kv_format, _max_cache_length(args, kwargs))
+    if generation_config.is_assistant:  # its candidates will be taken back, the states of convolutions too
+        cache.activate_past_recording()
+    return cache
+
+
 def prepare_default_cache(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Bound to a patched model as ``_prepare_cache_for_generation``: our cache where the user asked for none."""
     if generation_config.cache_implementation is None and _needs_cache(generation_config, model_kwargs):
         kv_format = self._fastpath.config.kv_cache
-        model_kwargs["past_key_values"] = _new_cache(self, kv_format, _max_cache_length(args, kwargs))
+        model_kwargs["past_key_values"] = _generation_cache(self, kv_format, generation_config, args, kwargs)
         return None
     return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
 
@@ -89,8 +98,14 @@ def supply_default_cache(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a patched model: a plain ``model(input_ids)`` that would make a DynamicCache gets ours.
 
-    Not while training, and not when gradients are wanted: a cache holds no graph.
+    Not while training, and not when gradients are wanted: a cache holds no graph. A cache with convolutions is told
+    which tokens are padding.
     """
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, FastCache) and cache.padding is not None:
+        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        cache.padding.see(mask, 0 if tokens is None else tokens.shape[1])
     use_cache = kwargs.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else use_cache
     passed = kwargs.get("past_key_values") is not None or len(args) > _POSITION_OF_PAST

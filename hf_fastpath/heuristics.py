@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 
+from hf_fastpath.ops import WITHOUT_KERNEL
 from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS, GemmVariant
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
@@ -26,6 +27,21 @@ class W8A16Variant(enum.Enum):
     CPU_INT8PACK = "torch _weight_int8pack_mm"
     CUDA_KERNEL = "w8a16_linear kernel"
     CUDA_DEQUANTIZE = "w8a16_dequantize kernel, then cuBLAS"
+
+
+class MoEVariant(enum.Enum):
+    """How a mixture of int4 experts is computed."""
+
+    REFERENCE = "reference"
+    OP = "moe_experts"
+    CUDA_DEQUANTIZE = "w4a16_dequantize kernel for each chosen expert, then cuBLAS"
+
+
+def moe_variant(device_type: str, reference: bool = False) -> MoEVariant:
+    """As :func:`w4a16_variant`, for a mixture of experts."""
+    if reference:
+        return MoEVariant.REFERENCE
+    return MoEVariant.CUDA_DEQUANTIZE if device_type == "cuda" and "moe_experts" in WITHOUT_KERNEL else MoEVariant.OP
 
 
 def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16Variant:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_fastpath.activations import head_energy, layer_energy, random_walk
-from hf_fastpath.checks import LinearPlan
+from hf_fastpath.checks import ExpertsPlan, LinearPlan, packed_weights
 from hf_fastpath.config import ScaleSearch
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.quantize import GroupQuantized
@@ -26,7 +26,7 @@ class LayerStream:
     def __init__(self, model: Any, state: PatchState, plans: list[LinearPlan]) -> None:
         self.model, self.state = model, state
         self.plans = {plan.name: plan for plan in plans if plan.bits is not None}
-        self.weights = {f"{name}.weight" for name in self.plans}
+        self.weights = {name for plan in self.plans.values() for name in packed_weights(plan)}
         self.prefix = f"{state.recipe.decoder_layers}."
         self.missing: list[set[str]] = [set() for _ in model.get_submodule(state.recipe.decoder_layers)]
         for name in model.state_dict():
@@ -55,8 +55,11 @@ class LayerStream:
         if wanted.shape != tensor.shape:
             raise ValueError(f"{name}: the checkpoint has shape {tuple(tensor.shape)}, the model {tuple(wanted.shape)}")
         if name in self.weights and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{path}: the weight holds NaN or infinity, which int4 cannot store")
-        if attribute not in module._buffers:
+            name = name.removesuffix(".weight")
+            raise ValueError(f"{name}: the weight holds NaN or infinity, which int4 cannot store")
+        if attribute in module._buffers:
+            tensor = tensor.to(wanted.dtype)  # a router's bias is float32 in a model of any dtype
+        else:
             tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         _mark_initialized(tensor)
         setattr(module, attribute, tensor)
@@ -81,10 +84,12 @@ class LayerStream:
         while self.done < len(self.missing) and not self.missing[self.done]:
             prefix = f"{self.prefix}{self.done}."
             names = [name for name in self.plans if name.startswith(prefix)]
-            energy: dict[str, torch.Tensor] = {}
+            experts = [name for name in names if isinstance(self.plans[name], ExpertsPlan)]
+            energy: dict[str, Any] = {}
             if self.walk is not None:
                 _materialize_buffers(self.model)
-                energy = layer_energy(self.walk, self.done, names)
+                linears = [name for name in names if name not in experts]
+                energy = layer_energy(self.walk, self.done, linears, experts)
             for name in names:
                 replace_linear(self.model, self.plans[name], self.state, energy.get(name))
             self.done += 1
@@ -95,11 +100,11 @@ def _materialize_buffers(model: Any) -> None:
     device = model.get_input_embeddings().weight.device
     for module in model.modules():
         meta = [name for name in module._non_persistent_buffers_set if _is_meta(module._buffers[name])]
+        for name in meta:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if meta:
-            with device:
-                fresh = type(module)(config=model.config)
-            for name in meta:
-                module._buffers[name] = fresh._buffers[name].to(device)
+            with torch.no_grad():
+                model._init_weights(module)  # leaves alone what is loaded
 
 
 def _is_meta(tensor: torch.Tensor | None) -> bool:

@@ -12,11 +12,12 @@ from hf_fastpath.activations import input_energy
 from hf_fastpath.blockwise import quantize_blockwise
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.calibration import check_tokens, self_written_tokens
-from hf_fastpath.checks import LinearPlan, check_model, choose_reference, plan_linears
+from hf_fastpath.checks import ExpertsPlan, LinearPlan, check_model, choose_reference, plan_linears
 from hf_fastpath.config import FastpathConfig, HeadFormat, ScaleSearch
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.modules import PackedLinear, W4A16Linear
+from hf_fastpath.modules import PackedExperts, PackedLinear, W4A16Linear
 from hf_fastpath.patches import find_recipe
+from hf_fastpath.patches.linears import plain_experts, plain_linear
 from hf_fastpath.registration import register
 from hf_fastpath.report import FastpathReport, module_bytes
 from hf_fastpath.saving import forget_quantization
@@ -104,7 +105,7 @@ def _restore(model: Any, state: PatchState) -> None:
     for name, original in state.replaced.items():
         packed = model.get_submodule(name)
         if original is None:
-            restored = _plain_linear(packed, model.dtype)
+            restored = _plain_layer(packed, state.kinds[name], model)
         elif state.tie and state.tie.name == name:
             restored = original
         else:
@@ -112,6 +113,8 @@ def _restore(model: Any, state: PatchState) -> None:
             if model.dtype != state.dtype:
                 restored.to(dtype=model.dtype)
         model.set_submodule(name, restored.train(packed.training))
+    for name, kind in state.swapped.items():
+        model.get_submodule(name).__class__ = kind
     if state.tie:
         tie_again(model, state.tie)
     if model.config._attn_implementation == ATTENTION_NAME and state.attn_implementation != ATTENTION_NAME:
@@ -154,23 +157,27 @@ def _replace_linears(model: Any, plans: list[LinearPlan], state: PatchState, cal
     if int4 and config.scale_search is ScaleSearch.OUTPUT:
         tokens = self_written_tokens(model, progress=config.progress) if calibration is None else calibration
         for plan, quantized in quantize_blockwise(model, state.recipe, int4, config, tokens):
-            bias = model.get_submodule(plan.name).bias
-            put_packed(model, plan, state, W4A16Linear.from_quantized(quantized, bias))
+            if isinstance(plan, ExpertsPlan):
+                put_packed(model, plan, state, PackedExperts.from_quantized(*quantized))
+            else:
+                bias = model.get_submodule(plan.name).bias
+                put_packed(model, plan, state, W4A16Linear.from_quantized(quantized, bias))
         todo = [plan for plan in todo if plan.bits != 4]
     elif int4 and config.scale_search is ScaleSearch.ACTIVATION:
-        names = [plan.name for plan in int4]
-        energy = input_energy(model, state.recipe.decoder_layers, names, progress=config.progress)
+        experts = [plan.name for plan in int4 if isinstance(plan, ExpertsPlan)]
+        names = [plan.name for plan in int4 if plan.name not in experts]
+        energy = input_energy(model, state.recipe.decoder_layers, names, experts, progress=config.progress)
     for plan in tqdm(todo, desc="Quantizing", unit="layer", disable=not (config.progress and todo)):
         replace_linear(model, plan, state, energy.get(plan.name))
 
 
-def _plain_linear(packed: PackedLinear, dtype: Any) -> nn.Linear:
-    weight = packed.dequantized_weight().to(dtype)
-    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight)
-    if packed.bias is not None:
-        linear.bias = nn.Parameter(packed.bias.detach().to(dtype, copy=True))
-    return linear
+def _plain_layer(packed: PackedLinear | PackedExperts, kind: type[nn.Module], model: Any) -> nn.Module:
+    dtype = model.dtype
+    if isinstance(packed, PackedExperts):
+        gate_up, down = packed.dequantized_weights()
+        return plain_experts(kind, model.config, gate_up.to(dtype), down.to(dtype))
+    bias = None if packed.bias is None else packed.bias.detach().to(dtype, copy=True)
+    return plain_linear(kind, packed.dequantized_weight().to(dtype), bias)
 
 
 def _remove_forward_pre_hook(model: nn.Module, hook: Any) -> None:

@@ -23,14 +23,16 @@ from transformers.quantizers.auto import (
 )
 
 from hf_fastpath.checkpoints import CheckpointFormat, detect_format
-from hf_fastpath.checks import LinearPlan, check_target, choose_reference, plan_linears
+from hf_fastpath.checks import ExpertsPlan, LinearPlan, check_target, choose_reference, expert_names, plan_linears
 from hf_fastpath.config import QUANT_METHOD, FastpathConfig, ScaleSearch
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.loading import LayerStream, place_converted
+from hf_fastpath.modules import PackedExperts
 from hf_fastpath.packing import GROUP_SIZES
 from hf_fastpath.patches import find_recipe
+from hf_fastpath.patches.linears import LINEAR_TYPES, in_and_out
 from hf_fastpath.report import module_bytes
-from hf_fastpath.saving import INT4, FastpathQuantizationConfig, empty_packed
+from hf_fastpath.saving import EXPERTS, INT4, FastpathQuantizationConfig, empty_packed
 from hf_fastpath.steps import PatchState, finish_patch
 
 _INT4_BYTES = 0.55  # of a weight, scales and zero points included: what transformers reserves on the GPU beforehand
@@ -78,16 +80,18 @@ class FastpathHfQuantizer(HfQuantizer):
         else:
             self.plans = plan_linears(model, recipe, config)
             self.stream = LayerStream(model, self.state, self.plans)
+        _keep_from_initializing(model, [*self.state.replaced, *(plan.name for plan in self.plans if plan.bits)])
         self.state.reference = choose_reference(model, config, self.device)
 
     def _place_empty_layers(self, model: Any, layers: dict[str, dict[str, Any]]) -> list[LinearPlan]:
+        mixtures, reason = expert_names(model, self.state.recipe), "not packed in the checkpoint"
         for name, layout in layers.items():
-            linear = _linear_at(model, name)
-            shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
-            model.set_submodule(name, empty_packed(layout, *shape, bias=bias, dtype=model.dtype))
-            self.state.replaced[name] = None
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        return [LinearPlan(name, "not packed in the checkpoint") for name in linears]
+            original = _experts_at(model, name, mixtures) if layout["format"] == EXPERTS else _linear_at(model, name)
+            model.set_submodule(name, _empty_like(original, layout, model.dtype))
+            self.state.replaced[name], self.state.kinds[name] = None, type(original)
+        linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
+        left = [ExpertsPlan(name, reason) for name in mixtures if name not in layers]
+        return [*(LinearPlan(name, reason) for name in linears), *left]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor passes through :class:`LayerStream`: all tensors of the decoder layers do."""
@@ -161,7 +165,7 @@ def _bytes_once_tied(model: Any) -> dict[str, int]:
 
 def _source_layers(model: nn.Module, source: CheckpointFormat) -> dict[str, dict[str, Any]]:
     """The layers that another tool's checkpoint holds as int4. Their real layout is known once they are converted."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
     layout = {"format": INT4, "group_size": GROUP_SIZES[-1], "zeros": False}
     layers = {name: layout for name in linears if source.quantizes(name)}
     if not layers:
@@ -169,12 +173,34 @@ def _source_layers(model: nn.Module, source: CheckpointFormat) -> dict[str, dict
     return layers
 
 
-def _linear_at(model: nn.Module, name: str) -> nn.Linear:
+def _keep_from_initializing(model: nn.Module, names: Iterable[str]) -> None:
+    """Marks what holds the layers ``names``: GPT-2 initializes its layers' weights, which are no more, by name."""
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not parent._parameters and not parent._buffers:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _empty_like(original: Any, layout: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    if layout["format"] != EXPERTS:
+        return empty_packed(layout, *in_and_out(original), bias=original.bias is not None, dtype=dtype)
+    count, hidden, intermediate = original.down_proj.shape
+    sizes, zeros = layout["group_sizes"], layout["zeros"]
+    return PackedExperts.empty(count, hidden, intermediate, sizes, zeros=zeros, dtype=dtype)
+
+
+def _experts_at(model: nn.Module, name: str, mixtures: Iterable[str]) -> nn.Module:
+    if name not in mixtures:
+        raise Unsupported(f"the checkpoint holds packed experts {name}, which {type(model).__name__} does not have")
+    return model.get_submodule(name)
+
+
+def _linear_at(model: nn.Module, name: str) -> nn.Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, LINEAR_TYPES):
         raise Unsupported(f"the checkpoint holds a packed {name}, which is no linear layer of {type(model).__name__}")
     return module
 

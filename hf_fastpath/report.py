@@ -7,7 +7,7 @@ import re
 
 from torch import nn
 
-from hf_fastpath.modules import PackedLinear
+from hf_fastpath.modules import PackedExperts, PackedLinear
 
 LEFT = "left"
 
@@ -75,9 +75,13 @@ def module_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of each module's own parameters and buffers; a tied tensor counts where it is met first."""
     seen: set[int] = set()
     sizes: dict[str, int] = {}
+    inside: set[nn.Module] = set()  # packed experts
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, PackedExperts)):
             sizes[name] = module.nbytes
+            inside.update(module.children())
+            continue
+        if module in inside:
             continue
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own:

@@ -13,9 +13,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import hf_fastpath
 from hf_fastpath.config import QUANT_METHOD, FastpathConfig
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.modules import PackedLinear, W4A16Linear, W8A16Linear
+from hf_fastpath.modules import PackedExperts, PackedLinear, W4A16Linear, W8A16Linear
 
-INT4, INT8 = "int4", "int8"
+INT4, INT8, EXPERTS = "int4", "int8", "int4 experts"
 _ABSENT = object()
 
 
@@ -24,9 +24,10 @@ class FastpathQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         config: the :class:`FastpathConfig` that it was patched with.
-        packed: groups of packed layers, each a dict: ``format`` ("int4" or "int8"), ``modules`` (their names), and for
-            int4 ``group_size``, ``zeros`` (whether it has zero points) and ``input_order`` (whether its columns are
-            permuted). None: a checkpoint that is not packed yet.
+        packed: groups of packed layers, each a dict: ``format`` ("int4", "int8" or "int4 experts"), ``modules`` (their
+            names), for int4 ``group_size``, ``zeros`` (whether it has zero points) and ``input_order`` (whether its
+            columns are permuted), for experts ``group_sizes`` (of gate and up, and of down) and ``zeros``. None: a
+            checkpoint that is not packed yet.
         source: the ``quantization_config`` of a GPTQ, AWQ or compressed-tensors checkpoint that is being converted.
     """
 
@@ -55,7 +56,7 @@ class FastpathQuantizationConfig(QuantizationConfigMixin):
         try:
             config = FastpathConfig(**config_dict["config"])
             packed = [dict(group) for group in config_dict["packed"]]
-            names = [name for group in packed for name in group["modules"] if group["format"] in (INT4, INT8)]
+            names = [name for group in packed for name in group["modules"] if group["format"] in (INT4, INT8, EXPERTS)]
             complete = len(names) == sum(len(group["modules"]) for group in packed)
         except (KeyError, TypeError, ValueError) as error:
             raise Unsupported(_unreadable(version) + f": {error!r}") from None
@@ -87,7 +88,7 @@ def describe_packed(model: nn.Module) -> list[dict[str, Any]]:
     """The ``packed`` groups of a model's layers."""
     groups: list[dict[str, Any]] = []
     for name, module in model.named_modules():
-        if not isinstance(module, PackedLinear):
+        if not isinstance(module, (PackedLinear, PackedExperts)):
             continue
         layout = _layout_of(module)
         group = next((known for known in groups if known | layout == known), None)
@@ -97,7 +98,10 @@ def describe_packed(model: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
-def _layout_of(module: PackedLinear) -> dict[str, Any]:
+def _layout_of(module: PackedLinear | PackedExperts) -> dict[str, Any]:
+    if isinstance(module, PackedExperts):
+        sizes = [module.gate_up.group_size, module.down.group_size]
+        return {"format": EXPERTS, "group_sizes": sizes, "zeros": module.gate_up.zeros is not None}
     if not isinstance(module, W4A16Linear):
         return {"format": INT8}
     flags = {"zeros": module.zeros is not None, "input_order": module.input_order is not None}

@@ -12,9 +12,11 @@ from torch import nn
 
 from hf_fastpath import generation
 from hf_fastpath.caches.attention import ATTENTION_NAME
-from hf_fastpath.checks import LinearPlan
+from hf_fastpath.checks import ExpertsPlan, LinearPlan
 from hf_fastpath.config import FastpathConfig
-from hf_fastpath.modules import PackedLinear, W4A16Linear, W8A16Linear
+from hf_fastpath.expert_search import quantize_experts
+from hf_fastpath.modules import PackedExperts, PackedLinear, W4A16Linear, W8A16Linear
+from hf_fastpath.patches.linears import weight_matrix
 from hf_fastpath.patches.recipe import Recipe
 from hf_fastpath.quantize import quantize_int4, quantize_int8_rows
 from hf_fastpath.report import LEFT, FastpathReport, ReportRow, module_bytes
@@ -32,8 +34,10 @@ class PatchState:
     recipe: Recipe
     dtype: torch.dtype  # the model's, when it was patched
     attn_implementation: str | None
-    replaced: dict[str, nn.Linear | None]  # module name -> the original, when kept
+    replaced: dict[str, nn.Module | None]  # module name -> the original, when kept
+    kinds: dict[str, type[nn.Module]]  # module name -> the original's class
     report: FastpathReport
+    swapped: dict[str, type[nn.Module]]  # module name -> the class that it had
     reference: str  # why the reference implementations run it on a GPU; "" where they do not
     tie: Tie | None = None  # of a head that is packed now
 
@@ -41,28 +45,46 @@ class PatchState:
     def new(cls, model: Any, config: FastpathConfig, recipe: Recipe, reference: str = "") -> PatchState:
         """That of a model of which nothing is patched yet."""
         return cls(
-            config, recipe, model.dtype, model.config._attn_implementation, {}, FastpathReport("", (), ()), reference
+            config=config,
+            recipe=recipe,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            replaced={},
+            kinds={},
+            report=FastpathReport("", (), ()),
+            swapped={},
+            reference=reference,
         )
 
 
-def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: torch.Tensor | None) -> None:
-    """Quantizes one linear layer and puts the packed one in its place."""
+def replace_linear(model: Any, plan: LinearPlan, state: PatchState, importance: Any) -> None:
+    """Quantizes one linear layer, or the experts of one mixture, and puts the packed one in its place.
+
+    importance: what ``layer_energy`` found of its inputs, or None.
+    """
     config, original = state.config, model.get_submodule(plan.name)
+    if isinstance(plan, ExpertsPlan):
+        assert plan.group_size is not None
+        assert plan.down_group_size is not None
+        quantized = quantize_experts(original, (plan.group_size, plan.down_group_size), config, importance)
+        put_packed(model, plan, state, PackedExperts.from_quantized(*quantized))
+        return
+    weight = weight_matrix(original)
     if plan.bits == 8:
-        put_packed(model, plan, state, W8A16Linear.from_quantized(*quantize_int8_rows(original.weight), original.bias))
+        put_packed(model, plan, state, W8A16Linear.from_quantized(*quantize_int8_rows(weight), original.bias))
         return
     assert plan.group_size is not None
-    quantized = quantize_int4(
-        original.weight,
+    codes = quantize_int4(
+        weight,
         plan.group_size,
         zero_points=config.zero_points,
         search=config.scale_search,
         importance=importance,
     )
-    put_packed(model, plan, state, W4A16Linear.from_quantized(quantized, original.bias))
+    put_packed(model, plan, state, W4A16Linear.from_quantized(codes, original.bias))
 
 
-def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLinear) -> None:
+def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLinear | PackedExperts) -> None:
     """Puts a packed layer in the place of the original one, and notes what it takes to undo that."""
     original = model.get_submodule(plan.name)
     packed.train(original.training)
@@ -72,12 +94,13 @@ def put_packed(model: Any, plan: LinearPlan, state: PatchState, packed: PackedLi
     else:
         kept = original.to("cpu") if state.config.keep_original else None
     model.set_submodule(plan.name, packed)
-    state.replaced[plan.name] = kept
+    state.replaced[plan.name], state.kinds[plan.name] = kept, type(original)
 
 
 def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before: dict[str, int]) -> None:
     """What follows once the linear layers are replaced: the cache, saving, the report."""
-    _install_cache(model, state.config)
+    if state.config.kv_cache is not None:
+        _install_cache(model, state)
     for name in state.replaced:
         model.get_submodule(name).reference = bool(state.reference)
     if state.replaced:
@@ -90,10 +113,13 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
     setattr(model, STATE, state)
 
 
-def _install_cache(model: Any, config: FastpathConfig) -> None:
-    if config.kv_cache is None:
-        return
-    if config.kv_cache.compressed:  # a static cache returns plain tensors, which any attention takes
+def _install_cache(model: Any, state: PatchState) -> None:
+    for name, module in model.named_modules():
+        if fast := state.recipe.modules.get(type(module)):
+            state.swapped[name] = type(module)
+            module.__class__ = fast
+    kv_cache = state.config.kv_cache
+    if kv_cache is not None and kv_cache.compressed:  # a static one returns plain tensors, which any attention takes
         model.set_attn_implementation(ATTENTION_NAME)
     model._prepare_cache_for_generation = functools.partial(generation.prepare_default_cache, model)
     model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
@@ -108,8 +134,8 @@ def _build_report(
     wrappers = {name: 0 for name in planned if name not in before}
     for name, size in (before | wrappers).items():
         module = model.get_submodule(name)
-        if isinstance(module, PackedLinear):
-            kind, action, reason = "Linear", module.layout, ""
+        if isinstance(module, (PackedLinear, PackedExperts)):
+            kind, action, reason = state.kinds[name].__name__, module.layout, ""
         else:
             kind, action = type(module).__name__, LEFT
             reason = planned[name].reason if name in planned else "not a linear layer of the recipe"
@@ -140,5 +166,7 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
             [f"{kv_cache.value} attention by its reference implementation"] if kv_cache and kv_cache.compressed else []
         )
         runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
+    kinds = sorted({kind.__name__ for kind in state.swapped.values()})
+    ours = (f"Forward passes of ours: {len(state.swapped)} {', '.join(kinds)}",) if kinds else ()
     originals = "kept in CPU memory" if state.config.keep_original else "freed"
-    return (cache, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))
+    return (cache, *ours, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))

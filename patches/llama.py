@@ -1,12 +1,14 @@
-"""Llama: RMSNorm, rotary grouped-query attention, SwiGLU."""
+"""Llama and every family with the same block: RMSNorm, rotary grouped-query attention (optionally with normalized
+queries and keys), SwiGLU. Their forward passes stay transformers' own, so what a family does between the layers (its
+activation, scaled residuals, biases) need not be Llama's."""
 
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.patches.recipe import Block, Recipe
 
 RECIPE = Recipe(
     family="llama",
-    model_class=LlamaForCausalLM,
+    model_classes=(LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM),
     linears=(
         "self_attn.q_proj",
         "self_attn.k_proj",
@@ -15,5 +17,8 @@ RECIPE = Recipe(
         "mlp.gate_proj",
         "mlp.up_proj",
         "mlp.down_proj",
+    ),
+    block=Block(
+        norms=("input_layernorm", "post_attention_layernorm"), head_norms=("self_attn.q_norm", "self_attn.k_norm")
     ),
 )

@@ -181,11 +181,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 def test_unsupported_models_and_shapes_are_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=99)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(Unsupported, match="GPT2LMHeadModel is not a supported model"):
-        load(tmp_path / "gpt2", quantization_config=QUIET)
+    config = GPTNeoXConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, vocab_size=99)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
+    with pytest.raises(Unsupported, match="GPTNeoXForCausalLM is not a supported model"):
+        load(tmp_path / "neox", quantization_config=QUIET)
     small_llama(intermediate_size=200).save_pretrained(tmp_path / "odd")
     with pytest.raises(Unsupported, match="in_features 200"):
         load(tmp_path / "odd", quantization_config=QUIET)

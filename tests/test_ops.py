@@ -226,6 +226,12 @@ def h2o_storage() -> list[torch.Tensor]:
     return layer.storage
 
 
+def expert_stack(rows: int, columns: int) -> list[torch.Tensor]:
+    """The packed weights of two experts: qweight, scales and zeros."""
+    weights = [packed_weight(rows, columns, 32, True, torch.bfloat16)[:3] for _ in range(2)]
+    return [torch.stack(parts) for parts in zip(*weights, strict=True)]
+
+
 def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     torch.manual_seed(0)
     qweight, scales, zero, _ = packed_weight(20, 64, 32, True, torch.bfloat16)
@@ -237,7 +243,14 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     fp8 = filled_storage(Fp8KVCache, 2, 100, 32)
     int4 = filled_storage(Int4KIVICache, 2, 100, 32)
     h2o = h2o_storage()
+    conv, state = (torch.randn(2, 4, 18), torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6)), torch.randn(2, 6, 3)
+    gate_up, down = (expert_stack(64, 64), expert_stack(64, 32))
+    padding = torch.tensor([[False, True, True, True], [True] * 4])
     return [
+        ("short_conv_prefill", (*conv, padding)),
+        ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
+        ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32)),
+        ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("kv_h2o_append", (new[:, :, :1], new[:, :, 1:2], *h2o, 5, 2)),
         ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
         ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 0.2, 5, 2)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import fingerprint, logits, make_llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 from hf_fastpath import Unsupported, fastpath_report, patch_model, unpatch_model
 from hf_fastpath.modules import W4A16Linear
@@ -104,6 +104,10 @@ def nan_weight() -> Any:
     return model
 
 
+def gpt_neox() -> Any:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=99))
+
+
 def offloaded() -> Any:
     model = make_llama()
     model.model.layers[0]._hf_hook = object()
@@ -114,7 +118,7 @@ def offloaded() -> Any:
     ("build", "overrides", "message"),
     [
         (already_patched, {}, "already patched"),
-        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)), {}, "GPT2LMHeadModel is not a supported"),
+        (gpt_neox, {}, "GPTNeoXForCausalLM is not a supported model.*it has no model.layers"),
         (lambda: make_llama().model, {}, "LlamaModel is not a supported model: supported are LlamaForCausalLM"),
         (lambda: make_llama().to("meta"), {}, "meta device"),
         (quantized_elsewhere, {}, "already quantized"),

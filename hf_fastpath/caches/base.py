@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from hf_fastpath.caches.conv_state import ConvStateLayer, LeftPadding
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.packing import ceil_div
 
@@ -187,14 +188,16 @@ class FastLayer(CacheLayerMixin):
 
 
 class FastCache(Cache):
-    """A transformers Cache whose layers are all of one :class:`FastLayer` format.
+    """A transformers Cache whose attention layers are all of one :class:`FastLayer` format.
+
+    Layers that are short convolutions (LFM2) have a :class:`ConvStateLayer` each.
 
     Args:
-        config: the model's config. Every layer must be full attention.
+        config: the model's config. Every layer must be full attention or a short convolution.
         max_cache_len: tokens to make room for at once. The cache grows beyond it when it must.
 
     Raises:
-        Unsupported: the model has other than full-attention layers, or is an encoder-decoder.
+        Unsupported: the model has other layers, or no full attention, or is an encoder-decoder.
     """
 
     layer_class: type[FastLayer]
@@ -204,7 +207,14 @@ class FastCache(Cache):
         self._check(config)
         if max_cache_len < 0:
             raise ValueError(f"max_cache_len={max_cache_len}: must be 0 or more")
-        layers: list[Any] = [self.layer_class(max_cache_len, **layer_options) for _ in range(config.num_hidden_layers)]
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        self.padding = LeftPadding() if "conv" in kinds else None
+        layers: list[Any] = [
+            ConvStateLayer(self.padding)
+            if kind == "conv" and self.padding
+            else self.layer_class(max_cache_len, **layer_options)
+            for kind in kinds[: config.num_hidden_layers]
+        ]
         super().__init__(layers=layers)
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -217,19 +227,20 @@ class FastCache(Cache):
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if getattr(config, "sliding_window", None) is not None:
             kinds.add("sliding_attention")
-        if kinds != {"full_attention"}:
+        if kinds - {"conv"} != {"full_attention"}:
             raise Unsupported(
-                f"{cls.__name__} needs full-attention layers only; this model has {', '.join(sorted(kinds))}"
+                f"{cls.__name__} needs full-attention layers, beside which there may be short convolutions; this model "
+                f"has {', '.join(sorted(kinds))}"
             )
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, all layers."""
-        return sum(layer.nbytes for layer in self._fast_layers)
+        return sum(layer.nbytes for layer in cast(list[Any], self.layers))
 
     @property
     def _fast_layers(self) -> list[FastLayer]:
-        return cast(list[FastLayer], self.layers)
+        return [layer for layer in self.layers if isinstance(layer, FastLayer)]
 
     @property
     def bytes_per_token(self) -> int:

@@ -13,6 +13,10 @@ from hf_fastpath.ops.kv_int4_append import kv_int4_append
 from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
+from hf_fastpath.ops.moe_experts import moe_experts
+from hf_fastpath.ops.moe_router import moe_router
+from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
+from hf_fastpath.ops.short_conv_step import short_conv_step
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
@@ -37,6 +41,10 @@ __all__ = [
     "kv_int4_dequantize",
     "kv_int8_append",
     "kv_int8_dequantize",
+    "moe_experts",
+    "moe_router",
+    "short_conv_prefill",
+    "short_conv_step",
     "w4a16_dequantize",
     "w4a16_gemm",
     "w4a16_linear",

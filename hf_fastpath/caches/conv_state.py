@@ -1,0 +1,105 @@
+"""The states of LFM2's short convolutions, beside the keys and values of the attention layers in one cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import LinearAttentionLayer
+
+
+class LeftPadding:
+    """Whether a single new token may still be padding, which transformers does not ask: it drops the mask of a call
+    with one token, and a prompt that is read in chunks can have chunks of one.
+
+    All convolutions of a cache share one. ``mask``: bool ``(batch,)``, of the present call's only token, or None.
+    """
+
+    def __init__(self) -> None:
+        self.over, self.mask = False, None
+
+    over: bool
+    mask: torch.Tensor | None
+
+    def see(self, attention_mask: Any, new_tokens: int) -> None:
+        """Called before a forward pass with ``(batch, all tokens)`` or None, and the number of new tokens.
+
+        Waits for the GPU while the padding lasts, so not once the prompt has been read.
+        """
+        self.mask = None
+        if self.over or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+            return
+        latest = attention_mask[:, -1].bool()
+        self.over = bool(latest.all())
+        if new_tokens == 1 and not self.over:
+            self.mask = latest
+
+
+class ConvStateLayer(LinearAttentionLayer):
+    """The last L inputs of one layer's convolution, ``conv_states[0]``: ``(batch, H, L)``, changed in place.
+
+    transformers' own layer and its own modules' protocol, so an unpatched model works with it; but the state stays at
+    one address whatever is done to the batch, rows can be repeated and selected, and it can be written outside of the
+    inference mode that it was made in.
+    """
+
+    def __init__(self, padding: LeftPadding) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def ready(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """The state to go on from, zeros at first, for a module that changes it in place. shape: ``(batch, H, L)``.
+
+        Raises:
+            ValueError: it is that of another batch.
+        """
+        state = self.conv_states[0]
+        if not self.has_previous_state[0]:
+            if state is None or state.shape != shape or (state.dtype, state.device) != (like.dtype, like.device):
+                self.lazy_initialization(conv_states=like.new_empty(shape))
+            self.has_previous_state[0] = True
+            state = self.conv_states[0]
+        assert state is not None
+        if state.shape[0] != shape[0]:
+            raise ValueError(f"the cache holds a batch of {state.shape[0]}, but got {shape[0]} rows")
+        return state
+
+    @torch.inference_mode(False)
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        super().lazy_initialization(*args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        state = self.conv_states[0]
+        return 0 if state is None else state.nbytes
+
+    def reset(self) -> None:
+        """Forgets every token; the memory stays for the next use."""
+        super().reset()
+        self.record_past, self.padding.over, self.padding.mask = False, False, None
+
+    @torch.inference_mode(False)
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        state = self.conv_states[0]
+        if state is None:
+            return
+        chosen = state.index_select(0, rows.to(state.device))
+        if chosen.shape == state.shape:
+            state.copy_(chosen)
+        else:
+            self.conv_states[0] = chosen
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row ``beam_idx[i]`` was; the state stays where it is."""
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, one after the other."""
+        state = self.conv_states[0]
+        if state is not None:
+            self._select_rows(torch.arange(state.shape[0], device=state.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows ``indices`` (integers, or a boolean mask over the batch)."""
+        self._select_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)

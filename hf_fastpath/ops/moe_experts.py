@@ -1,0 +1,146 @@
+"""A mixture of SwiGLU experts whose weights are packed int4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hf_fastpath import packing
+from hf_fastpath.ops import _library
+
+SCHEMA = (
+    "moe_experts(Tensor x, Tensor experts, Tensor shares, Tensor gate_up_qweight, Tensor gate_up_scales, "
+    "Tensor? gate_up_zeros, Tensor down_qweight, Tensor down_scales, Tensor? down_zeros, int intermediate_size, "
+    "int gate_up_group_size, int down_group_size) -> Tensor"
+)
+
+Weights = Callable[[int], torch.Tensor]  # of an expert
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def expert_by_expert(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    shares: torch.Tensor,
+    gate_up: Weights,
+    down: Weights,
+    product: Product = torch.nn.functional.linear,
+) -> torch.Tensor:
+    """The mixture from float weights, each chosen expert's once, in the order of their numbers.
+
+    Args:
+        gate_up: an expert's ``(2 I, H)``; down: its ``(H, I)``, in ``x.dtype``.
+        product: ``(rows, weight)`` to ``rows @ weight.T``, in which the last one may be wider than ``x.dtype``.
+    """
+    parts = x.new_zeros((*experts.shape, x.shape[1]), dtype=torch.float32)
+    for expert in experts.unique().tolist():
+        token, slot = (experts == expert).nonzero(as_tuple=True)
+        gate, up = product(x[token], gate_up(expert)).to(x.dtype).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up
+        parts[token, slot] = product(inner, down(expert)).float() * shares[token, slot, None].float()
+    total = parts[:, 0]
+    for slot in range(1, experts.shape[1]):
+        total = total + parts[:, slot]
+    return total.to(x.dtype)
+
+
+def moe_experts_reference(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    shares: torch.Tensor,
+    gate_up_qweight: torch.Tensor,
+    gate_up_scales: torch.Tensor,
+    gate_up_zeros: torch.Tensor | None,
+    down_qweight: torch.Tensor,
+    down_scales: torch.Tensor,
+    down_zeros: torch.Tensor | None,
+    intermediate_size: int,
+    gate_up_group_size: int,
+    down_group_size: int,
+) -> torch.Tensor:
+    hidden = x.shape[1]
+
+    def gate_up(expert: int) -> torch.Tensor:
+        zeros = None if gate_up_zeros is None else gate_up_zeros[expert]
+        shape = (hidden, 2 * intermediate_size, gate_up_group_size)
+        return packing.dequantize(gate_up_qweight[expert], gate_up_scales[expert], zeros, *shape)
+
+    def down(expert: int) -> torch.Tensor:
+        zeros = None if down_zeros is None else down_zeros[expert]
+        shape = (intermediate_size, hidden, down_group_size)
+        return packing.dequantize(down_qweight[expert], down_scales[expert], zeros, *shape)
+
+    def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(rows.float(), weight.float())
+
+    return expert_by_expert(x, experts, shares, gate_up, down, product)
+
+
+def _fake(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    shares: torch.Tensor,
+    gate_up_qweight: torch.Tensor,
+    gate_up_scales: torch.Tensor,
+    gate_up_zeros: torch.Tensor | None,
+    down_qweight: torch.Tensor,
+    down_scales: torch.Tensor,
+    down_zeros: torch.Tensor | None,
+    intermediate_size: int,
+    gate_up_group_size: int,
+    down_group_size: int,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_op = _library.define(SCHEMA, moe_experts_reference, _fake, kernel=False)
+
+
+def moe_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    shares: torch.Tensor,
+    gate_up_qweight: torch.Tensor,
+    gate_up_scales: torch.Tensor,
+    gate_up_zeros: torch.Tensor | None,
+    down_qweight: torch.Tensor,
+    down_scales: torch.Tensor,
+    down_zeros: torch.Tensor | None,
+    intermediate_size: int,
+    gate_up_group_size: int,
+    down_group_size: int,
+    *,
+    reference: bool = False,
+) -> torch.Tensor:
+    """``(M, H)`` in ``x.dtype``: the sum over k of ``shares[m, k] * down(silu(gate(x)) * up(x))`` of expert
+    ``experts[m, k]`` (Shazeer et al., 2017; SwiGLU: Shazeer, 2020).
+
+    Args:
+        x: ``(M, H)``, contiguous.
+        experts: int64 ``(M, K)``, those of a row all different; shares: ``(M, K)`` in ``x.dtype``.
+        gate_up_qweight, gate_up_scales, gate_up_zeros: the experts' packed ``(2 I, H)`` weights
+            (:mod:`hf_fastpath.packing`), one after the other in a new first dimension E; rows 0..I - 1 are the gate's,
+            I..2 I - 1 up's.
+        down_qweight, down_scales, down_zeros: the experts' packed ``(H, I)`` weights, likewise.
+        intermediate_size: I. gate_up_group_size divides H, down_group_size I.
+        reference: run the reference implementation, on any device.
+
+    Products are accumulated in float32. gate, up, silu(gate) and its product with up are each rounded to ``x.dtype``;
+    the sum over k is taken in float32, in the order of k, and rounded once.
+    """
+    run = moe_experts_reference if reference else _op
+    return run(
+        x,
+        experts,
+        shares,
+        gate_up_qweight,
+        gate_up_scales,
+        gate_up_zeros,
+        down_qweight,
+        down_scales,
+        down_zeros,
+        intermediate_size,
+        gate_up_group_size,
+        down_group_size,
+    )

@@ -1,0 +1,74 @@
+"""The router of a mixture of experts: which experts a token goes to, and how much each counts."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_fastpath.ops import _library
+
+SCHEMA = (
+    "moe_router(Tensor x, Tensor weight, Tensor? expert_bias, int top_k, bool normalize, float scaling) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_EPSILON = 1e-6
+
+
+def moe_router_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    expert_bias: torch.Tensor | None,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = torch.nn.functional.linear(x, weight)
+    scores = logits.sigmoid()
+    ranked = scores if expert_bias is None else scores + expert_bias
+    chosen = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    shares = scores.gather(1, chosen)
+    if normalize:
+        shares = shares / (shares.sum(dim=-1, keepdim=True) + _EPSILON)
+    return logits, shares * scaling, chosen
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    expert_bias: torch.Tensor | None,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (x.shape[0], top_k)
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+_op = _library.define(SCHEMA, moe_router_reference, _fake, kernel=False)
+
+
+def moe_router(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    expert_bias: torch.Tensor | None,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    *,
+    reference: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(logits (M, E), shares (M, top_k), experts (M, top_k))``, shares and experts by falling score.
+
+    A score is the sigmoid of a logit ``x @ weight.T``. The experts are those with the largest sum of score and bias, of
+    equal ones the first; their shares are their scores without the bias (Wang et al., 2024, "Auxiliary-Loss-Free Load
+    Balancing Strategy for Mixture-of-Experts"), divided by their sum and 1e-6 if ``normalize``, times ``scaling``.
+
+    Args:
+        x: ``(M, H)``; weight: ``(E, H)``, both of one dtype, in which logits, scores and shares are rounded after each
+            operation, as transformers does. Logits are accumulated in float32.
+        expert_bias: float32 ``(E,)`` or None.
+        reference: run the reference implementation, on any device.
+
+    ``experts`` is int64.
+    """
+    run = moe_router_reference if reference else _op
+    return run(x, weight, expert_bias, top_k, normalize, scaling)

@@ -1,0 +1,29 @@
+"""LFM2: gated short convolutions and grouped-query attention with normalized queries and keys, SwiGLU."""
+
+from transformers import Lfm2ForCausalLM
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+
+from hf_fastpath.modules import ShortConv
+from hf_fastpath.patches.recipe import Recipe
+
+ATTENTION_AND_CONVOLUTION = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "conv.in_proj",
+    "conv.out_proj",
+)
+FEED_FORWARD = ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+
+
+class FastLfm2ShortConv(ShortConv, Lfm2ShortConv):
+    """What an ``Lfm2ShortConv`` becomes."""
+
+
+RECIPE = Recipe(
+    family="lfm2",
+    model_classes=(Lfm2ForCausalLM,),
+    linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
+    modules={Lfm2ShortConv: FastLfm2ShortConv},
+)

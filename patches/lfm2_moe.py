@@ -1,0 +1,25 @@
+"""LFM2 with mixtures of experts: the first layers' feed-forwards are dense, the others have a sigmoid router."""
+
+from transformers import Lfm2MoeForCausalLM
+from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts, Lfm2MoeShortConv, Lfm2MoeTopKRouter
+
+from hf_fastpath.modules import MoERouter, ShortConv
+from hf_fastpath.patches.lfm2 import ATTENTION_AND_CONVOLUTION, FEED_FORWARD
+from hf_fastpath.patches.recipe import Recipe
+
+
+class FastLfm2MoeShortConv(ShortConv, Lfm2MoeShortConv):
+    """What an ``Lfm2MoeShortConv`` becomes."""
+
+
+class FastLfm2MoeTopKRouter(MoERouter, Lfm2MoeTopKRouter):
+    """What an ``Lfm2MoeTopKRouter`` becomes."""
+
+
+RECIPE = Recipe(
+    family="lfm2_moe",
+    model_classes=(Lfm2MoeForCausalLM,),
+    linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
+    experts={"feed_forward.experts": Lfm2MoeExperts},
+    modules={Lfm2MoeShortConv: FastLfm2MoeShortConv, Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter},
+)
