@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace hf_fastpath {
@@ -84,21 +85,54 @@ struct W8A16DequantizeArgs {
 };
 cudaError_t launch_w8a16_dequantize(const W8A16DequantizeArgs& args, Dtype dtype, cudaStream_t stream);
 
-// ---- kv_int8.cu -----------------------------------------------------------------------------------------------------
-// One of the two halves of an append: (batch, heads, tokens, dim) floats to int8 and one fp16 scale a token and head.
-struct KvAppendSide {
-  const void* input;
-  int64_t stride_batch, stride_head, stride_token;  // elements; the last dimension is contiguous
-  int8_t* data;                                     // (batch, heads, capacity, dim) contiguous
-  void* scale;                                      // (batch, heads, capacity) fp16 contiguous
+// ---- what appends to the caches (csrc/kv/) -------------------------------------------------------------------------
+// The storage is described in hf_fastpath/caches/, by the layer of each format; all of it is aligned to 16 bytes.
+struct KvRows {  // (batch, heads, tokens, dim), the last dimension contiguous, aligned to one element only
+  const void* data;
+  int64_t stride_batch, stride_head, stride_token;  // elements
 };
-struct KvAppendArgs {
-  KvAppendSide sides[2];  // keys, values
-  int batch, heads, tokens, dim;
-  int64_t capacity, start;
+struct KvAngles {  // cosines or sines (batch or 1, tokens, rotary_dim), alike
+  const void* data;
+  int64_t stride_batch, stride_token;
 };
 constexpr int kMaxKvDim = 256;
-cudaError_t launch_kv_int8_append(const KvAppendArgs& args, Dtype dtype, cudaStream_t stream);
+struct KvNewTokens {
+  KvRows query, key, value;  // query.data: nullptr when there is none
+  void* query_out;           // (batch, heads, tokens, dim) contiguous, 16-byte aligned
+  const void* q_norm;        // (dim,), or nullptr; with a query both norms or none
+  const void* k_norm;
+  float eps;
+  KvAngles cos, sin;
+  int rotary_dim;  // a multiple of 16 up to dim; 0: no RoPE
+  float rotation;  // rotation_factor(dim) to rotate queries and keys; 0: not
+  int batch, heads, kv_heads, tokens, dim;  // dim: a multiple of 8 up to kMaxKvDim
+  int64_t capacity;                         // entries of the storage
+  int32_t* lengths;                         // (batch, kv_heads): tokens stored, to which the launch adds `tokens`
+};
+// Keys or values as they are stored.
+struct KvQuantizedSide {
+  void* data;
+  void* scale;  // of int4: the parameters
+};
+// What makes the Hadamard transform of a head orthonormal (hf_fastpath/ops/_rotation.py).
+inline float rotation_factor(int dim) {
+  return 1.0f / std::sqrt(static_cast<float>(dim & -dim));
+}
+
+// ---- kv_static.cu ---------------------------------------------------------------------------------------------------
+struct KvStaticStorage {
+  void* keys;
+  void* values;
+};
+cudaError_t launch_kv_static_append(const KvNewTokens& tokens, const KvStaticStorage& storage, Dtype dtype,
+                                    cudaStream_t stream);
+
+// ---- kv_int8.cu -----------------------------------------------------------------------------------------------------
+struct KvInt8Storage {
+  KvQuantizedSide key, value;
+};
+cudaError_t launch_kv_int8_append(const KvNewTokens& tokens, const KvInt8Storage& storage, Dtype dtype,
+                                  cudaStream_t stream);
 
 struct KvDequantizeArgs {
   const int8_t* data;  // (pairs, capacity, dim), pairs = batch * heads
@@ -108,6 +142,54 @@ struct KvDequantizeArgs {
   int dim;
 };
 cudaError_t launch_kv_int8_dequantize(const KvDequantizeArgs& args, Dtype dtype, cudaStream_t stream);
+
+// ---- kv_fp8.cu, kv_int4.cu: tokens in groups, and some in full precision --------------------------------------------
+constexpr int kFp8Group = 64;  // tokens
+struct KvFullSide {
+  void* tail;   // (batch, kv_heads, group, dim)
+  void* sinks;  // (batch, kv_heads, sinks, dim)
+};
+struct KvGroupedStorage {
+  KvQuantizedSide quantized[2];  // keys, values
+  KvFullSide full[2];
+  int group, sinks;  // tokens; group: 32 or 64
+  int value_parts;   // of int4: kv_int4_value_parts(dim)
+};
+cudaError_t launch_kv_fp8_append(const KvNewTokens& tokens, const KvGroupedStorage& storage, Dtype dtype,
+                                 cudaStream_t stream);
+// The parts of a value that share a scale (value_groups() in hf_fastpath/ops/kv_int4_append.py): their channels must be
+// a multiple of 8.
+inline int kv_int4_value_parts(int dim) {
+  int parts = (dim + 63) / 64;
+  while (dim % parts) ++parts;
+  return parts;
+}
+cudaError_t launch_kv_int4_append(const KvNewTokens& tokens, const KvGroupedStorage& storage, Dtype dtype,
+                                  cudaStream_t stream);
+
+struct KvExpandArgs {
+  KvQuantizedSide quantized;
+  KvFullSide full;
+  const int32_t* lengths;  // (pairs,): tokens stored
+  void* out;               // (pairs, length, dim) contiguous, 16-byte aligned; length: at most as many as are stored
+  int64_t pairs, capacity, length;
+  int dim, group, sinks;
+  bool values;      // of int4: whether these are values
+  int value_parts;  // of int4: kv_int4_value_parts(dim)
+};
+cudaError_t launch_kv_fp8_dequantize(const KvExpandArgs& args, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_kv_int4_dequantize(const KvExpandArgs& args, Dtype dtype, cudaStream_t stream);
+
+// ---- kv_h2o.cu ------------------------------------------------------------------------------------------------------
+struct KvH2OStorage {
+  KvQuantizedSide key, value;  // capacity: the budget
+  float* scores;               // (batch, kv_heads, capacity)
+  int32_t* positions;          // alike
+  int window, sinks;
+};
+// One token a row. `lengths` are the counts, (batch, kv_heads, 2).
+cudaError_t launch_kv_h2o_append(const KvNewTokens& tokens, const KvH2OStorage& storage, Dtype dtype,
+                                 cudaStream_t stream);
 
 // ---- attn_decode_int8.cu --------------------------------------------------------------------------------------------
 struct AttnDecodeArgs {

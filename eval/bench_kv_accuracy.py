@@ -35,7 +35,7 @@ from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, Stat
 from hf_fastpath.caches import CompressedCache
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.caches.grouped import GroupedLayer
-from hf_fastpath.caches.rotation import rotate
+from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.caches.static import StaticKVLayer
 from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.compare import bar

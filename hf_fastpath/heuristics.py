@@ -116,6 +116,11 @@ def _worth_dividing(form: GemmVariant, tiles: int, units: int, sm_count: int) ->
     return each >= 4 and ctas <= (sm_count if form.splits <= 2 else sm_count * 3 // 4)
 
 
+def kv_append_supports(head_dim: int) -> bool:
+    """Whether the CUDA kernels that append to a cache take this head size (the references take any)."""
+    return head_dim % 8 == 0 and 8 <= head_dim <= 256
+
+
 def attn_decode_int8_supports(head_dim: int) -> bool:
     """Whether the CUDA kernel takes this head size (the CPU implementation takes any)."""
     return head_dim % 16 == 0 and 16 <= head_dim <= 256

@@ -9,7 +9,7 @@ from tiny_models import make_llama
 from transformers import DynamicCache
 
 from hf_fastpath import Fp8KVCache, Int4KIVICache, Int8KVCache, StaticKVCache
-from hf_fastpath.caches.rotation import rotate
+from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.ops.kv_int8_append import quantize_int8
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -160,5 +160,6 @@ class Mirror:
             keys = rotate(want.keys) if self.model.rotates else want.keys
             torch.testing.assert_close(got.keys, keys, rtol=0, atol=1e-5)
             assert torch.equal(got.values, want.values)
+            assert bool((got.storage[-1] == got.get_seq_length()).all())  # what the kernels count
         assert self.cache.get_seq_length() == self.expected.get_seq_length()
         assert self.cache.get_mask_sizes(4, 0) == self.expected.get_mask_sizes(4, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from emulator import IN_OUT, INPUT, OUTPUT, library
@@ -155,26 +157,86 @@ class EmulatedOps:
         )
         return out
 
-    def kv_int8_append(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_data: torch.Tensor,
-        k_scale: torch.Tensor,
-        v_data: torch.Tensor,
-        v_scale: torch.Tensor,
-        start: int,
+    def kv_static_append(self, *args: Any) -> None:
+        names = ("keys", "values", "lengths")
+        self._append("emulated_kv_static_append", args[:10], dict(zip(names, args[10:], strict=True)))
+
+    def kv_int8_append(self, *args: Any) -> None:
+        names = ("k_data", "k_scale", "v_data", "v_scale", "lengths")
+        self._append("emulated_kv_int8_append", args[:10], dict(zip(names, args[10:], strict=True)))
+
+    def kv_fp8_append(self, *args: Any) -> None:
+        names = ("k_data", "k_scale", "k_tail", "v_data", "v_scale", "v_tail", "lengths")
+        self._append("emulated_kv_fp8_append", args[:10], dict(zip(names, args[10:], strict=True)))
+
+    def kv_int4_append(self, *args: Any) -> None:
+        sides = [f"{side}_{name}" for side in "kv" for name in ("data", "params", "tail", "sinks")]
+        sizes = args[12].shape[2], args[13].shape[2]
+        self._append("emulated_kv_int4_append", args[:10], dict(zip((*sides, "lengths"), args[10:], strict=True)), *sizes)
+
+    def kv_h2o_append(self, *args: Any) -> None:
+        names = ("k_data", "k_scale", "v_data", "v_scale", "scores", "positions", "counts")
+        self._append("emulated_kv_h2o_append", args[:10], dict(zip(names, args[10:17], strict=True)), *args[17:])
+
+    def kv_fp8_dequantize(
+        self, data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor
     ) -> None:
-        batch, heads, tokens, dim = key.shape
+        self._dequantize(8, data, scale, tail, None, lengths, False, out)
+
+    def kv_int4_dequantize(
+        self,
+        data: torch.Tensor,
+        params: torch.Tensor,
+        tail: torch.Tensor,
+        sinks: torch.Tensor,
+        lengths: torch.Tensor,
+        values: bool,
+        out: torch.Tensor,
+    ) -> None:
+        self._dequantize(4, data, params, tail, sinks, lengths, values, out)
+
+    def _dequantize(
+        self,
+        bits: int,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        tail: torch.Tensor,
+        sinks: torch.Tensor | None,
+        lengths: torch.Tensor,
+        values: bool,
+        out: torch.Tensor,
+    ) -> None:
+        group, front = tail.shape[2], 0 if sinks is None else sinks.shape[2]
         self._library.call(
-            "emulated_kv_int8_append",
-            *(key, *key.stride()[:3], k_data, k_scale, value, *value.stride()[:3], v_data, v_scale),
-            *(batch, heads, tokens, dim, k_data.shape[2], start, key.dtype is torch.bfloat16),
-            **_inputs(key=key, value=value),
-            k_data=(k_data, IN_OUT),
-            k_scale=(k_scale, IN_OUT),
-            v_data=(v_data, IN_OUT),
-            v_scale=(v_scale, IN_OUT),
+            "emulated_kv_dequantize",
+            *(bits, data, scale, tail, sinks, lengths, out, lengths.numel(), scale.shape[2] * group),
+            *(*out.shape[2:], group, front, values, out.dtype is torch.bfloat16),
+            **_inputs(data=data, scale=scale, tail=tail, sinks=sinks, lengths=lengths),
+            out=(out, OUTPUT),
+        )
+
+    def _append(self, entry: str, new: Sequence[Any], storage: dict[str, torch.Tensor], *options: int) -> None:
+        """new: the arguments that the schemas of all appending ops begin with; storage: in the launcher's order, the
+        count last, whatever its name."""
+        query, key, value, q_norm, k_norm, eps, cos, sin, rotate, query_out = new
+        *tensors, lengths = storage.values()
+        batch, kv_heads, tokens, dim = key.shape
+        heads = kv_heads if query is None else query.shape[1]
+        turned = () if cos is None else (cos, sin)
+        angles = [
+            arg
+            for angle in turned or (None, None)
+            for arg in ((None, 0, 0) if angle is None else (angle, angle.stride(0) * (len(angle) > 1), angle.stride(1)))
+        ]
+        self._library.call(
+            entry,
+            *(None if query is None else query, *((0, 0, 0) if query is None else query.stride()[:3])),
+            *(key, *key.stride()[:3], value, *value.stride()[:3], query_out, q_norm, k_norm, float(eps), *angles),
+            *(cos.shape[-1] if turned else 0, rotate, batch, heads, kv_heads, tokens, dim, tensors[0].shape[2]),
+            *(lengths, *tensors, *options, key.dtype is torch.bfloat16),
+            **_inputs(query=query, key=key, value=value, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin),
+            query_out=(query_out, OUTPUT),
+            **{name: (tensor, IN_OUT) for name, tensor in storage.items()},
         )
 
     def kv_int8_dequantize(self, data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:

@@ -157,7 +157,7 @@ def test_sliding_window_models_are_refused(kind: type) -> None:
 
 
 STORAGE = {
-    Int8KVCache: {torch.int8, torch.float16},
+    Int8KVCache: {torch.int8, torch.float16, torch.int32},
     Fp8KVCache: {torch.float8_e4m3fn, torch.float32, torch.int32},
     Int4KIVICache: {torch.uint8, torch.int32},
 }

@@ -16,7 +16,7 @@ from tiny_models import long_batch, make_llama
 
 from hf_fastpath import H2OKVCache, Int8KVCache, StaticKVCache, Unsupported, patch_model, register
 from hf_fastpath.caches.attention import ATTENTION_NAME, fastpath_attention
-from hf_fastpath.caches.rotation import rotate
+from hf_fastpath.ops._rotation import rotate
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
 SCALING = DIM**-0.5

@@ -10,7 +10,7 @@ import pytest
 from hf_fastpath.build import source_dir
 from hf_fastpath.ops import NAMESPACE, SCHEMAS, WITHOUT_KERNEL
 
-CPP_TYPES = {"Tensor": "Tensor", "Tensor?": "std::optional<Tensor>", "int": "int64_t", "float": "double", "()": "void"}
+CPP_TYPES = {"Tensor": "Tensor", "Tensor?": "std::optional<Tensor>", "int": "int64_t", "float": "double", "bool": "bool", "()": "void"}
 
 
 def schema_types(schema: str) -> tuple[list[str], str]:

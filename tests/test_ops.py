@@ -129,9 +129,10 @@ def test_append_writes_its_tokens_and_no_others(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     key, value = (torch.randn(2, 4, 3, 32, dtype=dtype).transpose(1, 2) for _ in range(2))  # strided, as in a model
     storage = [torch.full((2, 3, 9, 32), 99, dtype=torch.int8), torch.full((2, 3, 9), 99.0, dtype=torch.float16)]
-    storage += [tensor.clone() for tensor in storage]
-    ops.kv_int8_append(key, value, *storage, 2)
-    for new, data, scale in ((key, *storage[:2]), (value, *storage[2:])):
+    storage += [tensor.clone() for tensor in storage] + [torch.full((2, 3), 2, dtype=torch.int32)]
+    ops.kv_int8_append(key, value, storage)
+    assert bool((storage[4] == 6).all())
+    for new, data, scale in ((key, *storage[:2]), (value, *storage[2:4])):
         q, s = quantize_int8(new)
         assert torch.equal(data[:, :, 2:6], q)
         assert torch.equal(scale[:, :, 2:6], s)
@@ -237,10 +238,20 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     qweight, scales, zero, _ = packed_weight(20, 64, 32, True, torch.bfloat16)
     cache = int8_cache(2, 2, 16, 16, 32)
     new = torch.randn(2, 2, 3, 32)
+    angles = torch.rand(2, 2, 3, 16)
+
+    def appended(tokens: int) -> tuple[Any, ...]:
+        """What the arguments of an op that appends begin with."""
+        key, query = new[:, :, :tokens], torch.randn(2, 4, tokens, 32)
+        norms, turned = (torch.rand(32), torch.rand(32), 1e-5), angles[:, 0, :tokens].unbind(0)
+        cos, sin = (x.unsqueeze(0) for x in turned)
+        return (query, key, key.clone(), *norms, cos, sin, True, torch.empty_like(query))
+
     x, norm_weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
     merged = packed_weight(32, 64, 32, False, torch.bfloat16)[:3]
     int8 = packing_int8.pack_int8(torch.randint(-128, 128, (20, 64), dtype=torch.int8)), torch.rand(20).bfloat16()
     fp8 = filled_storage(Fp8KVCache, 2, 100, 32)
+    lengths = torch.full((2, 2), 4, dtype=torch.int32)
     int4 = filled_storage(Int4KIVICache, 2, 100, 32)
     h2o = h2o_storage()
     conv, state = (torch.randn(2, 4, 18), torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6)), torch.randn(2, 6, 3)
@@ -251,14 +262,14 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
         ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32)),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
-        ("kv_h2o_append", (new[:, :, :1], new[:, :, 1:2], *h2o, 5, 2)),
+        ("kv_h2o_append", (*appended(1), *h2o, 5, 2)),
         ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
         ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 0.2, 5, 2)),
-        ("kv_int4_append", (new, new.clone(), *int4)),
+        ("kv_int4_append", (*appended(3), *int4)),
         ("kv_int4_dequantize", (*int4[:4], int4[8], False, torch.empty(2, 2, 90, 32))),
         ("kv_int4_dequantize", (*int4[4:], True, torch.empty(2, 2, 90, 32))),
         ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, 0.2)),
-        ("kv_fp8_append", (new, new.clone(), *fp8)),
+        ("kv_fp8_append", (*appended(3), *fp8)),
         ("kv_fp8_dequantize", (*fp8[:3], fp8[6], torch.empty(2, 2, 90, 32))),
         ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, 0.2)),
         ("w4a16_linear_fused", (x, qweight, scales, zero, None, norm_weight, 1e-5, x[:, :20].contiguous(), 20, 32)),
@@ -268,7 +279,8 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("w4a16_linear", (torch.randn(3, 64).bfloat16(), qweight, scales, zero, None, 20, 32)),
         ("w4a16_gemm", (torch.randn(30, 64).bfloat16(), qweight, scales, zero, None, 20, 32, 0)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
-        ("kv_int8_append", (new, new.clone(), *cache, 4)),
+        ("kv_int8_append", (*appended(3), *cache, lengths)),
+        ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),
         ("kv_int8_dequantize", (*cache[:2], torch.empty(2, 2, 10, 32))),
         ("attn_decode_int8", (torch.randn(2, 4, 32), *cache, None, 16, 0.2)),
     ]

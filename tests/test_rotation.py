@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_fastpath.caches.rotation import rotate, rotation_matrix
+from hf_fastpath.ops._rotation import rotate, rotation_matrix
 from hf_fastpath.ops.kv_int8_append import quantize_int8
 
 

@@ -22,7 +22,9 @@ class FastLayer(CacheLayerMixin):
     """One layer's keys and values, in ``storage``: tensors ``(B, H_kv, entries, ...)``, a row's state in its own part.
 
     Only the first ``get_seq_length()`` tokens mean anything. The length is a host integer, so that nothing here waits
-    for the GPU. A subclass says what is stored (:meth:`allocate`), how tokens are written (:meth:`write`), and what
+    for the GPU; the kernels count for themselves in the last tensor of the storage, ``lengths``, int32 ``(B, H_kv)``,
+    so that a captured graph appends wherever the cache ends. Each head has a copy, so that no CTA of a kernel that
+    appends has to wait for that of another head. A subclass says what is stored (:meth:`allocate`), how tokens are written (:meth:`write`), and what
     ``update()`` hands to the attention function (:meth:`read`).
 
     ``tokens_per_entry``, one number a storage tensor: how many tokens an entry of its third dimension covers; 0 says
@@ -47,8 +49,8 @@ class FastLayer(CacheLayerMixin):
         """Empty storage for ``capacity`` tokens of the shape, dtype and device of ``key`` and ``value``."""
 
     @abstractmethod
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        """Stores ``(B, H_kv, q, D)`` keys and values as tokens ``start .. start + q``."""
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores ``(B, H_kv, q, D)`` keys and values behind the tokens that are counted, and counts them."""
 
     @abstractmethod
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +106,7 @@ class FastLayer(CacheLayerMixin):
             raise ValueError(f"the cache holds a batch of {self.batch_size}, but got keys of {key_states.shape[0]}")
         start, self.length = self.length, self.length + key_states.shape[2]
         self._reserve(start)
-        self.write(key_states.detach(), value_states.detach(), start)
+        self.write(key_states.detach(), value_states.detach())
         return self.read(key_states, value_states)
 
     def _fits(self, key: torch.Tensor) -> bool:
@@ -149,6 +151,13 @@ class FastLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets every token; the memory stays for the next use."""
         self.length = 0
+        self._count()
+
+    @torch.inference_mode(False)
+    def _count(self) -> None:
+        """Tells the kernels the length."""
+        if self.is_initialized:
+            self.storage[-1].fill_(self.length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens (the argument is negative or 0, as in transformers 5.23)."""
@@ -156,6 +165,7 @@ class FastLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, how many tokens to remove")
         self.length = max(0, self.length + tokens_to_remove)
+        self._count()
 
     @torch.inference_mode(False)
     def _select_rows(self, rows: torch.Tensor) -> None:

@@ -6,8 +6,9 @@ import torch
 
 from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
-from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.ops import attn_decode_fp8, kv_fp8_append, kv_fp8_dequantize
+from hf_fastpath.ops._append import ROTATED
+from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.ops.kv_fp8_append import FP8, GROUP_TOKENS
 
 
@@ -47,12 +48,8 @@ class Fp8KVLayer(GroupedLayer):
     def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.storage[2], self.storage[5]
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        return self.storage[6]
-
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        kv_fp8_append(rotate(key), value, self.storage, reference=self.reference)
+        kv_fp8_append(key, value, self.storage, ROTATED, reference=self.reference)
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         q = rotate(query).contiguous()  # as the stored keys are
@@ -63,7 +60,7 @@ class Fp8KVLayer(GroupedLayer):
 
     def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         data, scale, tail = self.storage[:3] if which == "keys" else self.storage[3:6]
-        return kv_fp8_dequantize(data, scale, tail, self.lengths, length, dtype, reference=self.reference)
+        return kv_fp8_dequantize(data, scale, tail, self.storage[-1], length, dtype, reference=self.reference)
 
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         stored = self.expand_stored(which, length, dtype)
@@ -74,7 +71,7 @@ class Fp8KVCache(CompressedCache):
     """Keys and values as E4M3, 64 tokens of a head sharing one scale: 0.50 of the bytes of fp16, and a tail.
 
     The latest tokens, those of a group that is not full yet (up to 63), are in full precision. Keys are stored rotated
-    (:mod:`hf_fastpath.caches.rotation`): a third less error in the model's predictions.
+    (:mod:`hf_fastpath.ops._rotation`): a third less error in the model's predictions.
 
     Args:
         config, max_cache_len, fresh_prefill, reference: see :class:`CompressedCache`.

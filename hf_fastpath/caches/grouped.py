@@ -27,40 +27,34 @@ class GroupedLayer(CompressedLayer):
     def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The latest keys and values."""
 
-    @property
-    @abstractmethod
-    def lengths(self) -> torch.Tensor:
-        """Tokens stored, int32 ``(B, H_kv)``."""
-
     @abstractmethod
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Appends to the storage by its op, which counts in ``lengths``."""
+        """Appends to the storage by its op."""
 
     @abstractmethod
     def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         """:meth:`expand`, but in the form that the tail holds (keys may be stored rotated)."""
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.append(key, value)
         self._written = max(self._written, self.length)
 
     def reset(self) -> None:
         super().reset()
         self._written = 0
-        self._count()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens. What is left of a group that was quantized is in the tail
         again: those of its tokens that were not overwritten there exactly, the others as quantizing left them."""
-        before = self.length
+        if int(tokens_to_remove) < 0:
+            self._refill_tails(max(0, self.length + int(tokens_to_remove)))
         super().crop(tokens_to_remove)
-        self._refill_tails(before)
-        self._count()
 
     @torch.inference_mode(False)
-    def _refill_tails(self, before: int) -> None:
-        first, before_first = (self._quantized_end(tokens) for tokens in (self.length, before))
-        last = min(self.length, self._written - self.group_tokens)
+    def _refill_tails(self, length: int) -> None:
+        """Puts those of the first ``length`` tokens that no full group will hold any more back into the tails."""
+        first, before_first = (self._quantized_end(tokens) for tokens in (length, self.length))
+        last = min(length, self._written - self.group_tokens)
         if first < min(before_first, last):
             for which, tail in zip(("keys", "values"), self.tails, strict=True):
                 tail_write(tail, self.expand_stored(which, last, self.dtype)[:, :, first:], first - self.sinks)
@@ -68,8 +62,3 @@ class GroupedLayer(CompressedLayer):
     def _quantized_end(self, stored: int) -> int:
         """The token behind the quantized ones."""
         return self.sinks + quantized_of(stored, self.group_tokens, self.sinks)
-
-    @torch.inference_mode(False)
-    def _count(self) -> None:
-        if self.is_initialized:
-            self.lengths.fill_(self.length)

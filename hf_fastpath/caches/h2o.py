@@ -6,10 +6,11 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
-from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.config import KV_BUDGET, KV_SINKS, check_budget
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.ops import attn_decode_h2o, attn_prefill_h2o, kv_h2o_append
+from hf_fastpath.ops._append import ROTATED
+from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.ops.kv_fp8_append import FP8
 
 
@@ -25,8 +26,7 @@ class H2OKVLayer(CompressedLayer):
     positions: int32 ``(B, H_kv, N)``, the number of the slot's token among all that there were.
 
     counts: int32 ``(B, H_kv, 2)``: tokens that there were, and the number of the first one that is no padding. The
-    first ``min(tokens, N)`` slots are in use, in no order. Each head has a copy, as ``lengths`` of
-    :mod:`hf_fastpath.ops._groups`.
+    first ``min(tokens, N)`` slots are in use, in no order. Each head has a copy, as of ``lengths`` of other formats.
 
     All are contiguous; a slot's data is aligned to 16 bytes when D is a multiple of 16.
     """
@@ -59,14 +59,14 @@ class H2OKVLayer(CompressedLayer):
         kinds = (*one, *one, (slots, torch.float32), (slots, torch.int32), ((*slots[:2], 2), torch.int32))
         return [torch.zeros(shape, dtype=dtype, device=key.device) for shape, dtype in kinds]
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps the new tokens aside: what stays is known when they have attended."""
         if self._fresh is not None:
             raise Unsupported(
                 "the h2o KV cache got new tokens before those of the last call attended, which decides what it keeps: "
                 + self._needs_attention()
             )
-        self._fresh = rotate(key), value
+        self._fresh = key, value
 
     @staticmethod
     def _needs_attention() -> str:
@@ -89,30 +89,38 @@ class H2OKVLayer(CompressedLayer):
         """
         assert self._fresh is not None
         (key, value), self._fresh = self._fresh, None
-        q = rotate(query)  # as the stored keys are
         tokens = key.shape[2]
         if tokens > 1 and self.fresh_prefill:
             rule = (scaling, self.window, self.sinks)
-            return attn_prefill_h2o(q, key, value, self.storage, mask, *rule, reference=self.reference)
+            rotated = (rotate(query), rotate(key))  # as the stored keys are
+            return attn_prefill_h2o(*rotated, value, self.storage, mask, *rule, reference=self.reference)
         out = []
         for i in range(tokens):
-            part = slice(i, i + 1)
-            kv_h2o_append(
-                key[:, :, part], value[:, :, part], self.storage, self.window, self.sinks, reference=self.reference
-            )
             row = None if mask is None else mask[:, i]
-            out.append(attn_decode_h2o(q[:, :, i].contiguous(), self.storage, row, scaling, reference=self.reference))
-        return torch.stack(out, dim=2)
+            q, k, v = (x[:, :, i : i + 1] for x in (query, key, value))
+            out.append(self._attend_one(q, k, v, row, scaling))
+        return torch.cat(out, dim=2)
+
+    def _attend_one(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Appends one token a row, all ``(B, heads, 1, D)``, and attends."""
+        rule = (self.window, self.sinks)
+        q = kv_h2o_append(key, value, self.storage, *rule, ROTATED, query, reference=self.reference)
+        assert q is not None
+        return attn_decode_h2o(q.squeeze(2), self.storage, mask, scaling, reference=self.reference).unsqueeze(2)
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         return self.attend(query.unsqueeze(2), None if mask is None else mask.unsqueeze(1), scaling).squeeze(2)
 
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # which sets the counts to 0
         self._fresh = None
-        if self.is_initialized:
-            with torch.inference_mode(False):
-                self.storage[6].zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         if int(tokens_to_remove) and self.length:

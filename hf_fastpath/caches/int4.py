@@ -7,9 +7,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
-from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.ops import attn_decode_int4, kv_int4_append, kv_int4_dequantize
+from hf_fastpath.ops._append import NOTHING, ROTATED
+from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS, value_groups
 
 GROUP_TOKENS = 64
@@ -86,12 +87,9 @@ class Int4KVLayer(GroupedLayer):
     def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.storage[2], self.storage[6]
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        return self.storage[8]
-
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        kv_int4_append(rotate(key) if self.rotate_keys else key, value, self.storage, reference=self.reference)
+        transform = ROTATED if self.rotate_keys else NOTHING
+        kv_int4_append(key, value, self.storage, transform, reference=self.reference)
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         q = rotate(query) if self.rotate_keys else query
@@ -103,7 +101,7 @@ class Int4KVLayer(GroupedLayer):
     def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         values = which == "values"
         data, params, tail, sinks = self.storage[4:8] if values else self.storage[:4]
-        stored = (data, params, tail, sinks, self.lengths)
+        stored = (data, params, tail, sinks, self.storage[-1])
         return kv_int4_dequantize(*stored, values, length, dtype, reference=self.reference)
 
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -124,7 +122,7 @@ class Int4KIVICache(CompressedCache):
         sinks: so many of the first tokens stay in full precision. Most of attention goes to the first token, so its
             error counts most (Xiao et al., 2024, "Efficient Streaming Language Models with Attention Sinks"). In a
             left-padded row these are padding.
-        rotate_keys: rotate keys before they are quantized (:mod:`hf_fastpath.caches.rotation`).
+        rotate_keys: rotate keys before they are quantized (:mod:`hf_fastpath.ops._rotation`).
     """
 
     layer_class = Int4KVLayer

@@ -5,16 +5,25 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
-from hf_fastpath.caches.rotation import rotate
 from hf_fastpath.heuristics import attn_decode_int8_supports
 from hf_fastpath.ops import attn_decode_int8, kv_int8_append, kv_int8_dequantize
+from hf_fastpath.ops._append import ROTATED
+from hf_fastpath.ops._rotation import rotate
 
 
 class Int8KVLayer(CompressedLayer):
-    """``storage``: k_data (rotated), k_scale, v_data, v_scale; int8 ``(B, H_kv, capacity, D)``, scales fp16."""
+    """``storage``, k_* being for keys, all of them rotated, and v_* for values:
+
+    k_data, v_data: int8 ``(B, H_kv, capacity, D)``; k_scale, v_scale: float16 ``(B, H_kv, capacity)``. Token t is
+    ``data[t] * scale[t]``.
+
+    lengths: int32 ``(B, H_kv)``, tokens stored.
+
+    All are contiguous; a token's data is aligned to 16 bytes when D is a multiple of 16.
+    """
 
     format = "int8"
-    tokens_per_entry = (1, 1, 1, 1)
+    tokens_per_entry = (1, 1, 1, 1, 0)
 
     @classmethod
     def why_no_kernel(cls, head_dim: int) -> str:
@@ -28,15 +37,15 @@ class Int8KVLayer(CompressedLayer):
     def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         data = (*key.shape[:2], capacity, key.shape[3])
         one = ((data, torch.int8), (data[:3], torch.float16))
-        return [torch.zeros(shape, dtype=dtype, device=key.device) for shape, dtype in (*one, *one)]
+        kinds = (*one, *one, (key.shape[:2], torch.int32))
+        return [torch.zeros(shape, dtype=dtype, device=key.device) for shape, dtype in kinds]
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        k_data, k_scale, v_data, v_scale = self.storage
-        kv_int8_append(rotate(key), value, k_data, k_scale, v_data, v_scale, start, reference=self.reference)
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        kv_int8_append(key, value, self.storage, ROTATED, reference=self.reference)
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         q = rotate(query).contiguous()  # as the stored keys are
-        k_data, k_scale, v_data, v_scale = self.storage
+        k_data, k_scale, v_data, v_scale, _ = self.storage
         stored = (k_data, k_scale, v_data, v_scale)
         return attn_decode_int8(q, *stored, mask, self.length, scaling, reference=self.reference)
 
@@ -44,7 +53,7 @@ class Int8KVLayer(CompressedLayer):
         return 2 * (head_dim + 2)
 
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
-        data, scale = self.storage[:2] if which == "keys" else self.storage[2:]
+        data, scale = self.storage[:2] if which == "keys" else self.storage[2:4]
         stored = kv_int8_dequantize(data, scale, length, dtype, reference=self.reference)
         return rotate(stored) if which == "keys" else stored
 
@@ -52,7 +61,7 @@ class Int8KVLayer(CompressedLayer):
 class Int8KVCache(CompressedCache):
     """Keys and values as int8 with one float16 scale a token and head: 0.51 of the bytes of fp16 at head size 128.
 
-    Keys are stored rotated (:mod:`hf_fastpath.caches.rotation`), which takes no memory and halves their error.
+    Keys are stored rotated (:mod:`hf_fastpath.ops._rotation`), which takes no memory and halves their error.
 
     Args:
         config, max_cache_len, fresh_prefill, reference: see :class:`CompressedCache`. With ``fresh_prefill=False`` one

@@ -5,19 +5,30 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.caches.base import FastCache, FastLayer
+from hf_fastpath.heuristics import kv_append_supports
+from hf_fastpath.ops import kv_static_append
+from hf_fastpath.runtime import why_no_kernels
 
 
 class StaticKVLayer(FastLayer):
-    """Keys and values as they come, in two tensors ``(B, H_kv, capacity, D)``."""
+    """``storage``: keys and values as they come, ``(B, H_kv, capacity, D)`` in the model's dtype, and lengths, int32
+    ``(B, H_kv)``, tokens stored."""
 
-    tokens_per_entry = (1, 1)
+    tokens_per_entry = (1, 1, 0)
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
-        return [new.new_zeros((*new.shape[:2], capacity, new.shape[3])) for new in (key, value)]
+        self.in_kernel = self._fits_kernel(key, value)
+        data = [new.new_zeros((*new.shape[:2], capacity, new.shape[3])) for new in (key, value)]
+        return [*data, torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)]
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        self.storage[0][:, :, start : self.length] = key
-        self.storage[1][:, :, start : self.length] = value
+    @staticmethod
+    def _fits_kernel(key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether the kernel appends. Else torch does, as it does on the CPU: the cache is for any model on any GPU."""
+        fits = key.shape == value.shape and kv_append_supports(key.shape[3])
+        return fits and key.is_cuda and not why_no_kernels(key.device, key.dtype)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        kv_static_append(key, value, self.storage, reference=not self.in_kernel)
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if key.shape[2] == self.length:

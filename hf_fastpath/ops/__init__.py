@@ -1,5 +1,6 @@
 """The operators, one file each: schema, reference (which is the CPU implementation), fake, wrapper."""
 
+from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops._library import NAMESPACE, SCHEMAS, WITHOUT_KERNEL
 from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
@@ -13,6 +14,7 @@ from hf_fastpath.ops.kv_int4_append import kv_int4_append
 from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
+from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_router import moe_router
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
@@ -27,6 +29,7 @@ from hf_fastpath.ops.w8a16_linear import w8a16_linear
 
 __all__ = [
     "NAMESPACE",
+    "QKTransform",
     "SCHEMAS",
     "WITHOUT_KERNEL",
     "attn_decode_fp8",
@@ -41,6 +44,7 @@ __all__ = [
     "kv_int4_dequantize",
     "kv_int8_append",
     "kv_int8_dequantize",
+    "kv_static_append",
     "moe_experts",
     "moe_router",
     "short_conv_prefill",

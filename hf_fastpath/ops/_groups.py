@@ -3,8 +3,7 @@
 The tokens of the group that is not full yet are in a tail ``(B, H_kv, G, D)`` in full precision: token t is entry
 ``t % G``. What is stored is counted in ``lengths``, int32 ``(B, H_kv)``; the first ``lengths // G * G`` tokens are
 quantized. A format may keep ``sinks`` tokens in front of them in full precision: then tokens are numbered from behind
-those. Each head has a copy of the count, so that of a kernel that appends no CTA has to wait for that of another
-head. The rows of a batch are equally long.
+those. The rows of a batch are equally long.
 """
 
 from __future__ import annotations

@@ -7,19 +7,18 @@ E4M3 is the 8-bit float of Micikevicius et al., 2022, "FP8 Formats for Deep Lear
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from hf_fastpath.ops import _groups, _library
+from hf_fastpath.ops import _append, _groups
 
 GROUP_TOKENS = 64
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
-SCHEMA = (
-    "kv_fp8_append(Tensor key, Tensor value, Tensor(a!) k_data, Tensor(b!) k_scale, Tensor(c!) k_tail, "
-    "Tensor(d!) v_data, Tensor(e!) v_scale, Tensor(f!) v_tail, Tensor(g!) lengths) -> ()"
+STORAGE = (
+    "Tensor(a!) k_data, Tensor(b!) k_scale, Tensor(c!) k_tail, Tensor(d!) v_data, Tensor(e!) v_scale, "
+    "Tensor(f!) v_tail, Tensor(g!) lengths"
 )
 
 
@@ -44,7 +43,7 @@ def quantize_fp8_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (groups / scale[..., None, None]).to(FP8).flatten(2, 3), scale
 
 
-def kv_fp8_append_reference(
+def _store(
     key: torch.Tensor,
     value: torch.Tensor,
     k_data: torch.Tensor,
@@ -66,32 +65,28 @@ def kv_fp8_append_reference(
     lengths += key.shape[2]
 
 
-def _fake(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_data: torch.Tensor,
-    k_scale: torch.Tensor,
-    k_tail: torch.Tensor,
-    v_data: torch.Tensor,
-    v_scale: torch.Tensor,
-    v_tail: torch.Tensor,
-    lengths: torch.Tensor,
-) -> None:
-    return None
-
-
-_op = _library.define(SCHEMA, kv_fp8_append_reference, _fake, kernel=False)
+_op, kv_fp8_append_reference = _append.define("kv_fp8_append", STORAGE, _store)
 
 
 def kv_fp8_append(
-    key: torch.Tensor, value: torch.Tensor, storage: Sequence[torch.Tensor], *, reference: bool = False
-) -> None:
+    key: torch.Tensor,
+    value: torch.Tensor,
+    storage: Sequence[torch.Tensor],
+    transform: _append.QKTransform = _append.NOTHING,
+    query: torch.Tensor | None = None,
+    *,
+    reference: bool = False,
+) -> torch.Tensor | None:
     """Appends tokens, quantizes the groups that they fill, and counts both in the storage's ``lengths``.
 
     Args:
         key, value: ``(B, H_kv, q, D)``, any strides with a contiguous last dimension; fp16, bf16 (CPU also fp32).
         storage: that of :class:`hf_fastpath.caches.fp8.Fp8KVLayer`, which describes it, with room for the tokens.
+        transform: what is done to the keys before they are stored, and to the query.
+        query: ``(B, H, q, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
+
+    Returns the query transformed, ``(B, H, q, D)`` contiguous.
     """
-    append: Any = kv_fp8_append_reference if reference else _op
-    append(key, value, *storage)
+    append = kv_fp8_append_reference if reference else _op
+    return _append.call(append, key, value, storage, transform, query)

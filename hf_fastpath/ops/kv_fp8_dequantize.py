@@ -33,7 +33,7 @@ def _fake(
     return None
 
 
-_op = _library.define(SCHEMA, kv_fp8_dequantize_reference, _fake, kernel=False)
+_op = _library.define(SCHEMA, kv_fp8_dequantize_reference, _fake)
 
 
 def kv_fp8_dequantize(

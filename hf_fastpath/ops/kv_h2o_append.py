@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from hf_fastpath.ops import _library
+from hf_fastpath.ops import _append
 from hf_fastpath.ops._slots import Slots, priorities, quantize_fp8_tokens
 
-SCHEMA = (
-    "kv_h2o_append(Tensor key, Tensor value, Tensor(a!) k_data, Tensor(b!) k_scale, Tensor(c!) v_data, "
-    "Tensor(d!) v_scale, Tensor(e!) scores, Tensor(f!) positions, Tensor(g!) counts, int window, int sinks) -> ()"
+STORAGE = (
+    "Tensor(a!) k_data, Tensor(b!) k_scale, Tensor(c!) v_data, Tensor(d!) v_scale, Tensor(e!) scores, "
+    "Tensor(f!) positions, Tensor(g!) counts, int window, int sinks"
 )
 
 
-def kv_h2o_append_reference(
+def _store(
     key: torch.Tensor,
     value: torch.Tensor,
     k_data: torch.Tensor,
@@ -43,23 +42,7 @@ def kv_h2o_append_reference(
     counts[..., 0] += 1
 
 
-def _fake(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_data: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_data: torch.Tensor,
-    v_scale: torch.Tensor,
-    scores: torch.Tensor,
-    positions: torch.Tensor,
-    counts: torch.Tensor,
-    window: int,
-    sinks: int,
-) -> None:
-    return None
-
-
-_op = _library.define(SCHEMA, kv_h2o_append_reference, _fake, kernel=False)
+_op, kv_h2o_append_reference = _append.define("kv_h2o_append", STORAGE, _store)
 
 
 def kv_h2o_append(
@@ -68,9 +51,11 @@ def kv_h2o_append(
     storage: Sequence[torch.Tensor],
     window: int,
     sinks: int,
+    transform: _append.QKTransform = _append.NOTHING,
+    query: torch.Tensor | None = None,
     *,
     reference: bool = False,
-) -> None:
+) -> torch.Tensor | None:
     """Writes a token into the next slot, or, when all are in use, into that of the token that is evicted.
 
     Evicted is, in each head, the token with the least attention in ``scores`` among those that are neither of the last
@@ -80,7 +65,11 @@ def kv_h2o_append(
         key, value: ``(B, H_kv, 1, D)``, any strides with a contiguous last dimension; fp16, bf16 (CPU also fp32).
         storage: that of :class:`hf_fastpath.caches.h2o.H2OKVLayer`, which describes it; more slots than ``window - 1``
             and ``sinks`` together.
+        transform: what is done to the keys before they are quantized, and to the query.
+        query: ``(B, H, 1, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
+
+    Returns the query transformed, ``(B, H, 1, D)`` contiguous.
     """
-    append: Any = kv_h2o_append_reference if reference else _op
-    append(key, value, *storage, window, sinks)
+    append = kv_h2o_append_reference if reference else _op
+    return _append.call(append, key, value, (*storage, window, sinks), transform, query)

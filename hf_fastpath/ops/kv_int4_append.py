@@ -9,20 +9,18 @@ Quantization for KV Cache").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from hf_fastpath.ops import _groups, _library
+from hf_fastpath.ops import _append, _groups
 
 INT4_MAX = 15
 VALUE_CHANNELS = 64  # at most so many channels of a value share a scale
 PACKED_TOKENS = 8  # tokens of a value's channel in one 32-bit word
 
-SCHEMA = (
-    "kv_int4_append(Tensor key, Tensor value, Tensor(a!) k_data, Tensor(b!) k_params, Tensor(c!) k_tail, "
-    "Tensor(d!) k_sinks, Tensor(e!) v_data, Tensor(f!) v_params, Tensor(g!) v_tail, Tensor(h!) v_sinks, "
-    "Tensor(i!) lengths) -> ()"
+STORAGE = (
+    "Tensor(a!) k_data, Tensor(b!) k_params, Tensor(c!) k_tail, Tensor(d!) k_sinks, Tensor(e!) v_data, "
+    "Tensor(f!) v_params, Tensor(g!) v_tail, Tensor(h!) v_sinks, Tensor(i!) lengths"
 )
 
 
@@ -64,7 +62,7 @@ def quantize_values(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Te
     return q[..., 0] | q[..., 1] << 4, params.permute(0, 1, 3, 2, 5, 4)
 
 
-def kv_int4_append_reference(
+def _store(
     key: torch.Tensor,
     value: torch.Tensor,
     k_data: torch.Tensor,
@@ -90,35 +88,29 @@ def kv_int4_append_reference(
         v_data[:, :, words], v_params[:, :, groups] = quantize_values(full_values, group)
 
 
-def _fake(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_data: torch.Tensor,
-    k_params: torch.Tensor,
-    k_tail: torch.Tensor,
-    k_sinks: torch.Tensor,
-    v_data: torch.Tensor,
-    v_params: torch.Tensor,
-    v_tail: torch.Tensor,
-    v_sinks: torch.Tensor,
-    lengths: torch.Tensor,
-) -> None:
-    return None
-
-
-_op = _library.define(SCHEMA, kv_int4_append_reference, _fake, kernel=False)
+_op, kv_int4_append_reference = _append.define("kv_int4_append", STORAGE, _store)
 
 
 def kv_int4_append(
-    key: torch.Tensor, value: torch.Tensor, storage: Sequence[torch.Tensor], *, reference: bool = False
-) -> None:
+    key: torch.Tensor,
+    value: torch.Tensor,
+    storage: Sequence[torch.Tensor],
+    transform: _append.QKTransform = _append.NOTHING,
+    query: torch.Tensor | None = None,
+    *,
+    reference: bool = False,
+) -> torch.Tensor | None:
     """Appends tokens, quantizes the groups that they fill, and counts both in the storage's ``lengths``.
 
     Args:
         key, value: ``(B, H_kv, q, D)``, any strides with a contiguous last dimension; fp16, bf16 (CPU also fp32);
             magnitudes up to 65,504, float16's largest.
         storage: that of :class:`hf_fastpath.caches.int4.Int4KVLayer`, which describes it, with room for the tokens.
+        transform: what is done to the keys before they are stored, and to the query.
+        query: ``(B, H, q, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
+
+    Returns the query transformed, ``(B, H, q, D)`` contiguous.
     """
-    append: Any = kv_int4_append_reference if reference else _op
-    append(key, value, *storage)
+    append = kv_int4_append_reference if reference else _op
+    return _append.call(append, key, value, storage, transform, query)

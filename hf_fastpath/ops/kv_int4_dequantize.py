@@ -65,7 +65,7 @@ def _fake(
     return None
 
 
-_op = _library.define(SCHEMA, kv_int4_dequantize_reference, _fake, kernel=False)
+_op = _library.define(SCHEMA, kv_int4_dequantize_reference, _fake)
 
 
 def kv_int4_dequantize(

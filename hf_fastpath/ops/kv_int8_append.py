@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from hf_fastpath.ops import _library
+from hf_fastpath.ops import _append, _groups
 
 INT8_MAX = 127
 
-SCHEMA = (
-    "kv_int8_append(Tensor key, Tensor value, Tensor(a!) k_data, Tensor(b!) k_scale, Tensor(c!) v_data, "
-    "Tensor(d!) v_scale, int start) -> ()"
-)
+STORAGE = "Tensor(a!) k_data, Tensor(b!) k_scale, Tensor(c!) v_data, Tensor(d!) v_scale, Tensor(e!) lengths"
 
 
 def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,55 +26,46 @@ def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.masked_fill_(divisor == 0, 0).to(torch.int8), scale
 
 
-def kv_int8_append_reference(
+def _store(
     key: torch.Tensor,
     value: torch.Tensor,
     k_data: torch.Tensor,
     k_scale: torch.Tensor,
     v_data: torch.Tensor,
     v_scale: torch.Tensor,
-    start: int,
+    lengths: torch.Tensor,
 ) -> None:
     q, scale = quantize_int8(torch.stack((key, value)))  # in one go: for a single token the calls are what costs
-    length = key.shape[2]
+    start, tokens = _groups.tokens_stored(lengths), key.shape[2]
     for i, (stored_q, stored_scale) in enumerate(((k_data, k_scale), (v_data, v_scale))):
-        stored_q.narrow(2, start, length).copy_(q[i])
-        stored_scale.narrow(2, start, length).copy_(scale[i])
+        stored_q.narrow(2, start, tokens).copy_(q[i])
+        stored_scale.narrow(2, start, tokens).copy_(scale[i])
+    lengths += tokens
 
 
-def _fake(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_data: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_data: torch.Tensor,
-    v_scale: torch.Tensor,
-    start: int,
-) -> None:
-    return None
-
-
-_op = _library.define(SCHEMA, kv_int8_append_reference, _fake)
+_op, kv_int8_append_reference = _append.define("kv_int8_append", STORAGE, _store)
 
 
 def kv_int8_append(
     key: torch.Tensor,
     value: torch.Tensor,
-    k_data: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_data: torch.Tensor,
-    v_scale: torch.Tensor,
-    start: int,
+    storage: Sequence[torch.Tensor],
+    transform: _append.QKTransform = _append.NOTHING,
+    query: torch.Tensor | None = None,
     *,
     reference: bool = False,
-) -> None:
-    """Writes tokens ``start .. start + q`` of the cache.
+) -> torch.Tensor | None:
+    """Appends tokens and counts them in the storage's ``lengths``.
 
     Args:
-        key, value: ``(B, H_kv, q, D)``, any strides with a contiguous last dimension; fp16, bf16 (CPU also fp32).
-        k_data, v_data: int8 ``(B, H_kv, capacity, D)`` contiguous.
-        k_scale, v_scale: float16 ``(B, H_kv, capacity)`` contiguous.
+        key, value: ``(B, H_kv, q, D)``, any strides with a contiguous last dimension; fp16, bf16 (CPU also fp32). On
+            CUDA D is a multiple of 8 up to 256.
+        storage: that of :class:`hf_fastpath.caches.int8.Int8KVLayer`, which describes it, with room for the tokens.
+        transform: what is done to the keys before they are quantized, and to the query.
+        query: ``(B, H, q, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
+
+    Returns the query transformed, ``(B, H, q, D)`` contiguous.
     """
     append = kv_int8_append_reference if reference else _op
-    append(key, value, k_data, k_scale, v_data, v_scale, start)
+    return _append.call(append, key, value, storage, transform, query)

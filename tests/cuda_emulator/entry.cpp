@@ -51,20 +51,60 @@ EXPORT int emulated_w4a16_dequantize(const void* qweight, const void* scales, co
   return launch_w4a16_dequantize({qweight, scales, zeros, out, n, k, group_size}, dtype_of(bfloat16), nullptr);
 }
 
-// One side of an append: input, its three strides, data, scale.
-EXPORT int emulated_kv_int8_append(const void* key, int64_t key_batch, int64_t key_head, int64_t key_token,
-                                   int8_t* k_data, void* k_scale, const void* value, int64_t value_batch,
-                                   int64_t value_head, int64_t value_token, int8_t* v_data, void* v_scale, int batch,
-                                   int heads, int tokens, int dim, int64_t capacity, int64_t start, int bfloat16) {
-  const KvAppendArgs args{{{key, key_batch, key_head, key_token, k_data, k_scale},
-                           {value, value_batch, value_head, value_token, v_data, v_scale}},
-                          batch,
-                          heads,
-                          tokens,
-                          dim,
-                          capacity,
-                          start};
-  return launch_kv_int8_append(args, dtype_of(bfloat16), nullptr);
+// The fields of KvNewTokens, `rotate` for its factor.
+#define NEW_TOKENS                                                                                                     \
+  const void *query, int64_t query_batch, int64_t query_head, int64_t query_token, const void *key, int64_t key_batch, \
+      int64_t key_head, int64_t key_token, const void *value, int64_t value_batch, int64_t value_head,                 \
+      int64_t value_token, void *query_out, const void *q_norm, const void *k_norm, float eps, const void *cos,        \
+      int64_t cos_batch, int64_t cos_token, const void *sin, int64_t sin_batch, int64_t sin_token, int rotary_dim,     \
+      int rotate, int batch, int heads, int kv_heads, int tokens, int dim, int64_t capacity, int32_t *lengths
+#define NEW_TOKENS_ARGS                                                                                           \
+  KvNewTokens {                                                                                                   \
+    {query, query_batch, query_head, query_token}, {key, key_batch, key_head, key_token},                         \
+        {value, value_batch, value_head, value_token}, query_out, q_norm, k_norm, eps,                            \
+        {cos, cos_batch, cos_token}, {sin, sin_batch, sin_token}, rotary_dim, rotate ? rotation_factor(dim) : 0.0f, \
+        batch, heads, kv_heads, tokens, dim, capacity, lengths                                                    \
+  }
+
+EXPORT int emulated_kv_static_append(NEW_TOKENS, void* keys, void* values, int bfloat16) {
+  return launch_kv_static_append(NEW_TOKENS_ARGS, {keys, values}, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int emulated_kv_int8_append(NEW_TOKENS, void* k_data, void* k_scale, void* v_data, void* v_scale, int bfloat16) {
+  return launch_kv_int8_append(NEW_TOKENS_ARGS, {{k_data, k_scale}, {v_data, v_scale}}, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int emulated_kv_fp8_append(NEW_TOKENS, void* k_data, void* k_scale, void* k_tail, void* v_data, void* v_scale,
+                                  void* v_tail, int bfloat16) {
+  const KvGroupedStorage storage{{{k_data, k_scale}, {v_data, v_scale}}, {{k_tail, nullptr}, {v_tail, nullptr}}, kFp8Group, 0,
+                                 0};
+  return launch_kv_fp8_append(NEW_TOKENS_ARGS, storage, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int emulated_kv_int4_append(NEW_TOKENS, void* k_data, void* k_params, void* k_tail, void* k_sinks, void* v_data,
+                                   void* v_params, void* v_tail, void* v_sinks, int group, int sinks, int bfloat16) {
+  const KvGroupedStorage storage{{{k_data, k_params}, {v_data, v_params}},
+                                 {{k_tail, k_sinks}, {v_tail, v_sinks}},
+                                 group,
+                                 sinks,
+                                 kv_int4_value_parts(dim)};
+  return launch_kv_int4_append(NEW_TOKENS_ARGS, storage, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int emulated_kv_h2o_append(NEW_TOKENS, void* k_data, void* k_scale, void* v_data, void* v_scale, float* scores,
+                                  int32_t* positions, int window, int sinks, int bfloat16) {
+  const KvH2OStorage storage{{k_data, k_scale}, {v_data, v_scale}, scores, positions, window, sinks};
+  return launch_kv_h2o_append(NEW_TOKENS_ARGS, storage, dtype_of(bfloat16), nullptr);
+}
+
+// `format`: 4 or 8 bits.
+EXPORT int emulated_kv_dequantize(int format, void* data, void* scale, void* tail, void* sinks_rows,
+                                  const int32_t* lengths, void* out, int64_t pairs, int64_t capacity, int64_t length,
+                                  int dim, int group, int sinks, int values, int bfloat16) {
+  const KvExpandArgs args{{data, scale}, {tail, sinks_rows}, lengths, out,   pairs,       capacity,
+                          length,        dim,                group,   sinks, values != 0, kv_int4_value_parts(dim)};
+  const auto launch = format == 8 ? launch_kv_fp8_dequantize : launch_kv_int4_dequantize;
+  return launch(args, dtype_of(bfloat16), nullptr);
 }
 
 EXPORT int emulated_kv_int8_dequantize(const int8_t* data, const void* scale, void* out, int64_t pairs,

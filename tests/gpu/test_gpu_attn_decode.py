@@ -116,7 +116,8 @@ def test_offsets_beyond_32_bits() -> None:
     k_data, v_data = (torch.randint(-127, 128, (*shape, dim), dtype=torch.int8, device=DEVICE) for _ in range(2))
     k_scale, v_scale = (torch.full(shape, 1 / 127, dtype=torch.float16, device=DEVICE) for _ in range(2))
     new = randn(rng, batch, kv_heads, 2, dim, dtype=torch.bfloat16) * 8
-    kv_int8_append(new, new, k_data, k_scale, v_data, v_scale, capacity - 2)
+    lengths = torch.full(shape[:2], capacity - 2, dtype=torch.int32, device=DEVICE)
+    kv_int8_append(new, new, (k_data, k_scale, v_data, v_scale, lengths))
     restored = k_data[1, 7, -2:].float() * k_scale[1, 7, -2:, None].float()
     assert (restored - new[1, 7].float()).abs().max() <= float(k_scale[1, 7, -2:].max()) / 2 * 1.01
     query = randn(rng, batch, 32, dim, dtype=torch.bfloat16) * 4

@@ -42,10 +42,12 @@ class Step:
         self.k_data, self.v_data = (torch.zeros(*shape, 64, dtype=torch.int8, device=device) for _ in range(2))
         self.k_scale, self.v_scale = (torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(2))
         prompt = randn(rng, 2, 2, 599, 64, dtype=dtype).to(device)
+        self.lengths = torch.zeros(2, 2, dtype=torch.int32, device=device)
         self.append(prompt, prompt, 0)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        kv_int8_append(key, value, self.k_data, self.k_scale, self.v_data, self.v_scale, start)
+        self.lengths.fill_(start)
+        kv_int8_append(key, value, (self.k_data, self.k_scale, self.v_data, self.v_scale, self.lengths))
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         return attn_decode_int8(query, self.k_data, self.k_scale, self.v_data, self.v_scale, None, 600, 0.125)
