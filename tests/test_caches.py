@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from cache_formats import CACHES, Mirror, random_kv
-from tiny_models import long_batch, make_llama
-from transformers import MistralConfig
+from tiny_models import FAMILIES, long_batch, make_llama
 
-from hf_fastpath import Fp8KVCache, Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported
+from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported
 from hf_fastpath.caches import attention
 from hf_fastpath.caches.base import BLOCK_TOKENS
 from hf_fastpath.caches.lazy import LazyKV
 
+make_mistral = FAMILIES["mistral"]
 COMPRESSED = [kind for kind in CACHES if kind is not StaticKVCache]
 
 
@@ -151,9 +151,53 @@ def test_keys_and_values_of_different_widths_are_refused(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", CACHES)
-def test_sliding_window_models_are_refused(kind: type) -> None:
-    with pytest.raises(Unsupported, match="sliding_attention"):
-        kind(MistralConfig(sliding_window=32, num_hidden_layers=2))
+def test_other_layers_are_refused(kind: type) -> None:
+    config = make_llama().config
+    config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(Unsupported, match=r"layers of full_attention, sliding_attention, .* this model has chunked_attention, full"):
+        kind(config)
+    with pytest.raises(Unsupported, match="layers of full_attention, beside .* this model has full_attention, sliding_attention"):
+        H2OKVCache(make_mistral(sliding_window=24).config)
+
+
+@pytest.mark.parametrize("attention_name", ["sdpa", "eager", "fastpath"])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 50)], ids=str)
+def test_a_sliding_window_shorter_than_the_text(padding: tuple[int, ...], attention_name: str) -> None:
+    """The static cache holds every token, transformers' DynamicCache those in the window: the same text."""
+    attention.register_attention()
+    inputs, options = long_batch(padding), {"max_new_tokens": 40, "do_sample": False}
+    flags = {"return_dict_in_generate": True, "output_logits": True}
+    stock = make_mistral(sliding_window=24, attn_implementation="eager" if attention_name == "eager" else "sdpa")
+    model = make_mistral(sliding_window=24, attn_implementation=attention_name)
+    want = stock.generate(**inputs, **options, **flags)
+    got = model.generate(**inputs, **options, **flags, past_key_values=StaticKVCache(model.config))
+    assert torch.equal(got.sequences, want.sequences)
+    # Sums over masked tokens besides, in float32.
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-3, atol=1e-3)
+    wide = make_mistral(sliding_window=1000, attn_implementation=attention_name)
+    unlimited = wide.generate(**inputs, **options, past_key_values=StaticKVCache(wide.config))
+    assert not torch.equal(unlimited, want.sequences)  # the window matters
+    chunks = model.generate(
+        **inputs, **options, past_key_values=StaticKVCache(model.config), prefill_chunk_size=16
+    )
+    assert torch.equal(chunks, want.sequences)
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_compressed_caches_of_a_sliding_window(kind: type) -> None:
+    """Their own attention and the expanded cache under sdpa agree, and see the window alone."""
+    attention.register_attention()
+    inputs = long_batch((0, 3))
+    flags = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = []
+    for name in ("fastpath", "sdpa"):
+        model = make_mistral(sliding_window=24, attn_implementation=name)
+        out.append(model.generate(**inputs, **flags, past_key_values=kind(model.config)).logits)
+    wide = make_mistral(sliding_window=1000, attn_implementation="fastpath")
+    unlimited = wide.generate(**inputs, **flags, past_key_values=kind(wide.config)).logits
+    for a, b, other in zip(*out, unlimited, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.02  # as in test_generate_caches.py
+        assert float((other - b).norm() / b.norm()) > 0.2
 
 
 STORAGE = {

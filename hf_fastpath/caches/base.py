@@ -202,15 +202,18 @@ class FastCache(Cache):
 
     Layers that are short convolutions (LFM2) have a :class:`ConvStateLayer` each.
 
+    Layers with a sliding window keep every token too: transformers' masks hide those that left the window.
+
     Args:
-        config: the model's config. Every layer must be full attention or a short convolution.
+        config: the model's config. Every layer must be full or sliding attention, or a short convolution.
         max_cache_len: tokens to make room for at once. The cache grows beyond it when it must.
 
     Raises:
-        Unsupported: the model has other layers, or no full attention, or is an encoder-decoder.
+        Unsupported: the model has other layers, or no attention, or is an encoder-decoder.
     """
 
     layer_class: type[FastLayer]
+    layer_kinds = frozenset({"conv", "full_attention", "sliding_attention"})  # those that the cache serves
 
     def __init__(self, config: PreTrainedConfig, *, max_cache_len: int = 0, **layer_options: Any) -> None:
         config = config.get_text_config(decoder=True)
@@ -237,10 +240,11 @@ class FastCache(Cache):
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if getattr(config, "sliding_window", None) is not None:
             kinds.add("sliding_attention")
-        if kinds - {"conv"} != {"full_attention"}:
+        if not kinds <= cls.layer_kinds or kinds == {"conv"}:
+            allowed, found = (", ".join(sorted(names)) for names in (cls.layer_kinds - {"conv"}, kinds))
             raise Unsupported(
-                f"{cls.__name__} needs full-attention layers, beside which there may be short convolutions; this model "
-                f"has {', '.join(sorted(kinds))}"
+                f"{cls.__name__} needs layers of {allowed}, beside which there may be short convolutions; this model has "
+                f"{found}"
             )
 
     @property

@@ -161,6 +161,7 @@ class H2OKVCache(CompressedCache):
     """
 
     layer_class = H2OKVLayer
+    layer_kinds = frozenset({"conv", "full_attention"})  # a window forgets by itself, and its mask would look like padding
 
     def __init__(
         self,
