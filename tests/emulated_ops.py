@@ -248,6 +248,30 @@ class EmulatedOps:
             out=(out, OUTPUT),
         )
 
+    def attn_received(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        lse: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        start: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        batch, heads, tokens, dim = query.shape
+        kv_heads, keys = key.shape[1:3]
+        out = torch.empty(batch, kv_heads, keys)
+        self._library.call(
+            "emulated_attn_received",
+            *(query, key, lse, tokens, positions, positions.shape[2], mask),
+            *((0, 0) if mask is None else mask.stride()[:2]),
+            *(start, out, batch, heads, kv_heads, tokens, keys, keys - tokens, dim, float(scaling)),
+            query.dtype is torch.bfloat16,
+            **_inputs(query=query, key=key, lse=lse, positions=positions, mask=mask),
+            out=(out, OUTPUT),
+        )
+        return out
+
     def attn_decode_int8(
         self,
         query: torch.Tensor,

@@ -91,7 +91,7 @@ class H2OKVLayer(CompressedLayer):
         (key, value), self._fresh = self._fresh, None
         tokens = key.shape[2]
         if tokens > 1 and self.fresh_prefill:
-            rule = (scaling, self.window, self.sinks)
+            rule = (self.length - tokens, scaling, self.window, self.sinks)
             rotated = (rotate(query), rotate(key))  # as the stored keys are
             return attn_prefill_h2o(*rotated, value, self.storage, mask, *rule, reference=self.reference)
         out = []

@@ -1,12 +1,13 @@
 """The operators, one file each: schema, reference (which is the CPU implementation), fake, wrapper."""
 
 from hf_fastpath.ops._append import QKTransform
-from hf_fastpath.ops._library import NAMESPACE, SCHEMAS, WITHOUT_KERNEL
+from hf_fastpath.ops._library import IN_PYTHON, NAMESPACE, SCHEMAS, WITHOUT_KERNEL
 from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
 from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
+from hf_fastpath.ops.attn_received import attn_received
 from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
 from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
 from hf_fastpath.ops.kv_h2o_append import kv_h2o_append
@@ -28,6 +29,7 @@ from hf_fastpath.ops.w8a16_dequantize import w8a16_dequantize
 from hf_fastpath.ops.w8a16_linear import w8a16_linear
 
 __all__ = [
+    "IN_PYTHON",
     "NAMESPACE",
     "QKTransform",
     "SCHEMAS",
@@ -37,6 +39,7 @@ __all__ = [
     "attn_decode_int4",
     "attn_decode_int8",
     "attn_prefill_h2o",
+    "attn_received",
     "kv_fp8_append",
     "kv_fp8_dequantize",
     "kv_h2o_append",

@@ -28,12 +28,12 @@ class Slots(NamedTuple):
 
     @property
     def seen(self) -> int:
-        """Tokens that there were; the first ``min(seen, budget)`` slots are in use."""
+        """Tokens that there were; on a GPU the host waits for it."""
         return int(self.counts[0, 0, 0])
 
-    @property
-    def used(self) -> int:
-        return min(self.seen, self.k_data.shape[2])
+    def used(self, seen: int) -> int:
+        """How many slots are in use, the first ones."""
+        return min(seen, self.k_data.shape[2])
 
 
 def quantize_fp8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,3 +64,19 @@ def count_padding(counts: torch.Tensor, mask: torch.Tensor, start: int) -> None:
     leading = (~mask).long().cumprod(-1).sum(-1).to(counts.dtype)  # (B,)
     first = counts[..., 1]
     first += torch.where(first == start, leading.unsqueeze(-1), 0)
+
+
+def visible_tokens(
+    held: torch.Tensor, number: torch.Tensor, mask: torch.Tensor | None, queries: slice
+) -> torch.Tensor:
+    """Whether each query may attend to each token held, bool ``(B, H_kv, q, n)``.
+
+    Args:
+        held: the numbers of the tokens, ``(B, H_kv, n)``; number: those of the queries, ``(q,)``.
+        mask: ``(B, all queries, tokens)``, of which ``queries`` are meant; None: causal.
+    """
+    visible = held[:, :, None] <= number[:, None]
+    if mask is None:
+        return visible
+    rows = mask[:, None, queries].expand(-1, held.shape[1], -1, -1)
+    return visible & rows.gather(3, held[:, :, None].expand(-1, -1, rows.shape[2], -1).long())

@@ -31,7 +31,8 @@ def attn_decode_h2o_reference(
 ) -> torch.Tensor:
     """Computed in float32, expanded tile by tile."""
     slots = Slots(k_data, k_scale, v_data, v_scale, scores, positions, counts)
-    used, kv_heads, parts = slots.used, k_data.shape[1], tiles(slots.used)
+    used, kv_heads = slots.used(slots.seen), k_data.shape[1]
+    parts = tiles(used)
     visible = None
     if mask is not None:
         visible = mask.unsqueeze(1).expand(-1, kv_heads, -1).gather(2, positions[:, :, :used].long()).unsqueeze(2)

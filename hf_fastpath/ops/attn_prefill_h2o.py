@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from hf_fastpath.ops import _library
+from hf_fastpath.ops import _library, _prefill_cuda
 from hf_fastpath.ops._attention import masked_softmax
-from hf_fastpath.ops._slots import Slots, count_padding, priorities, quantize_fp8_tokens
+from hf_fastpath.ops._slots import Slots, count_padding, priorities, quantize_fp8_tokens, visible_tokens
 
 QUERIES = 128  # at a time, so that the weights of a long chunk are never in memory as a whole
 
 SCHEMA = (
     "attn_prefill_h2o(Tensor query, Tensor key, Tensor value, Tensor(a!) k_data, Tensor(b!) k_scale, "
     "Tensor(c!) v_data, Tensor(d!) v_scale, Tensor(e!) scores, Tensor(f!) positions, Tensor(g!) counts, Tensor? mask, "
-    "float scaling, int window, int sinks) -> Tensor"
+    "int start, float scaling, int window, int sinks) -> Tensor"
 )
 
 
@@ -32,21 +32,38 @@ def attn_prefill_h2o_reference(
     positions: torch.Tensor,
     counts: torch.Tensor,
     mask: torch.Tensor | None,
+    start: int,
     scaling: float,
     window: int,
     sinks: int,
 ) -> torch.Tensor:
     """Computed in float32, some queries at a time."""
     slots = Slots(k_data, k_scale, v_data, v_scale, scores, positions, counts)
-    start, tokens = slots.seen, key.shape[2]
-    new_positions = torch.arange(start, start + tokens, dtype=positions.dtype, device=positions.device)
-    held = torch.cat([positions[:, :, : slots.used], new_positions.expand(*positions.shape[:2], -1)], dim=2)
-    out, gained = _attend(query, key, value, slots, held, mask, scaling)
+    return _prefill(_attend, query, key, value, slots, mask, start, scaling, window, sinks)
+
+
+def _prefill(
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: Slots,
+    mask: torch.Tensor | None,
+    start: int,
+    scaling: float,
+    window: int,
+    sinks: int,
+) -> torch.Tensor:
+    used, tokens = slots.used(start), key.shape[2]
+    positions = slots.positions
+    new = torch.arange(start, start + tokens, dtype=positions.dtype, device=positions.device)
+    held = torch.cat([positions[:, :, :used], new.expand(*positions.shape[:2], -1)], dim=2)
+    out, gained = attend(query, key, value, slots, held, start, mask, scaling)
     if mask is not None:
         own = mask[:, -1, start : start + tokens]  # the last query sees every token that is no padding
-        count_padding(counts, own, start)
-    gained[:, :, : slots.used] += scores[:, :, : slots.used]
-    _keep(slots, key, value, gained, held, window, sinks)
+        count_padding(slots.counts, own, start)
+    gained[:, :, :used] += slots.scores[:, :, :used]
+    _keep(slots, key, value, gained, held, start, window, sinks)
     return out
 
 
@@ -56,6 +73,7 @@ def _attend(
     value: torch.Tensor,
     slots: Slots,
     held: torch.Tensor,
+    start: int,
     mask: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +82,7 @@ def _attend(
     held: the number of each of these tokens.
     """
     batch, heads, tokens, dim = query.shape
-    kv_heads, used, start = key.shape[1], slots.used, slots.seen
+    kv_heads, used = key.shape[1], slots.used(start)
     old_keys, old_values = (
         data[:, :, :used].float() * scale[:, :, :used, None].float()
         for data, scale in ((slots.k_data, slots.k_scale), (slots.v_data, slots.v_scale))
@@ -76,10 +94,7 @@ def _attend(
     for begin in range(0, tokens, QUERIES):
         part = slice(begin, min(begin + QUERIES, tokens))
         number = torch.arange(start + part.start, start + part.stop, device=held.device)
-        visible = held[:, :, None] <= number[:, None]  # (B, H_kv, part, n)
-        if mask is not None:
-            rows = mask[:, None, part].expand(-1, kv_heads, -1, -1)
-            visible &= rows.gather(3, held[:, :, None].expand(-1, -1, rows.shape[2], -1).long())
+        visible = visible_tokens(held, number, mask, part)
         product = q[:, :, :, part].flatten(2, 3) @ keys.transpose(2, 3)
         weights = masked_softmax(product.unflatten(2, (heads // kv_heads, -1)), visible.unsqueeze(2))
         out[:, :, :, part] = (weights.flatten(2, 3) @ values).unflatten(2, (heads // kv_heads, -1))
@@ -95,11 +110,12 @@ def _keep(
     value: torch.Tensor,
     gained: torch.Tensor,
     held: torch.Tensor,
+    start: int,
     window: int,
     sinks: int,
 ) -> None:
     """Puts those of the tokens in use and of the chunk into the slots that stay, in the order of their numbers."""
-    used, last = slots.used, slots.seen + key.shape[2] - 1
+    used, last = slots.used(start), start + key.shape[2] - 1
     count = min(slots.k_data.shape[2], last + 1)
     order = priorities(gained, held, slots.counts[..., 1], last, window, sinks)
     # The newer one of two alike stays: a stable sort of the tokens from the last to the first.
@@ -129,6 +145,7 @@ def _fake(
     positions: torch.Tensor,
     counts: torch.Tensor,
     mask: torch.Tensor | None,
+    start: int,
     scaling: float,
     window: int,
     sinks: int,
@@ -136,7 +153,28 @@ def _fake(
     return query.new_empty(query.shape)
 
 
-_op = _library.define(SCHEMA, attn_prefill_h2o_reference, _fake, kernel=False)
+def _prefill_on_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_data: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_data: torch.Tensor,
+    v_scale: torch.Tensor,
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    counts: torch.Tensor,
+    mask: torch.Tensor | None,
+    start: int,
+    scaling: float,
+    window: int,
+    sinks: int,
+) -> torch.Tensor:
+    slots = Slots(k_data, k_scale, v_data, v_scale, scores, positions, counts)
+    return _prefill(_prefill_cuda.attend, query, key, value, slots, mask, start, scaling, window, sinks)
+
+
+_op = _library.define(SCHEMA, attn_prefill_h2o_reference, _fake, on_cuda=_prefill_on_cuda)
 
 
 def attn_prefill_h2o(
@@ -145,6 +183,7 @@ def attn_prefill_h2o(
     value: torch.Tensor,
     storage: Sequence[torch.Tensor],
     mask: torch.Tensor | None,
+    start: int,
     scaling: float,
     window: int,
     sinks: int,
@@ -164,7 +203,8 @@ def attn_prefill_h2o(
         storage: that of :class:`hf_fastpath.caches.h2o.H2OKVLayer`, which describes it.
         mask: bool ``(B, q, >= tokens seen with the new ones)``, True where a query may attend to a token, also one that
             was evicted; a query's own token is masked when it is padding. None: causal, no padding.
+        start: the tokens that there were before, as the storage counts them too; the host need not wait for that.
         reference: run the reference implementation, on any device.
     """
     attend: Any = attn_prefill_h2o_reference if reference else _op
-    return attend(query, key, value, *storage, mask, scaling, window, sinks)
+    return attend(query, key, value, *storage, mask, start, scaling, window, sinks)

@@ -124,3 +124,14 @@ EXPORT int emulated_attn_decode_int8(const void* query, const int8_t* k_data, co
                             scratch, batch,  heads,   kv_heads, dim,     capacity, length,          scaling};
   return launch_attn_decode_int8(args, dtype_of(bfloat16), nullptr);
 }
+
+EXPORT int emulated_attn_received(const void* query, const void* key, const float* lse, int64_t lse_stride,
+                                  const int32_t* positions, int64_t position_stride, const uint8_t* mask,
+                                  int64_t mask_stride_batch, int64_t mask_stride_query, int64_t first, float* out,
+                                  int batch, int heads, int kv_heads, int tokens, int keys, int old_keys, int dim,
+                                  float scaling, int bfloat16) {
+  const AttnReceivedArgs args{query,     key,  lse,   lse_stride, positions, position_stride, mask, mask_stride_batch,
+                              mask_stride_query, first, out,      batch,     heads,           kv_heads, tokens,
+                              keys,      old_keys, dim, scaling};
+  return launch_attn_received(args, dtype_of(bfloat16), nullptr);
+}
