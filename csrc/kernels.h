@@ -182,7 +182,7 @@ cudaError_t launch_kv_int4_dequantize(const KvExpandArgs& args, Dtype dtype, cud
 
 // ---- kv_h2o.cu ------------------------------------------------------------------------------------------------------
 struct KvH2OStorage {
-  KvQuantizedSide key, value;  // capacity: the budget
+  KvQuantizedSide key, value;  // capacity: the budget, a multiple of 4
   float* scores;               // (batch, kv_heads, capacity)
   int32_t* positions;          // alike
   int window, sinks;

@@ -31,7 +31,6 @@ struct Fp8 {
     __syncthreads();
     for (int warp = 0; warp < blockDim.x / 32; ++warp) largest = max_nan(largest, shared.largest[warp]);
     const float scale = power_of_two_scale(largest, -126, 127);
-    const float inverse = __fdiv_rn(1.0f, scale);
     const KvQuantizedSide& target = s.quantized[side];
     if (threadIdx.x == 0) {
       static_cast<float*>(target.scale)[(pair * p.capacity + first) / s.group] = scale;
@@ -43,7 +42,7 @@ struct Fp8 {
     for (int i = 0; i < kv::kTokensPerLane; ++i) {
       float v[kv::kPerLane];
       kv::unpack<T>(v, rows[i]);
-      *reinterpret_cast<uint2*>(data + i * p.dim) = fp8_bits_8(v, inverse);
+      *reinterpret_cast<uint2*>(data + i * p.dim) = fp8_bits_8(v, scale, largest);
     }
   }
 };

@@ -33,11 +33,17 @@ struct H2O {
     __shared__ uint64_t least_of_warp[kMaxWarps];
     if (stored < p.capacity) return stored;
     const int first = p.lengths[pair * kCountStride + 1];
+    const float4* scores = reinterpret_cast<const float4*>(s.scores + pair * p.capacity);
+    const int4* positions = reinterpret_cast<const int4*>(s.positions + pair * p.capacity);
     uint64_t least = ~uint64_t{0};
-    for (int slot = threadIdx.x; slot < p.capacity; slot += blockDim.x) {
-      const int64_t i = pair * p.capacity + slot;
-      const uint64_t key = priority(s.scores[i], s.positions[i], first, stored, s);
-      least = min(least, key << 32 | static_cast<uint64_t>(slot));
+    for (int slot = 4 * threadIdx.x; slot < p.capacity; slot += 4 * blockDim.x) {
+      const float4 score = scores[slot / 4];
+      const int4 position = positions[slot / 4];
+      const uint32_t keys[4] = {
+          priority(score.x, position.x, first, stored, s), priority(score.y, position.y, first, stored, s),
+          priority(score.z, position.z, first, stored, s), priority(score.w, position.w, first, stored, s)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) least = min(least, uint64_t{keys[i]} << 32 | static_cast<uint64_t>(slot + i));
     }
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) least = min(least, __shfl_xor_sync(kFullWarp, least, offset));
@@ -48,12 +54,14 @@ struct H2O {
   }
 
   template <typename T, int kLanes>
-  static __device__ __forceinline__ Row quantize(const float (&v)[kv::kPerLane]) {
-    float largest = 0.0f;
+  static __device__ __forceinline__ Row quantize(const uint4& x) {
+    float v[kv::kPerLane], largest = 0.0f;
+    kv::unpack<T>(v, x);
 #pragma unroll
     for (float value : v) largest = max_nan(largest, fabsf(value));
-    const float scale = power_of_two_scale(kv::row_max_nan<kLanes>(largest), -24, 15);  // as fp16 has them
-    return {fp8_bits_8(v, __fdiv_rn(1.0f, scale)), __float2half_rn(scale)};
+    largest = kv::row_max_nan<kLanes>(largest);
+    const float scale = power_of_two_scale(largest, -24, 15);  // as fp16 has them
+    return {fp8_bits_8(v, scale, largest), __float2half_rn(scale)};
   }
   static __device__ __forceinline__ void store(const Storage& s, kv::Side side, int64_t entry, int dim, int lane,
                                                const Row& row) {

@@ -16,18 +16,25 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 
 // Codes 0 to 15 and what they stand for: x is about code * step + low, both fp16 numbers.
 struct Range {
-  float step, low;
+  kv::Divisor step;
+  float low;
 
-  __device__ __forceinline__ uint32_t code(float x) const {
-    if (!(step > 0.0f)) return 0;
-    return min(max(__float2int_rn(__fdiv_rn(__fsub_rn(x, low), step)), 0), 15);
+  __device__ __forceinline__ Range(float least, float greatest) : step(step_of(least, greatest)) {
+    low = to_float(__float2half_rn(least));
+  }
+  static __device__ __forceinline__ float step_of(float least, float greatest) {
+    return to_float(__float2half_rn(kv::Divisor::divide(__fsub_rn(greatest, least), 15.0f, 1.0f / 15.0f)));
+  }
+
+  // The code in the last places of kv::kIntegerBits.
+  __device__ __forceinline__ uint32_t code_bits(float x) const {
+    const float code = fminf(fmaxf(step.divide(__fsub_rn(x, low)), 0.0f), 15.0f);
+    return kv::integer_bits(step.valid ? code : 0.0f);
   }
 };
 
-__device__ __forceinline__ Range range_of(float least, float greatest) {
-  const float step = __fdiv_rn(__fsub_rn(greatest, least), 15.0f);
-  return {kv::rounded<__half>(step), kv::rounded<__half>(least)};
-}
+// What adding code_bits() << 4 * i for i = 0 to 7 adds besides the codes.
+constexpr uint32_t kPackingExcess = kv::kIntegerBits * 0x11111111u;
 
 struct Int4 {
   template <int kLanes>
@@ -81,13 +88,12 @@ struct Int4 {
     }
     reduce_over_tokens<kLanes>(shared, least, greatest, lane);
     if (kOctet * lane >= p.dim) return;
-    Range ranges[kOctet];
+    const Range ranges[kOctet] = {{least[0], greatest[0]}, {least[1], greatest[1]}, {least[2], greatest[2]},
+                                  {least[3], greatest[3]}, {least[4], greatest[4]}, {least[5], greatest[5]},
+                                  {least[6], greatest[6]}, {least[7], greatest[7]}};
     float steps[kOctet], lows[kOctet];
 #pragma unroll
-    for (int c = 0; c < kOctet; ++c) {
-      ranges[c] = range_of(least[c], greatest[c]);
-      steps[c] = ranges[c].step, lows[c] = ranges[c].low;
-    }
+    for (int c = 0; c < kOctet; ++c) steps[c] = ranges[c].step.value, lows[c] = ranges[c].low;
     const int64_t token = pair * p.capacity + first;
     if (slot == 0) {
       __half* params = static_cast<__half*>(s.quantized[0].scale) + token / s.group * 2 * p.dim;
@@ -99,9 +105,9 @@ struct Int4 {
     for (int t = 0; t < 8; ++t) {
       float v[kOctet];
       kv::unpack<T>(v, rows[t]);
-      uint32_t word = 0;
+      uint32_t word = -kPackingExcess;
 #pragma unroll
-      for (int c = 0; c < kOctet; ++c) word |= ranges[c].code(v[c]) << (4 * c);
+      for (int c = 0; c < kOctet; ++c) word += ranges[c].code_bits(v[c]) << (4 * c);
       reinterpret_cast<uint32_t*>(data + t * (p.dim / 2))[lane] = word;
     }
   }
@@ -114,7 +120,7 @@ struct Int4 {
         least = min_nan(least, __shfl_xor_sync(kFullWarp, least, offset, kLanes));
         greatest = max_nan(greatest, __shfl_xor_sync(kFullWarp, greatest, offset, kLanes));
       }
-      return range_of(least, greatest);
+      return Range(least, greatest);
     }
     const int begin = lane / part_lanes * part_lanes;
     float all_least = least, all_greatest = greatest;
@@ -123,14 +129,16 @@ struct Int4 {
       all_least = min_nan(all_least, __shfl_sync(kFullWarp, least, other, kLanes));
       all_greatest = max_nan(all_greatest, __shfl_sync(kFullWarp, greatest, other, kLanes));
     }
-    return range_of(all_least, all_greatest);
+    return Range(all_least, all_greatest);
   }
 
   template <typename T, int kLanes>
   static __device__ __forceinline__ void quantize_values(const KvGroupedStorage& s, const KvNewTokens& p, int64_t pair,
                                                          int64_t first, const uint4 (&rows)[8], int slot, int lane) {
     const int parts = s.value_parts, part_lanes = p.dim / parts / kOctet;
-    uint32_t words[kOctet] = {};
+    uint32_t words[kOctet];
+#pragma unroll
+    for (uint32_t& word : words) word = -kPackingExcess;
     float steps[8], lows[8];
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
@@ -144,8 +152,8 @@ struct Int4 {
       }
       const Range range = range_of_part<kLanes>(least, greatest, part_lanes, lane);
 #pragma unroll
-      for (int c = 0; c < kOctet; ++c) words[c] |= range.code(v[c]) << (4 * t);
-      steps[t] = range.step, lows[t] = range.low;
+      for (int c = 0; c < kOctet; ++c) words[c] += range.code_bits(v[c]) << (4 * t);
+      steps[t] = range.step.value, lows[t] = range.low;
     }
     if (kOctet * lane >= p.dim) return;
     const int64_t token = pair * p.capacity + first;

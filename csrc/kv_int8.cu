@@ -8,13 +8,6 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// round(x / scale), ties to even, clamped; 0 where the scale is 0 or NaN, and for a NaN quotient (inf / inf).
-__device__ __forceinline__ int8_t quantize_one(float x, float scale) {
-  if (!(scale > 0.0f)) return 0;
-  const int q = __float2int_rn(__fdiv_rn(x, scale));
-  return static_cast<int8_t>(min(max(q, -127), 127));
-}
-
 struct Int8 : kv::InOrder {
   using Storage = KvInt8Storage;
   struct Row {
@@ -23,19 +16,23 @@ struct Int8 : kv::InOrder {
   };
 
   template <typename T, int kLanes>
-  static __device__ __forceinline__ Row quantize(const float (&v)[kv::kPerLane]) {
-    float largest = 0.0f;
+  static __device__ __forceinline__ Row quantize(const uint4& x) {
+    float v[kv::kPerLane], largest = 0.0f;
+    kv::unpack<T>(v, x);
 #pragma unroll
     for (float value : v) largest = max_nan(largest, fabsf(value));
     Row row;
     row.scale = __float2half_rn(__fdiv_rn(kv::row_max_nan<kLanes>(largest), 127.0f));
-    const float scale = __half2float(row.scale);
-    uint32_t words[2] = {};
+    const kv::Divisor scale(__half2float(row.scale));
+    uint32_t q[kv::kPerLane];
 #pragma unroll
     for (int i = 0; i < kv::kPerLane; ++i) {
-      words[i / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(quantize_one(v[i], scale))) << (8 * (i % 4));
+      q[i] = kv::integer_bits(fminf(fmaxf(scale.divide(v[i]), -127.0f), 127.0f));
     }
-    row.bytes = make_uint2(words[0], words[1]);
+    // The lowest bytes; all 0 where the scale is 0, infinite or no number.
+    row.bytes = make_uint2(__byte_perm(__byte_perm(q[0], q[1], 0x40), __byte_perm(q[2], q[3], 0x40), 0x5410),
+                           __byte_perm(__byte_perm(q[4], q[5], 0x40), __byte_perm(q[6], q[7], 0x40), 0x5410));
+    if (!scale.valid) row.bytes = make_uint2(0, 0);
     return row;
   }
   static __device__ __forceinline__ void store(const Storage& s, kv::Side side, int64_t entry, int dim, int lane,
@@ -49,6 +46,8 @@ struct Int8 : kv::InOrder {
 // blockIdx.y walks the (batch, head) pairs, threads the length * dim elements of a pair, kPer of one token at a time.
 template <typename T, int kPer>
 __global__ void __launch_bounds__(kThreads) kv_int8_dequantize_kernel(const KvDequantizeArgs p) {
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int chunks_per_token = p.dim / kPer;
   if (chunk >= p.length * chunks_per_token) return;
@@ -79,7 +78,7 @@ cudaError_t launch_dequantize(const KvDequantizeArgs& a, cudaStream_t stream) {
   const int64_t chunks = a.length * (a.dim / kPer);
   const dim3 grid(static_cast<unsigned>((chunks + kThreads - 1) / kThreads),
                   static_cast<unsigned>(std::min<int64_t>(a.pairs, 65535)));
-  return launch_kernel(kv_int8_dequantize_kernel<T, kPer>, grid, kThreads, stream, a);
+  return launch_kernel_early(kv_int8_dequantize_kernel<T, kPer>, grid, kThreads, 0, stream, a);
 }
 
 template <typename T>

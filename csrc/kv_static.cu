@@ -9,8 +9,8 @@ struct Plain : kv::InOrder {
   using Row = uint4;
 
   template <typename T, int kLanes>
-  static __device__ __forceinline__ Row quantize(const float (&v)[kv::kPerLane]) {
-    return kv::pack<T>(v);
+  static __device__ __forceinline__ Row quantize(const uint4& x) {
+    return x;
   }
   static __device__ __forceinline__ void store(const Storage& s, kv::Side side, int64_t entry, int dim, int lane,
                                                const Row& row) {

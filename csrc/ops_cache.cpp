@@ -262,6 +262,7 @@ void kv_h2o_append(const std::optional<Tensor>& query, const Tensor& key, const 
              "(B, H_kv, slots, D)");
     n.stored(scale, ScalarType::Half, "float16", {budget}, "k_scale and v_scale", "(B, H_kv, slots)");
   }
+  n.check(budget % 4 == 0, "takes a number of slots that is a multiple of 4, got ", budget);
   n.stored(scores, ScalarType::Float, "float32", {budget}, "scores", "(B, H_kv, slots)");
   n.stored(positions, ScalarType::Int, "int32", {budget}, "positions", "(B, H_kv, slots)");
   n.stored(counts, ScalarType::Int, "int32", {2}, "counts", "(B, H_kv, 2)");

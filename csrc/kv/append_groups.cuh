@@ -39,43 +39,54 @@ __device__ __forceinline__ T* full_row(const KvFullSide& side, const Places& pla
   return static_cast<T*>(side.tail) + (pair * group + entry) * dim;
 }
 
-// The 8 tokens from `first` of one channel octet: of the tail, or new ones, transformed when they are keys.
+// A group in shared memory. A lane has 8 tokens of 8 channels, and no lane touches what is another's.
+template <int kLanes>
+struct GroupRows {
+  uint4 rows[64][kLanes];
+};
+
+// A lane's part of a group, its tokens being `first` and the next seven: of the tail, or new ones; keys transformed.
 template <typename T, int kLanes, bool kVector>
-__device__ __forceinline__ void load_group(uint4 (&rows)[kTokensPerLane], const KvNewTokens& p, const KvFullSide& full,
-                                           const Places& places, int64_t first, int group, bool is_value, int64_t batch,
-                                           int64_t head, int lane) {
-  const int64_t pair = batch * p.kv_heads + head;
+__device__ __forceinline__ void load_group(GroupRows<kLanes>& group, const KvNewTokens& p, const KvGroupedStorage& s,
+                                           const Places& places, int64_t first, bool is_value, int64_t batch,
+                                           int64_t head, int slot, int lane) {
+  const KvRows& source = is_value ? p.value : p.key;
+  const T* tail = static_cast<const T*>(s.full[is_value].tail) + (batch * p.kv_heads + head) * s.group * p.dim;
+  const bool exists = kPerLane * lane < p.dim;
 #pragma unroll
   for (int i = 0; i < kTokensPerLane; ++i) {
-    const int64_t token = first + i;
-    if (token >= places.behind) {
-      rows[i] = load_row<T, kVector>(is_value ? p.value : p.key, batch, head, token - places.behind + places.taken, lane,
-                                     p.dim);
+    const int64_t token = first + i, number = token - places.behind + places.taken;
+    uint4& target = group.rows[kTokensPerLane * slot + i][lane];
+    if (token < places.behind) {
+      cp_async16(&target, tail + (token % s.group) * p.dim + (exists ? kPerLane * lane : 0), exists);
+    } else if constexpr (kVector) {
+      cp_async16(&target, row_begin<T>(source, batch, head, number) + (exists ? kPerLane * lane : 0), exists);
     } else {
-      rows[i] = make_uint4(0, 0, 0, 0);
-      const T* row = static_cast<const T*>(full.tail) + (pair * group + token % group) * p.dim;
-      if (kPerLane * lane < p.dim) rows[i] = load_8<true>(row + kPerLane * lane);
+      target = load_row<T, false>(source, batch, head, number, lane, p.dim);
     }
   }
+  cp_async_commit();
+  cp_async_wait<0>();
   if (is_value || !(p.k_norm || p.rotary_dim || p.rotation)) return;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kTokensPerLane; ++i) {
     const int64_t token = first + i;
     const bool is_new = token >= places.behind;
     RowBits bits;
+    bits.x = group.rows[kTokensPerLane * slot + i][lane];
     load_transform<T, kVector>(bits, p, p.k_norm, batch, is_new ? token - places.behind + places.taken : 0, lane);
-    float v[kPerLane];
-    unpack<T>(v, rows[i]);
-    transform<T, kLanes>(v, bits, p, p.k_norm != nullptr, lane);
-    if (is_new) rows[i] = pack<T>(v);
+    const uint4 transformed = transform<T, kLanes>(bits, p, p.k_norm != nullptr, lane);
+    if (is_new) group.rows[kTokensPerLane * slot + i][lane] = transformed;
   }
 }
 
-// A CTA takes group `blockIdx.x` of those that new tokens fill. kFew: of a KV head, keys and values, with all its new
+// A CTA takes group `blockIdx.x` of those that new tokens fill. few: of a KV head, keys and values, with all its new
 // tokens and the query heads that read it. Else of keys (the first half of the grid's y) or values alone.
-template <typename F, typename T, int kLanes, bool kVector, bool kFew>
+template <typename F, typename T, int kLanes, bool kVector>
 __global__ void __launch_bounds__(kMaxGroupThreads) append_groups_kernel(const __grid_constant__ KvNewTokens p,
-                                                                         const __grid_constant__ KvGroupedStorage s) {
+                                                                         const __grid_constant__ KvGroupedStorage s,
+                                                                         bool few) {
+  __shared__ GroupRows<kLanes> group;
   __shared__ typename F::template Shared<kLanes> shared;
   const int slots = blockDim.x / kLanes, slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t batch = blockIdx.z, head = blockIdx.y % p.kv_heads, pair = batch * p.kv_heads + head;
@@ -88,10 +99,12 @@ __global__ void __launch_bounds__(kMaxGroupThreads) append_groups_kernel(const _
   const Places places(stored, p.tokens, s.group, s.sinks);
   const int64_t first = places.first_open + static_cast<int64_t>(blockIdx.x) * s.group;
   if (first < places.full_end) {
-    for (int side = kFew ? 0 : own_side; side <= (kFew ? 1 : own_side); ++side) {
+    for (int side = few ? 0 : own_side; side <= (few ? 1 : own_side); ++side) {
+      load_group<T, kLanes, kVector>(group, p, s, places, first + kTokensPerLane * slot, side == 1, batch, head, slot,
+                                     lane);
       uint4 rows[kTokensPerLane];
-      load_group<T, kLanes, kVector>(rows, p, s.full[side], places, first + kTokensPerLane * slot, s.group, side == 1,
-                                     batch, head, lane);
+#pragma unroll
+      for (int i = 0; i < kTokensPerLane; ++i) rows[i] = group.rows[kTokensPerLane * slot + i][lane];
       F::template quantize<T, kLanes>(s, shared, side, p, pair, first, rows, slot, lane);
       __syncthreads();  // shared memory is free again
     }
@@ -100,28 +113,28 @@ __global__ void __launch_bounds__(kMaxGroupThreads) append_groups_kernel(const _
   __syncthreads();  // the old tail and the count have been read
   const int kept = min(p.tokens - places.taken, s.group), last = places.taken + kept;
   const int ratio = p.query.data ? p.heads / p.kv_heads : 0;
-  const int rows = kFew ? (2 + ratio) * last : last;  // with kFew every token is a sink or kept
+  const int rows = few ? (2 + ratio) * last : last;  // with few every token is a sink or kept
   for (int begin = 0; begin < rows; begin += slots) {
     const int row = min(begin + slot, rows - 1);
-    FewRow job(row, head, kFew ? ratio : 0);
-    if constexpr (!kFew) {
+    FewRow job(row, head, few ? ratio : 0);
+    if (!few) {
       job.side = own_side ? Side::kValue : Side::kKey;
       job.head = head;
       job.token = row < places.taken ? row : p.tokens - last + row;
     }
     const RowBits bits = job.load<T, kVector>(p, batch, lane);
-    float v[kPerLane];
-    transform_unless_value<T, kLanes>(v, bits, p, job.side == Side::kValue, lane);
+    const uint4 transformed = transform<T, kLanes>(bits, p, p.k_norm != nullptr, lane);
+    const uint4 x = job.side == Side::kValue ? bits.x : transformed;
     if (begin + slot >= rows || kPerLane * lane >= p.dim) continue;
     if (job.side == Side::kQuery) {
-      store_query<T>(p, batch, job.head, job.token, lane, v);
+      store_query(p, batch, job.head, job.token, lane, x);
     } else {
       const KvFullSide& full = s.full[job.side == Side::kValue];
       T* target = full_row<T>(full, places, pair, job.token, s.group, s.sinks, p.dim);
-      reinterpret_cast<uint4*>(target)[lane] = pack<T>(v);
+      reinterpret_cast<uint4*>(target)[lane] = x;
     }
   }
-  if (kFew && threadIdx.x == 0) *count = stored + p.tokens;
+  if (few && threadIdx.x == 0) *count = stored + p.tokens;
 }
 
 template <typename F>
@@ -131,9 +144,7 @@ cudaError_t launch_append_groups(const KvNewTokens& p, const KvGroupedStorage& s
     using T = decltype(type);
     const int groups = std::max((p.tokens + s.group - 1) / s.group, 1), threads = s.group / kTokensPerLane * lanes;
     const dim3 grid(groups, few ? p.kv_heads : 2 * p.kv_heads, p.batch);
-    const auto kernel = few ? append_groups_kernel<F, T, lanes, vector, true>
-                            : append_groups_kernel<F, T, lanes, vector, false>;
-    return launch_kernel_early(kernel, grid, threads, 0, stream, p, s);
+    return launch_kernel_early(append_groups_kernel<F, T, lanes, vector>, grid, threads, 0, stream, p, s, few);
   });
   return error != cudaSuccess || few ? error : launch_finish_chunk(p, dtype, 1, stream);
 }

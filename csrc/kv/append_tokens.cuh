@@ -33,18 +33,6 @@ struct FewRow {
   }
 };
 
-// A row's values when they are transformed, unless it is one of values.
-template <typename T, int kLanes>
-__device__ __forceinline__ void transform_unless_value(float (&v)[kPerLane], const RowBits& bits, const KvNewTokens& p,
-                                                       bool is_value, int lane) {
-  float untouched[kPerLane];
-  unpack<T>(v, bits.x);
-  unpack<T>(untouched, bits.x);
-  transform<T, kLanes>(v, bits, p, p.k_norm != nullptr, lane);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) v[i] = is_value ? untouched[i] : v[i];
-}
-
 // A CTA takes a KV head of a row of the batch, all its new tokens and the query heads that read it.
 template <typename F, typename T, int kLanes, bool kVector>
 __global__ void __launch_bounds__(512) append_few_kernel(const __grid_constant__ KvNewTokens p,
@@ -61,12 +49,12 @@ __global__ void __launch_bounds__(512) append_few_kernel(const __grid_constant__
   for (int first = 0; first < rows; first += slots) {
     const FewRow row(min(first + slot, rows - 1), blockIdx.x, ratio);
     if (first) bits = row.load<T, kVector>(p, batch, lane);
-    float v[kPerLane];
-    transform_unless_value<T, kLanes>(v, bits, p, row.side == Side::kValue, lane);
-    const typename F::Row quantized = F::template quantize<T, kLanes>(v);
+    const uint4 transformed = transform<T, kLanes>(bits, p, p.k_norm != nullptr, lane);
+    const uint4 x = row.side == Side::kValue ? bits.x : transformed;
+    const typename F::Row quantized = F::template quantize<T, kLanes>(x);
     if (first + slot >= rows || kPerLane * lane >= p.dim) continue;
     if (row.side == Side::kQuery) {
-      store_query<T>(p, batch, row.head, row.token, lane, v);
+      store_query(p, batch, row.head, row.token, lane, x);
     } else {
       F::store(s, row.side, pair * p.capacity + entry + row.token, p.dim, lane, quantized);
     }
@@ -103,10 +91,8 @@ __global__ void __launch_bounds__(kChunkThreads) append_chunk_kernel(const __gri
 #pragma unroll
   for (int i = 0; i < kChunkRows; ++i) {
     const int64_t token = first + i * kSlots;
-    float v[kPerLane];
-    unpack<T>(v, bits[i].x);
-    if (!is_value) transform<T, kLanes>(v, bits[i], p, p.k_norm != nullptr, lane);
-    const typename F::Row quantized = F::template quantize<T, kLanes>(v);
+    const uint4 x = is_value ? bits[i].x : transform<T, kLanes>(bits[i], p, p.k_norm != nullptr, lane);
+    const typename F::Row quantized = F::template quantize<T, kLanes>(x);
     if (token >= p.tokens || kPerLane * lane >= p.dim) continue;
     F::store(s, is_value ? Side::kValue : Side::kKey, pair * p.capacity + stored + token, p.dim, lane, quantized);
   }

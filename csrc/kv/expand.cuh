@@ -18,7 +18,10 @@ struct ExpandPlace {
   int channel;
   bool is_sink;
 
+  // The first thing in a kernel.
   __device__ __forceinline__ explicit ExpandPlace(const KvExpandArgs& p) {
+    wait_for_previous_kernel();
+    let_next_kernel_begin();
     const int octets = p.dim / kPerLane;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kExpandThreads + threadIdx.x;
     const int64_t unit = index / octets;
@@ -53,7 +56,7 @@ cudaError_t launch_expand(Kernel* kernel, const KvExpandArgs& p, int tokens, cud
   const int64_t pairs = std::min<int64_t>(p.pairs, 65535);
   const dim3 grid(static_cast<unsigned>((threads + kExpandThreads - 1) / kExpandThreads), static_cast<unsigned>(pairs),
                   static_cast<unsigned>((p.pairs + pairs - 1) / pairs));
-  return launch_kernel(kernel, grid, kExpandThreads, stream, p);
+  return launch_kernel_early(kernel, grid, kExpandThreads, 0, stream, p);
 }
 
 }  // namespace hf_fastpath::kv

@@ -8,6 +8,7 @@
 
 #include <cassert>
 
+#include "../common/dequant.cuh"
 #include "../common/dtype.cuh"
 #include "../common/memory.cuh"
 #include "../common/ptx.cuh"
@@ -29,20 +30,15 @@ __device__ __forceinline__ void require_room(int64_t stored, int64_t capacity) {
 #endif
 }
 
-template <typename T>
-__device__ __forceinline__ float rounded(float v) {
-  return to_float(from_float<T>(v));
-}
-
-// Eight 16-bit values, aligned to 16 bytes with kVector. Plain loads: the kernel before may have stored them, and may
-// still run when this one begins.
+// Eight 16-bit values, aligned to 16 bytes with kVector. From the L2: each is wanted once, and a kernel that runs
+// together with the one that stored them would find what was there before in its L1.
 template <bool kVector>
 __device__ __forceinline__ uint4 load_8(const void* p) {
-  if constexpr (kVector) return *static_cast<const uint4*>(p);
+  if constexpr (kVector) return __ldcg(static_cast<const uint4*>(p));
   const uint16_t* h = static_cast<const uint16_t*>(p);
   uint32_t w[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = h[2 * i] | static_cast<uint32_t>(h[2 * i + 1]) << 16;
+  for (int i = 0; i < 4; ++i) w[i] = __ldcg(h + 2 * i) | static_cast<uint32_t>(__ldcg(h + 2 * i + 1)) << 16;
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
@@ -51,6 +47,12 @@ __device__ __forceinline__ void unpack(float (&v)[kPerLane], const uint4& bits) 
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) v[i] = bits_to_float<T>(words[i / 2] >> (16 * (i % 2)));
+}
+
+// x becomes f(x, y), word by word.
+template <typename F>
+__device__ __forceinline__ void for_words(uint4& x, const uint4& y, const F& f) {
+  x = make_uint4(f(x.x, y.x), f(x.y, y.y), f(x.z, y.z), f(x.w, y.w));
 }
 
 template <typename T>
@@ -78,13 +80,17 @@ struct RowBits {
   uint4 x, norm, cos, sin;
 };
 
+template <typename T>
+__device__ __forceinline__ const T* row_begin(const KvRows& rows, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<const T*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head +
+         token * rows.stride_token;
+}
+
 template <typename T, bool kVector>
 __device__ __forceinline__ uint4 load_row(const KvRows& rows, int64_t batch, int64_t head, int64_t token, int lane,
                                           int dim) {
   if (kPerLane * lane >= dim) return make_uint4(0, 0, 0, 0);
-  const T* row =
-      static_cast<const T*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head + token * rows.stride_token;
-  return load_8<kVector>(row + kPerLane * lane);
+  return load_8<kVector>(row_begin<T>(rows, batch, head, token) + kPerLane * lane);
 }
 
 // The rest of RowBits, for the rows of a token; `norm` may be nullptr.
@@ -102,41 +108,55 @@ __device__ __forceinline__ void load_transform(RowBits& bits, const KvNewTokens&
   }
 }
 
+template <typename T>
+using PairOf = typename Pair<T>::type;
+
 // As transformers' LlamaRMSNorm: in fp32, rounded, times the weight, rounded.
 template <typename T, int kLanes>
-__device__ __forceinline__ void normalize(float (&v)[kPerLane], const uint4& weight_bits, float eps, int dim) {
-  float weight[kPerLane], sum = 0.0f;
-  unpack<T>(weight, weight_bits);
+__device__ __forceinline__ void normalize(uint4& x, const uint4& weight, float eps, int dim) {
+  float v[kPerLane], sum = 0.0f;
+  unpack<T>(v, x);
 #pragma unroll
   for (float value : v) sum = fmaf(value, value, sum);
   const float inverse = rsqrtf(__fadd_rn(__fdiv_rn(row_sum<kLanes>(sum), static_cast<float>(dim)), eps));
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) v[i] = rounded<T>(__fmul_rn(rounded<T>(__fmul_rn(v[i], inverse)), weight[i]));
+  for (float& value : v) value = __fmul_rn(value, inverse);
+  x = pack<T>(v);
+  for_words(x, weight, [](uint32_t word, uint32_t w) {
+    return as_bits(__hmul2_rn(as_pair<PairOf<T>>(word), as_pair<PairOf<T>>(w)));
+  });
 }
 
 // As transformers' apply_rotary_pos_emb of the first rotary_dim channels: x * cos + rotate_half(x) * sin, each product
-// and the sum rounded. The partner of a channel is half of rotary_dim away, a multiple of 8.
+// and the sum rounded. (A sum of two 16-bit numbers that fp32 cannot hold is nowhere near a tie, so that one rounding
+// gives what torch's two give.) The partner of a channel is half of rotary_dim away, a multiple of 8.
 template <typename T, int kLanes>
-__device__ __forceinline__ void turn(float (&v)[kPerLane], const RowBits& bits, int rotary_dim, int lane) {
+__device__ __forceinline__ void turn(uint4& x, const RowBits& bits, int rotary_dim, int lane) {
+  using P = PairOf<T>;
   const int half = rotary_dim / (2 * kPerLane);
   const bool first = lane < half, inside = lane < 2 * half;
   const int partner = inside ? (first ? lane + half : lane - half) : lane;
-  float cos[kPerLane], sin[kPerLane];
-  unpack<T>(cos, bits.cos);
-  unpack<T>(sin, bits.sin);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const float other = __shfl_sync(kFullWarp, v[i], partner, kLanes);
-    const float along = rounded<T>(__fmul_rn(v[i], cos[i]));
-    const float across = rounded<T>(__fmul_rn(first ? -other : other, sin[i]));
-    if (inside) v[i] = rounded<T>(__fadd_rn(along, across));
-  }
+  const uint32_t sign = first ? 0x80008000u : 0;
+  uint4 other = make_uint4(__shfl_sync(kFullWarp, x.x, partner, kLanes), __shfl_sync(kFullWarp, x.y, partner, kLanes),
+                           __shfl_sync(kFullWarp, x.z, partner, kLanes), __shfl_sync(kFullWarp, x.w, partner, kLanes));
+  if (!inside) return;
+  for_words(other, bits.sin, [sign](uint32_t word, uint32_t sin) {
+    return as_bits(__hmul2_rn(as_pair<P>(word ^ sign), as_pair<P>(sin)));
+  });
+  for_words(x, bits.cos, [](uint32_t word, uint32_t cos) {
+    return as_bits(__hmul2_rn(as_pair<P>(word), as_pair<P>(cos)));
+  });
+  for_words(x, other, [](uint32_t along, uint32_t across) {
+    return as_bits(__hadd2_rn(as_pair<P>(along), as_pair<P>(across)));
+  });
 }
 
-// The matrix of hf_fastpath/ops/_rotation.py, by butterflies; `factor` is rotation_factor(dim).
+// The matrix of hf_fastpath/ops/_rotation.py, by butterflies in fp32; `factor` is rotation_factor(dim).
 template <typename T, int kLanes>
-__device__ __forceinline__ void rotate(float (&v)[kPerLane], float factor, int dim, int lane) {
+__device__ __forceinline__ void rotate(uint4& x, float factor, int dim, int lane) {
   const int block = dim & -dim;  // a multiple of 8, as dim is
+  float v[kPerLane];
+  unpack<T>(v, x);
 #pragma unroll
   for (int stride = 1; stride < kPerLane; stride *= 2) {
 #pragma unroll
@@ -150,32 +170,61 @@ __device__ __forceinline__ void rotate(float (&v)[kPerLane], float factor, int d
 #pragma unroll
   for (int offset = 1; offset < kLanes; offset *= 2) {
     if (kPerLane * offset >= block) break;
+    const float sign = lane & offset ? -1.0f : 1.0f;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float other = __shfl_xor_sync(kFullWarp, v[i], offset, kLanes);
-      v[i] = lane & offset ? other - v[i] : v[i] + other;
-    }
+    for (float& value : v) value = fmaf(value, sign, __shfl_xor_sync(kFullWarp, value, offset, kLanes));
   }
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) v[i] = rounded<T>(v[i] * factor);
+  for (float& value : v) value *= factor;
+  x = pack<T>(v);
 }
 
 // A row of queries or keys, as attention and the cache want it.
 template <typename T, int kLanes>
-__device__ __forceinline__ void transform(float (&v)[kPerLane], const RowBits& bits, const KvNewTokens& p,
-                                          bool normalized, int lane) {
-  if (normalized) normalize<T, kLanes>(v, bits.norm, p.eps, p.dim);
-  if (p.rotary_dim) turn<T, kLanes>(v, bits, p.rotary_dim, lane);
-  if (p.rotation) rotate<T, kLanes>(v, p.rotation, p.dim, lane);
+__device__ __forceinline__ uint4 transform(const RowBits& bits, const KvNewTokens& p, bool normalized, int lane) {
+  uint4 x = bits.x;
+  if (normalized) normalize<T, kLanes>(x, bits.norm, p.eps, p.dim);
+  if (p.rotary_dim) turn<T, kLanes>(x, bits, p.rotary_dim, lane);
+  if (p.rotation) rotate<T, kLanes>(x, p.rotation, p.dim, lane);
+  return x;
 }
 
 // A transformed query goes to its place.
-template <typename T>
 __device__ __forceinline__ void store_query(const KvNewTokens& p, int64_t batch, int64_t head, int64_t token, int lane,
-                                            const float (&v)[kPerLane]) {
+                                            const uint4& x) {
   if (kPerLane * lane >= p.dim) return;
-  T* out = static_cast<T*>(p.query_out) + ((batch * p.heads + head) * p.tokens + token) * p.dim;
-  reinterpret_cast<uint4*>(out)[lane] = pack<T>(v);
+  const int64_t row = (batch * p.heads + head) * p.tokens + token;
+  reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.query_out) + row * p.dim)[lane] = x;
 }
+
+// ---- division -------------------------------------------------------------------------------------------------------
+// x / divisor, correctly rounded, by multiplications with what was computed once (Markstein, 1990, "Computation of
+// Elementary Functions on the IBM RISC System/6000 Processor": two steps from the product with the correctly rounded
+// reciprocal). For finite x and a divisor that is a positive fp16 number; quotients far below 1/2 may be inexact.
+struct Divisor {
+  float value, reciprocal;
+  bool valid;
+
+  __device__ __forceinline__ explicit Divisor(float divisor) {
+    value = divisor;
+    reciprocal = __frcp_rn(divisor);
+    valid = divisor > 0.0f && divisor < __builtin_huge_valf();
+  }
+
+  __device__ __forceinline__ float divide(float x) const { return divide(x, value, reciprocal); }
+
+  static __device__ __forceinline__ float divide(float x, float divisor, float reciprocal) {
+    float quotient = __fmul_rn(x, reciprocal);
+    quotient = fmaf(fmaf(-divisor, quotient, x), reciprocal, quotient);
+    return fmaf(fmaf(-divisor, quotient, x), reciprocal, quotient);
+  }
+};
+
+// The bits of a float whose last places hold round(x), ties to even, as a two's complement; |x| up to 2^22.
+__device__ __forceinline__ uint32_t integer_bits(float x) {
+  const float biased = __fadd_rn(x, 12582912.0f);  // 3 * 2^22
+  return *reinterpret_cast<const uint32_t*>(&biased);
+}
+constexpr uint32_t kIntegerBits = 0x4b400000;  // of 0
 
 }  // namespace hf_fastpath::kv

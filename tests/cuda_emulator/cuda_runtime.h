@@ -164,6 +164,11 @@ T __ldg(const T* p) {
   return *p;
 }
 
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
+
 inline float __fmul_rn(float a, float b) {
   return a * b;
 }
