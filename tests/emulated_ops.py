@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from emulator import IN_OUT, INPUT, OUTPUT, library
@@ -11,8 +13,9 @@ from emulator import IN_OUT, INPUT, OUTPUT, library
 class EmulatedOps:
     """Each op under its name, with its arguments; see :class:`emulator.KernelFault` for what they raise."""
 
-    def __init__(self, sm_count: int = 3) -> None:
+    def __init__(self, sm_count: int = 3, clusters: bool = True) -> None:
         self._library = library()
+        self.clusters = clusters  # of decode attention
         self.sm_count = sm_count  # few: so that a CTA takes several row blocks of a small shape
 
     def w4a16_linear(
@@ -186,29 +189,66 @@ class EmulatedOps:
             out=(out, OUTPUT),
         )
 
+    def attn_decode_static(
+        self, query: torch.Tensor, storage: Sequence[torch.Tensor], mask: torch.Tensor | None, scaling: float, **how: Any
+    ) -> torch.Tensor:
+        k, v, lengths = storage
+        return self._attn_decode(0, query, [k], [v], lengths, mask, scaling, **how)
+
     def attn_decode_int8(
+        self, query: torch.Tensor, storage: Sequence[torch.Tensor], mask: torch.Tensor | None, scaling: float, **how: Any
+    ) -> torch.Tensor:
+        return self._attn_decode(1, query, storage[:2], storage[2:4], storage[4], mask, scaling, **how)
+
+    def attn_decode_fp8(
+        self, query: torch.Tensor, storage: Sequence[torch.Tensor], mask: torch.Tensor | None, scaling: float, **how: Any
+    ) -> torch.Tensor:
+        return self._attn_decode(2, query, storage[:3], storage[3:6], storage[6], mask, scaling, **how)
+
+    def attn_decode_int4(
+        self, query: torch.Tensor, storage: Sequence[torch.Tensor], mask: torch.Tensor | None, scaling: float, **how: Any
+    ) -> torch.Tensor:
+        return self._attn_decode(3, query, storage[:4], storage[4:8], storage[8], mask, scaling, **how)
+
+    def _attn_decode(
         self,
+        form: int,
         query: torch.Tensor,
-        k_data: torch.Tensor,
-        k_scale: torch.Tensor,
-        v_data: torch.Tensor,
-        v_scale: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        lengths: torch.Tensor,
         mask: torch.Tensor | None,
-        length: int,
         scaling: float,
+        *,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         batch, heads, dim = query.shape
-        kv_heads, capacity = k_data.shape[1:3]
+        kv_heads, capacity = keys[0].shape[1:3]
         out = torch.empty_like(query)
-        scratch = torch.empty(self._floats("emulated_attn_decode_scratch_floats", batch, heads, dim, length))
-        self._library.call(
-            "emulated_attn_decode_int8",
-            *(query, k_data, k_scale, v_data, v_scale, mask, mask.stride(0) if mask is not None else 0, out, scratch),
-            *(batch, heads, kv_heads, dim, capacity, length, float(scaling), query.dtype is torch.bfloat16),
-            **_inputs(query=query, k_data=k_data, k_scale=k_scale, v_data=v_data, v_scale=v_scale, mask=mask),
-            out=(out, OUTPUT),
-            scratch=(scratch, OUTPUT),
-        )
+        group = keys[2].shape[2] if len(keys) > 2 else 0
+        front = keys[3].shape[2] if len(keys) > 3 else 0
+        k, v = ([*side, *[None] * (4 - len(side))] for side in (keys, values))
+        names = ("data", "scale", "tail", "front")
+        buffers = _inputs(query=query, lengths=lengths, mask=mask, sinks=sinks)
+        buffers |= _inputs(**{f"{which}_{name}": tensor for which, side in (("k", k), ("v", v)) for name, tensor in zip(names, side, strict=True)})
+
+        def call(scratch: torch.Tensor | None, floats: torch.Tensor | None) -> None:
+            self._library.call(
+                "emulated_attn_decode",
+                *(form, query, *k, *v, lengths, lengths.stride(1), mask),
+                *((mask.stride(0), mask.shape[1]) if mask is not None else (0, 0)),
+                *(sinks, out, scratch, batch, heads, kv_heads, dim, capacity, group, front, window),
+                *(float(scaling), float(softcap), self.clusters, query.dtype is torch.bfloat16, floats),
+                **buffers,
+                out=(out, OUTPUT),
+                scratch=(scratch, OUTPUT),
+            )
+
+        floats = torch.zeros(1, dtype=torch.int64)
+        call(None, floats)
+        call(torch.empty(int(floats)), None)
         return out
 
     def _floats(self, entry_name: str, *sizes: int) -> int:

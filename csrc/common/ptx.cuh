@@ -53,6 +53,17 @@ __device__ __forceinline__ uint4 load_early16(const void* p) {
   return v;
 }
 
+// What is in memory at this moment, for a word that a kernel under way may write.
+__device__ __forceinline__ int load_now(const int* p) {
+  int v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+// Asks for 128 bytes to come to the L2.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // Tensor cores: c += a * b, accumulated in fp32. Fragments are those of the PTX ISA, "Matrix Fragments for
 // mma.m16n8k16"; with lane l = 4 * g + t: A rows g and g + 8, B column g, C rows g and g + 8, columns 2t and 2t + 1.
 template <typename T>
@@ -109,7 +120,12 @@ __device__ __forceinline__ void cp_async16(void* target, const void* source, boo
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// 4 bytes, in the same way.
+// 8 and 4 bytes, in the same way.
+__device__ __forceinline__ void cp_async8(void* target, const void* source, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async4(void* target, const void* source, bool valid = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source),
                "r"(valid ? 4 : 0)

@@ -47,6 +47,13 @@ inline uint4 load_early16(const void* p) {
   return *static_cast<const uint4*>(p);
 }
 
+inline int load_now(const int* p) {
+  return *p;
+}
+inline void prefetch_l2(const void* p) {
+  cuda_emulator::check(p, 1, false, 1, __builtin_return_address(0));
+}
+
 inline uint64_t evict_first_policy() {
   return 0x12f0000000000000;
 }
@@ -66,6 +73,9 @@ inline void let_next_kernel_begin() {}
 
 inline void cp_async16(void* target, const void* source, bool valid = true) {
   cuda_emulator::cp_async(target, source, 16, valid);
+}
+inline void cp_async8(void* target, const void* source, bool valid = true) {
+  cuda_emulator::cp_async(target, source, 8, valid);
 }
 inline void cp_async4(void* target, const void* source, bool valid = true) {
   cuda_emulator::cp_async(target, source, 4, valid);

@@ -1,0 +1,22 @@
+// Attention of one new token a row over keys and values as the model has them; see attn/kernel.cuh.
+#include "attn/format_16bit.cuh"
+#include "attn/kernel.cuh"
+
+namespace hf_fastpath {
+namespace {
+
+template <typename T, int kPadded>
+struct Static {
+  using Format = attn::StaticFormat<T, kPadded, attn::Tuning<kPadded == 256 ? 4 : 8, 2, 8, 1>>;
+};
+
+}  // namespace
+
+int64_t attn_decode_static_scratch_floats(const AttnDecodeArgs& args) {
+  return attn::scratch_floats_for<Static>(args);
+}
+cudaError_t launch_attn_decode_static(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream) {
+  return attn::launch_for<Static>(args, dtype, stream);
+}
+
+}  // namespace hf_fastpath
