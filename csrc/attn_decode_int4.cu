@@ -5,9 +5,9 @@
 namespace hf_fastpath {
 namespace {
 
-template <typename T, int kPadded>
+template <typename T, int kPadded, bool kWhole>
 struct Int4 {
-  using Format = attn::Int4Format<T, kPadded, attn::Tuning<8, 2, 4, kPadded == 256 ? 1 : 2>>;
+  using Format = attn::Int4Format<T, kPadded, kWhole, attn::Tuning<4, 3, 4, kPadded == 256 ? 1 : 3>>;
 };
 
 }  // namespace

@@ -5,9 +5,9 @@
 namespace hf_fastpath {
 namespace {
 
-template <typename T, int kPadded>
+template <typename T, int kPadded, bool kWhole>
 struct Int8 {
-  using Format = attn::ByteFormat<T, kPadded, attn::Tuning<8, 3, 8, kPadded == 256 ? 1 : 2>, attn::Int8Codec, attn::Scales::kOfToken>;
+  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 3, 4, kPadded == 256 ? 2 : 4>, attn::Int8Codec, attn::Scales::kOfToken>;
 };
 
 }  // namespace

@@ -5,9 +5,9 @@
 namespace hf_fastpath {
 namespace {
 
-template <typename T, int kPadded>
+template <typename T, int kPadded, bool kWhole>
 struct Static {
-  using Format = attn::StaticFormat<T, kPadded, attn::Tuning<kPadded == 256 ? 4 : 8, 2, 8, 1>>;
+  using Format = attn::StaticFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 4, kPadded == 256 ? 1 : 3>>;
 };
 
 }  // namespace

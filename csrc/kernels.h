@@ -134,6 +134,10 @@ struct AttnDecodeArgs {
   int window;                      // only the last so many tokens are attended; 0: all
   float scaling, softcap;          // softcap: scores become softcap * tanh(score / softcap); 0: they do not
   bool clusters;                   // CTAs may add their parts in clusters, where the GPU has them
+  // Of h2o only, whose tokens are those of the first min(length, capacity) slots:
+  const int* positions;  // (batch, kv_heads, capacity): the token that a slot holds, which is what the mask is of
+  float* slot_scores;    // (batch, heads, capacity), written: scores in log2 units
+  float2* totals;        // (batch, heads), written: the maximum of them, and the inverse of the sum of weights
 };
 int64_t attn_decode_static_scratch_floats(const AttnDecodeArgs& args);
 cudaError_t launch_attn_decode_static(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
@@ -143,5 +147,20 @@ int64_t attn_decode_fp8_scratch_floats(const AttnDecodeArgs& args);
 cudaError_t launch_attn_decode_fp8(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
 int64_t attn_decode_int4_scratch_floats(const AttnDecodeArgs& args);
 cudaError_t launch_attn_decode_int4(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+int64_t attn_decode_h2o_scratch_floats(const AttnDecodeArgs& args);
+cudaError_t launch_attn_decode_h2o(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+
+// What launch_attn_decode_h2o() leaves to count: every slot's weights, summed over the query heads that read its KV
+// head, and leading padding.
+struct H2OCountArgs {
+  const float* slot_scores;  // of AttnDecodeArgs, as what has no comment
+  const float2* totals;
+  const uint8_t* mask;
+  int64_t mask_row_stride, mask_columns;
+  float* scores;  // (batch, kv_heads, capacity)
+  int* counts;    // (batch, kv_heads, 2): tokens that there were, leading ones that are padding
+  int batch, heads, kv_heads, capacity;
+};
+cudaError_t launch_h2o_count(const H2OCountArgs& args, cudaStream_t stream);
 
 }  // namespace hf_fastpath

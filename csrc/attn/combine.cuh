@@ -1,12 +1,13 @@
 // Decode attention: warps' results to a CTA's, CTAs' to the output.
 //
 // A result is a part: for each head the maximum of its scores, the sum of its weights and their sum of values, both
-// relative to the maximum. Parts are added in a fixed order: a CTA's warps one after the other, then 16 CTAs by halves,
-// the upper half to the lower one, where a CTA that does not exist counts as nothing.
+// relative to the maximum. Parts are added in a fixed order: a CTA's warps one after the other, then its CTAs: every
+// 16th one after the other, and the 16 sums by halves, where a CTA that does not exist counts as nothing.
 #pragma once
 
 #include "../common/ptx_sm90.cuh"
 #include "softmax.cuh"
+#include "stage.cuh"
 
 namespace hf_fastpath::attn {
 
@@ -29,7 +30,9 @@ struct Shared {
   static constexpr int kWarps = F::Tuning::kWarps;
   static constexpr int kRingBytes = F::Tuning::kStages * F::kStageBytes;
   static_assert(kRingBytes >= sizeof(WarpPart<F::kPadded>) && kRingBytes % 16 == 0);
-  static constexpr int kBytes = kWarps * kRingBytes + sizeof(CtaPart<F::kPadded>) + kWarps * kHeadsPerCta * 8;
+  using Query = SharedQuery<F::kPadded>;
+  static constexpr int kBytes = kWarps * kRingBytes + sizeof(CtaPart<F::kPadded>) + kWarps * kHeadsPerCta * 8 +
+                                (F::kHasFull ? 2 : 1) * sizeof(Query);
 
   static __device__ __forceinline__ unsigned char* ring(int warp) { return dynamic_shared() + warp * kRingBytes; }
   static __device__ __forceinline__ WarpPart<F::kPadded>* warp_part(int warp) {
@@ -40,11 +43,16 @@ struct Shared {
   }
   // Maximum and sum of [warp][head].
   static __device__ __forceinline__ float2* statistics() { return reinterpret_cast<float2*>(part() + 1); }
+  // As the format wants it, and as it is where the format has tokens in full precision.
+  static __device__ __forceinline__ Query* query() {
+    return reinterpret_cast<Query*>(statistics() + kWarps * kHeadsPerCta);
+  }
+  static __device__ __forceinline__ Query* raw_query() { return F::kHasFull ? query() + 1 : nullptr; }
 };
 
 // What a part counts for beside others, `largest` being the maximum of all.
 __device__ __forceinline__ float part_factor(float max, float largest) {
-  return max == kMinusInfinity ? 0.0f : exp2f(max - largest);
+  return max == kMinusInfinity ? 0.0f : exp2_fast(max - largest);
 }
 
 template <typename F>
@@ -107,37 +115,53 @@ __device__ __forceinline__ float sum_of_16(float v) {
   return v;
 }
 
-// Adds the parts of all CTAs and stores the heads from `first_head` (of the whole batch) on. This CTA does every
+// Adds the parts of all `splits` CTAs and stores the heads from `first_head` (of the whole batch) on. This CTA does every
 // ctas-th of the quads of channels, from number `rank` on; lanes 0 .. 15 and 16 .. 31 of a warp take one each.
 // statistics(split, head) and out(split, head, quad) read a part.
 template <typename T, typename Statistics, typename Out>
-__device__ __forceinline__ void add_cta_parts(const Params& p, int64_t first_head, int head_count, int rank, int ctas,
-                                              int threads, Statistics statistics, Out out) {
-  const int split = threadIdx.x % 16, quads = p.a.dim / 4, all = head_count * quads;
-  const int step = threads / 16 * ctas;
-  for (int first = rank; first < all; first += step) {
-    const int quad = first + static_cast<int>(threadIdx.x) / 16 * ctas;
-    const bool there = quad < all;
-    const int head = there ? quad / quads : 0;
-    float4 s = make_float4(kMinusInfinity, 0.0f, 0.0f, 0.0f), v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (there && split < p.splits) s = statistics(split, head);
-    if (s.x != kMinusInfinity || s.y != 0.0f) v = out(split, head, quad % quads);
-    float largest = s.x;
+__device__ __forceinline__ void add_cta_parts(const Params& p, int64_t first_head, int head_count, int splits, int rank,
+                                              int ctas, int threads, Statistics statistics, Out out) {
+  constexpr int kLanes = 16, kEach = kMaxSplits / kLanes;
+  const int lane = threadIdx.x % kLanes, quads = p.a.dim / 4, all = head_count * quads;
+  for (int first = rank; first < all; first += threads / kLanes * ctas) {
+    const int number = first + static_cast<int>(threadIdx.x) / kLanes * ctas;
+    const bool there = number < all;
+    const int head = there ? number / quads : 0, quad = number % quads;
+    float4 s[kEach], v[kEach];
+    float largest = kMinusInfinity;
 #pragma unroll
-    for (int offset = 8; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, offset));
+    for (int i = 0; i < kEach; ++i) {
+      const int split = lane + i * kLanes;
+      s[i] = make_float4(kMinusInfinity, 0.0f, 0.0f, 0.0f), v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (there && split < splits) s[i] = statistics(split, head), v[i] = out(split, head, quad);
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, s[i].x);
+#pragma unroll
+    for (int offset = kLanes / 2; offset; offset /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, offset));
+    }
     float sink = kMinusInfinity;
     if (there && p.a.sinks) {
       sink = p.a.sinks[(first_head + head) % p.a.heads] * kLog2E;
       largest = fmaxf(largest, sink);
     }
-    const float factor = part_factor(s.x, largest);
-    const float sum = sum_of_16(s.y * factor) + part_factor(sink, largest);
-    const float total[4] = {sum_of_16(v.x * factor), sum_of_16(v.y * factor), sum_of_16(v.z * factor),
-                            sum_of_16(v.w * factor)};
-    if (!there || split) continue;
+    float sum = 0.0f, total[4] = {};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const float factor = part_factor(s[i].x, largest);
+      sum += s[i].y * factor;
+      total[0] += v[i].x * factor, total[1] += v[i].y * factor;
+      total[2] += v[i].z * factor, total[3] += v[i].w * factor;
+    }
+    sum = sum_of_16(sum) + part_factor(sink, largest);
+#pragma unroll
+    for (float& x : total) x = sum_of_16(x);
+    if (!there || lane) continue;
     const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
     const int64_t row = first_head + head;
-    T* to = static_cast<T*>(p.a.out) + row * p.a.dim + quad % quads * 4;
+    if (p.a.totals && quad == 0) p.a.totals[row] = make_float2(largest, inverse);
+    T* to = static_cast<T*>(p.a.out) + row * p.a.dim + quad * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = from_float<T>(total[i] * inverse);
   }

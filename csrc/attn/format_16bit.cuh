@@ -14,11 +14,10 @@ struct Query16 {
   uint32_t b[kPadded / 32][4];
   float factor[2];
 
-  __device__ __forceinline__ void load(const T* heads, int head_count, int dim, bool aligned, float to_score,
-                                       int lane) {
+  __device__ __forceinline__ void load(const SharedQuery<kPadded>& shared, float to_score, int lane) {
 #pragma unroll
     for (int block = 0; block < kPadded / 32; ++block) {
-      const uint4 v = query_chunk(heads, lane / 4, head_count, block * 32 + lane % 4 * 8, dim, aligned);
+      const uint4 v = shared.chunk(lane / 4, block * 32 + lane % 4 * 8);
       b[block][0] = v.x, b[block][1] = v.y, b[block][2] = v.z, b[block][3] = v.w;
     }
     factor[0] = factor[1] = to_score;
@@ -68,15 +67,17 @@ __device__ __forceinline__ void multiply_values16(float (&out)[kBlocks][4][4], u
   }
 }
 
-template <typename T_, int kPadded_, typename Tuning_>
+// kWhole: heads have kPadded channels.
+template <typename T_, int kPadded_, bool kWhole, typename Tuning_>
 struct StaticFormat {
   using T = T_;
   using Tuning = Tuning_;
   static constexpr int kPadded = kPadded_, kTile = 16, kTiles = 1, kBlocks = kPadded / 64;
-  static constexpr bool kHasFull = false, kMinima = false;
+  static constexpr bool kHasFull = false, kMinima = false, kSlots = false;
   static constexpr uint32_t kAllPresent = 0xffff;
   static constexpr int kRowChunks = kPadded / 8, kSideBytes = kTile * kPadded * 2, kStageBytes = 2 * kSideBytes;
   using Query = Query16<T, kPadded>;
+  using Order = PlainQuery;
   using State = Running<kBlocks, kMinima>;
 
   static __device__ __forceinline__ int token(int, int g, int h) { return g + 8 * h; }
@@ -84,9 +85,12 @@ struct StaticFormat {
 
   const unsigned char *keys, *values;
   int row_bytes;
+  RowCopy<kTile, kRowChunks, kWhole, KeySwizzle> key_copy;
+  RowCopy<kTile, kRowChunks, kWhole, ValueSwizzle> value_copy;
 
-  __device__ __forceinline__ StaticFormat(const AttnDecodeArgs& a, int64_t pair) {
-    row_bytes = 2 * a.dim;
+  __device__ __forceinline__ StaticFormat(const AttnDecodeArgs& a, int64_t pair, int lane)
+      : key_copy(lane), value_copy(lane) {
+    row_bytes = 2 * (kWhole ? kPadded : a.dim);
     const int64_t offset = pair * a.capacity * row_bytes;
     keys = static_cast<const unsigned char*>(a.keys.data) + offset;
     values = static_cast<const unsigned char*>(a.values.data) + offset;
@@ -101,8 +105,8 @@ struct StaticFormat {
   __device__ __forceinline__ void copy(unsigned char* stage, int tile, int coded, int lane) const {
     const int64_t offset = int64_t{tile} * kTile * row_bytes;
     const int there = coded - tile * kTile;
-    copy_rows<kTile, kRowChunks, KeySwizzle>(stage, keys + offset, row_bytes, there, lane);
-    copy_rows<kTile, kRowChunks, ValueSwizzle>(stage + kSideBytes, values + offset, row_bytes, there, lane);
+    key_copy.run(stage, keys + offset, row_bytes, there, lane);
+    value_copy.run(stage + kSideBytes, values + offset, row_bytes, there, lane);
   }
   __device__ __forceinline__ void scores(float (&s)[kTiles][4], const unsigned char* stage, const Query& q, uint32_t,
                                          int lane) const {

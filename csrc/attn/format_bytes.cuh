@@ -1,6 +1,6 @@
 // Decode attention over keys and values of one byte: int8 with a scale a token, fp8 (E4M3) with one a token or a group of
 // 64. Both are exact in fp16, and so are their products with the query, which is scaled by a power of two to fp16's
-// upper range (scale_query()).
+// upper range (store_query()).
 #pragma once
 
 #include <cuda_fp8.h>
@@ -10,9 +10,9 @@
 
 namespace hf_fastpath::attn {
 
-// How bytes become fp16. The first pair of unpack() has bytes 0 and kSecond of a word, the second one kNext further.
+// How bytes become fp16. The first pair of unpack() has bytes 0 and kSecond of a word, the second pair the others.
 struct Int8Codec {
-  static constexpr int kSecond = 2, kNext = 1;
+  static constexpr int kSecond = 2;
   static __device__ __forceinline__ void unpack(uint32_t word, uint32_t& first, uint32_t& second) {
     first = int8_pair<__half>(word);
     second = int8_pair<__half>(word >> 8);
@@ -24,7 +24,7 @@ struct Int8Codec {
   }
 };
 struct Fp8Codec {
-  static constexpr int kSecond = 1, kNext = 2;
+  static constexpr int kSecond = 1;
   static __device__ __forceinline__ void unpack(uint32_t word, uint32_t& first, uint32_t& second) {
     first = pair(word & 0xffff);
     second = pair(word >> 16);
@@ -41,53 +41,49 @@ struct Fp8Codec {
   }
 };
 
-// Query heads as B fragments of fp16 in the codec's order: lane t has channels 64 * block + 16 * t and the 15 behind.
-template <typename T, int kPadded, typename Codec>
+// Query heads as B fragments of fp16: lane t has channels 64 * block + 16 * t and the 15 behind.
+template <int kPadded, typename Codec>
 struct ByteQuery {
   uint32_t b[kPadded / 64][4][2];
   float factor[2];
 
-  __device__ __forceinline__ void load(const T* heads, int head_count, int dim, bool aligned, float to_score,
-                                       int lane) {
+  // The channels of a word in the order of the codec's pairs.
+  struct Order {
+    static constexpr bool kScaled = true;
+    static constexpr int kExponent = 13;
+    static __device__ __forceinline__ int of(int channel) {
+      return Codec::kSecond == 1 ? channel : (channel & ~3) | (channel & 1) << 1 | (channel & 2) >> 1;
+    }
+  };
+
+  __device__ __forceinline__ void load(const SharedQuery<kPadded>& shared, float to_score, int lane) {
     const int g = lane / 4, t = lane % 4;
-    float values[kPadded / 4];
 #pragma unroll
     for (int chunk = 0; chunk < kPadded / 32; ++chunk) {
-      const int first = chunk / 2 * 64 + t * 16 + chunk % 2 * 8;
-      const uint4 v = query_chunk(heads, g, head_count, first, dim, aligned);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[8 * chunk + i] = bits_to_float<T>(words[i / 2] >> 16 * (i % 2));
-    }
-    const int added = scale_query(values, 13);
-#pragma unroll
-    for (int word = 0; word < kPadded / 16; ++word) {
-      const float* v = values + 4 * word;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        b[word / 4][word % 4][i] = pack_floats(v[Codec::kNext * i], v[Codec::kNext * i + Codec::kSecond], __half());
-      }
+      const uint4 v = shared.chunk(g, chunk / 2 * 64 + t * 16 + chunk % 2 * 8);
+      uint32_t(&word)[4][2] = b[chunk / 2];
+      word[chunk % 2 * 2][0] = v.x, word[chunk % 2 * 2][1] = v.y;
+      word[chunk % 2 * 2 + 1][0] = v.z, word[chunk % 2 * 2 + 1][1] = v.w;
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {  // the column's head is another lane's g
-      factor[i] = ldexpf(to_score, -__shfl_sync(kFullWarp, added, (2 * t + i) * 4));
-    }
+    for (int i = 0; i < 2; ++i) factor[i] = ldexpf(to_score, -shared.added[2 * t + i]);
   }
 };
 
-enum class Scales { kOfToken, kOfGroup };  // fp16, fp32
+enum class Scales { kOfToken, kOfGroup, kOfSlot };  // fp16, fp32, fp16
 
-template <typename T_, int kPadded_, typename Tuning_, typename Codec, Scales kScales>
+template <typename T_, int kPadded_, bool kWhole, typename Tuning_, typename Codec, Scales kScales>
 struct ByteFormat {
   using T = T_;
   using Tuning = Tuning_;
   static constexpr int kPadded = kPadded_, kTile = 16, kTiles = 1, kBlocks = kPadded / 64;
-  static constexpr bool kHasFull = kScales == Scales::kOfGroup, kMinima = false;
+  static constexpr bool kHasFull = kScales == Scales::kOfGroup, kMinima = false, kSlots = kScales == Scales::kOfSlot;
   static constexpr uint32_t kAllPresent = 0xffff;
   static constexpr int kRowChunks = kPadded / 16, kSideBytes = kTile * kPadded;
   static constexpr int kScaleBytes = 32;  // a side
   static constexpr int kStageBytes = 2 * (kSideBytes + kScaleBytes);
-  using Query = ByteQuery<T, kPadded, Codec>;
+  using Query = ByteQuery<kPadded, Codec>;
+  using Order = typename Query::Order;
   using State = Running<kBlocks, kMinima>;
   // With rows of 64 bytes, two of them are as wide as the banks.
   using RowSwizzle = std::conditional_t<kPadded == 64, NoSwizzle, KeySwizzle>;
@@ -97,9 +93,12 @@ struct ByteFormat {
 
   const unsigned char *keys, *values, *key_scales, *value_scales;
   int row_bytes, group_tokens;
+  RowCopy<kTile, kRowChunks, kWhole, RowSwizzle> key_copy;
+  RowCopy<kTile, kRowChunks, kWhole, ValueSwizzle> value_copy;
 
-  __device__ __forceinline__ ByteFormat(const AttnDecodeArgs& a, int64_t pair) {
-    row_bytes = a.dim;
+  __device__ __forceinline__ ByteFormat(const AttnDecodeArgs& a, int64_t pair, int lane)
+      : key_copy(lane), value_copy(lane) {
+    row_bytes = kWhole ? kPadded : a.dim;
     group_tokens = a.group_tokens;
     const int64_t tokens = pair * a.capacity;
     const int64_t scales = kScales == Scales::kOfGroup ? tokens / group_tokens * 4 : tokens * 2;
@@ -117,9 +116,9 @@ struct ByteFormat {
   }
   __device__ __forceinline__ void copy(unsigned char* stage, int tile, int coded, int lane) const {
     const int64_t offset = int64_t{tile} * kTile * row_bytes;
-    const int there = coded - tile * kTile;
-    copy_rows<kTile, kRowChunks, RowSwizzle>(stage, keys + offset, row_bytes, there, lane);
-    copy_rows<kTile, kRowChunks, ValueSwizzle>(stage + kSideBytes, values + offset, row_bytes, there, lane);
+    const int there = kHasFull ? kTile : coded - tile * kTile;  // groups are whole
+    key_copy.run(stage, keys + offset, row_bytes, there, lane);
+    value_copy.run(stage + kSideBytes, values + offset, row_bytes, there, lane);
     unsigned char* const scales = stage + 2 * kSideBytes;
     if constexpr (kScales == Scales::kOfGroup) {
       const int64_t group = int64_t{tile} * kTile / group_tokens * 4;

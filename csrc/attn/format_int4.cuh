@@ -30,59 +30,59 @@ __device__ __forceinline__ void pair_values(uint4 v, uint32_t (&pairs)[4]) {
   pairs[2] = __byte_perm(v.y, v.w, 0x5410), pairs[3] = __byte_perm(v.y, v.w, 0x7632);
 }
 
-// Query heads in fp16 in the order of unpack_codes(): lane t has kPadded / 4 channels from kPadded / 4 * t on.
-template <typename T, int kPadded>
+// Query heads in fp16: lane t has kPadded / 4 channels from kPadded / 4 * t on.
+template <int kPadded>
 struct Int4Query {
   static constexpr int kWords = kPadded / 32;
   uint32_t b[kWords][4];
   float factor[2];
 
-  __device__ __forceinline__ void load(const T* heads, int head_count, int dim, bool aligned, float to_score,
-                                       int lane) {
+  // Eight channels in the order of unpack_codes(). Times a scale, which is at most 2 * 65504 / 15, a channel stays below
+  // fp16's largest.
+  struct Order {
+    static constexpr bool kScaled = true;
+    static constexpr int kExponent = 1;
+    static __device__ __forceinline__ int of(int channel) {
+      return (channel & ~7) | (channel & 3) << 1 | (channel & 4) >> 2;
+    }
+  };
+
+  __device__ __forceinline__ void load(const SharedQuery<kPadded>& shared, float to_score, int lane) {
     const int g = lane / 4, t = lane % 4;
-    float values[8 * kWords];
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      const uint4 v = query_chunk(heads, g, head_count, 8 * (t * kWords + word), dim, aligned);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[8 * word + i] = bits_to_float<T>(words[i / 2] >> 16 * (i % 2));
-    }
-    // Times a scale, which is at most 2 * 65504 / 15, it stays below fp16's largest.
-    const int added = scale_query(values, 1);
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) b[word][i] = pack_floats(values[8 * word + i], values[8 * word + i + 4], __half());
+      const uint4 v = shared.chunk(g, 8 * (t * kWords + word));
+      b[word][0] = v.x, b[word][1] = v.y, b[word][2] = v.z, b[word][3] = v.w;
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) factor[i] = ldexpf(to_score, -__shfl_sync(kFullWarp, added, (2 * t + i) * 4));
+    for (int i = 0; i < 2; ++i) factor[i] = ldexpf(to_score, -shared.added[2 * t + i]);
   }
 };
 
-template <typename T_, int kPadded_, typename Tuning_>
+template <typename T_, int kPadded_, bool kWhole, typename Tuning_>
 struct Int4Format {
   using T = T_;
   using Tuning = Tuning_;
   static constexpr int kPadded = kPadded_, kTile = 32, kTiles = 2, kBlocks = kPadded / 64;
-  static constexpr bool kHasFull = true, kMinima = true;
+  static constexpr bool kHasFull = true, kMinima = true, kSlots = false;
   static constexpr uint32_t kAllPresent = 0xffffffff;
   static constexpr int kKeyChunks = kPadded / 32, kValueChunks = kPadded / 4;  // a token; 8 tokens
   static constexpr int kSideBytes = kTile * kPadded / 2;
   static constexpr int kKeyParams = 4 * kPadded, kValueParams = 2 * kBlocks * kTile * 2;  // bytes
   static constexpr int kStageBytes = 2 * kSideBytes + kKeyParams + kValueParams;
-  using Query = Int4Query<T, kPadded>;
+  using Query = Int4Query<kPadded>;
+  using Order = typename Query::Order;
   using State = Running<kBlocks, kMinima>;
 
   // Keys by rows: lanes t = 0 .. 3 of rows r, r + 4, ... read neighbouring chunks, or halves of them.
   struct RowSwizzle {
-    static __device__ __forceinline__ int of(int chunk, int row) {
+    static constexpr __device__ __forceinline__ int of(int chunk, int row) {
       return kPadded == 64 ? chunk ^ (row >> 2 & 3) << 1 : chunk ^ (row >> 2 & 1) << (kPadded == 128 ? 2 : 0);
     }
   };
   // Values: lanes t read rows t, of 8 tokens, lanes g and g + 1 chunks 2g and 2g + 2.
   struct WordSwizzle {
-    static __device__ __forceinline__ int of(int chunk, int row) { return chunk ^ (row & 1) ^ (row & 2) << 1; }
+    static constexpr __device__ __forceinline__ int of(int chunk, int row) { return chunk ^ (row & 1) ^ (row & 2) << 1; }
   };
 
   static __device__ __forceinline__ int token(int m, int g, int h) { return 4 * g + 2 * m + h; }
@@ -90,12 +90,15 @@ struct Int4Format {
 
   const unsigned char *keys, *values, *key_params, *value_params;
   int dim, group_tokens, parts, part_width;
+  RowCopy<kTile, kKeyChunks, kWhole, RowSwizzle> key_copy;
+  RowCopy<kTile / 8, kValueChunks, kWhole, WordSwizzle> value_copy;
 
-  __device__ __forceinline__ Int4Format(const AttnDecodeArgs& a, int64_t pair) {
-    dim = a.dim;
+  __device__ __forceinline__ Int4Format(const AttnDecodeArgs& a, int64_t pair, int lane)
+      : key_copy(lane), value_copy(lane) {
+    dim = kWhole ? kPadded : a.dim;
     group_tokens = a.group_tokens;
     parts = (dim + 63) / 64;
-    while (dim % parts) ++parts;
+    while (!kWhole && dim % parts) ++parts;
     part_width = dim / parts;
     const int64_t tokens = pair * a.capacity, groups = tokens / group_tokens;
     keys = static_cast<const unsigned char*>(a.keys.data) + tokens * dim / 2;
@@ -110,16 +113,15 @@ struct Int4Format {
       prefetch_l2(values + offset + 128 * i);
     }
   }
-  __device__ __forceinline__ void copy(unsigned char* stage, int tile, int coded, int lane) const {
-    if (tile * kTile >= coded) return;  // tiles are whole
+  __device__ __forceinline__ void copy(unsigned char* stage, int tile, int, int lane) const {  // groups are whole
     const int64_t offset = int64_t{tile} * kTile * dim / 2;
     if (dim % 32 == 0) {
-      copy_rows<kTile, kKeyChunks, RowSwizzle>(stage, keys + offset, dim / 2, kTile, lane);
+      key_copy.run(stage, keys + offset, dim / 2, kTile, lane);
     } else {
       copy_rows8<kTile, kKeyChunks, RowSwizzle>(stage, keys + offset, dim / 2, kTile, lane);
     }
     stage += kSideBytes;
-    copy_rows<kTile / 8, kValueChunks, WordSwizzle>(stage, values + offset, 4 * dim, kTile / 8, lane);
+    value_copy.run(stage, values + offset, 4 * dim, kTile / 8, lane);
     stage += kSideBytes;
     const int first = tile * kTile, group = first / group_tokens;
     const unsigned char* of_group = key_params + int64_t{group} * 4 * dim;

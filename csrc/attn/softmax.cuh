@@ -53,13 +53,13 @@ __device__ __forceinline__ void update_softmax(Running<kBlocks, kMinima>& r, flo
     for (int m = 1; m < kTiles; ++m) largest = fmaxf(largest, fmaxf(scores[m][j], scores[m][j + 2]));
     const float new_max = fmaxf(r.max[j], max_over_g(largest));
     const float finite_max = new_max == kMinusInfinity ? 0.0f : new_max;  // all masked so far: exp2(-inf) = 0
-    rescale[j] = exp2f(r.max[j] - finite_max);
+    rescale[j] = exp2_fast(r.max[j] - finite_max);
     r.max[j] = new_max;
     float sum = 0.0f;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) sum += scores[m][2 * h + j] = exp2f(scores[m][2 * h + j] - finite_max);
+      for (int h = 0; h < 2; ++h) sum += scores[m][2 * h + j] = exp2_fast(scores[m][2 * h + j] - finite_max);
     }
     r.sum[j] = r.sum[j] * rescale[j] + sum;
     if constexpr (kMinima) {
@@ -91,6 +91,11 @@ __device__ __forceinline__ float rescale_output(Running<kBlocks, kMinima>& r, co
   return weight_unit(exponent);
 }
 
+// tanh(x) to 2^-22, absolute.
+__device__ __forceinline__ float tanh_fast(float x) {
+  return 1.0f - 2.0f * __frcp_rn(1.0f + exp2_fast(2.0f * kLog2E * x));
+}
+
 // From products of query and key, in what `factor` makes natural units over softcap, or log2 units without a softcap,
 // to scores in log2 units; minus infinity where the bit of the token is not set.
 template <typename F>
@@ -105,7 +110,7 @@ __device__ __forceinline__ void finish_scores(float (&scores)[F::kTiles][4], con
 #pragma unroll
     for (int m = 0; m < F::kTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[m][i] = softcap * kLog2E * tanhf(scores[m][i]);
+      for (int i = 0; i < 4; ++i) scores[m][i] = softcap * kLog2E * tanh_fast(scores[m][i]);
     }
   }
   if (present != F::kAllPresent) {

@@ -12,15 +12,15 @@
 namespace hf_fastpath::attn {
 
 constexpr int kHeadsPerCta = 8;  // query heads: the columns of an mma
-constexpr int kMaxSplits = 16;   // the largest cluster that there is
+constexpr int kMaxCluster = 16;  // the largest cluster that there is
+constexpr int kMaxSplits = 64;
 constexpr int kFullTokens = 16;  // of an item in full precision
 
-// How a format is run: kWarps a CTA, each with a ring of kStages tiles; a short row gets a CTA more for every
-// kItemsPerSplit items; kCtasPerSm limits the registers.
-template <int kWarps_, int kStages_, int kItemsPerSplit_, int kCtasPerSm_>
+// How a format is run: kWarps a CTA, each with a ring of kStages tiles; kCtasPerSm limits the registers. A row gets as
+// many CTAs as its items fill, up to kMaxCluster; more when there are kDepth items a warp.
+template <int kWarps_, int kStages_, int kDepth_, int kCtasPerSm_>
 struct Tuning {
-  static constexpr int kWarps = kWarps_, kStages = kStages_, kItemsPerSplit = kItemsPerSplit_,
-                       kCtasPerSm = kCtasPerSm_;
+  static constexpr int kWarps = kWarps_, kStages = kStages_, kDepth = kDepth_, kCtasPerSm = kCtasPerSm_;
 };
 
 struct Params {
@@ -28,12 +28,17 @@ struct Params {
   int splits;          // CTAs of a row and KV head, at least those that any length up to the capacity asks for
   int groups;          // of up to 8 query heads that read a KV head
   bool in_cluster;     // they are a cluster and add their parts themselves; else attn_combine_kernel does
-  bool aligned_query;  // to 16 bytes
 };
 
-__host__ __device__ inline int splits_of(int items, int items_per_split) {
-  const int wanted = (items + items_per_split - 1) / items_per_split;
-  return wanted < 1 ? 1 : wanted > kMaxSplits ? kMaxSplits : wanted;
+template <typename Tuning>
+__host__ __device__ inline int splits_of(int items) {
+  const auto splits = [items](int each, int most) {
+    const int wanted = (items + each - 1) / each;
+    return wanted < most ? wanted : most;
+  };
+  const int few = splits(Tuning::kWarps, kMaxCluster), many = splits(Tuning::kWarps * Tuning::kDepth, kMaxSplits);
+  const int most = few > many ? few : many;
+  return most > 1 ? most : 1;
 }
 
 // What a row of some length consists of.
@@ -57,7 +62,7 @@ struct Work {
     w.tiles = max((w.coded + F::kTile - 1) / F::kTile - w.first_tile, 0);
     w.front_items = w.visible_from < w.front ? (w.front + kFullTokens - 1) / kFullTokens : 0;
     w.tail_items = (w.tail + kFullTokens - 1) / kFullTokens;
-    w.splits = splits_of(w.tiles + w.front_items + w.tail_items, F::Tuning::kItemsPerSplit);
+    w.splits = splits_of<typename F::Tuning>(w.tiles + w.front_items + w.tail_items);
     return w;
   }
 };
@@ -69,7 +74,7 @@ int max_splits(const AttnDecodeArgs& a) {
   int most = items(a.capacity, F::kTile);
   if (F::kHasFull) most += items(a.group_tokens, kFullTokens) + items(a.front_tokens, kFullTokens);
   int splits = 1;
-  while (splits < splits_of(most, F::Tuning::kItemsPerSplit)) splits *= 2;
+  while (splits < splits_of<typename F::Tuning>(most)) splits *= 2;
   return splits;
 }
 

@@ -32,6 +32,20 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return d;
 }
 
+// 2^x, off by 2 units in the last place at most; 0 below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// threadIdx.x % 32, kept in a register instead of being asked for each time.
+__device__ __forceinline__ int lane_number() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // For data read once: it does not displace the activations in L1.
 __device__ __forceinline__ uint4 load_once16(const void* p) {
   uint4 v;

@@ -36,9 +36,8 @@ class Int8KVLayer(CompressedLayer):
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         q = rotate(query).contiguous()  # as the stored keys are
-        k_data, k_scale, v_data, v_scale = self.storage
-        stored = (k_data, k_scale, v_data, v_scale)
-        return attn_decode_int8(q, *stored, mask, self.length, scaling, reference=self.reference)
+        lengths = torch.full(self.storage[0].shape[:2], self.length, dtype=torch.int32, device=q.device)
+        return attn_decode_int8(q, (*self.storage, lengths), mask, scaling, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 2)

@@ -5,6 +5,7 @@ from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
+from hf_fastpath.ops.attn_decode_static import attn_decode_static
 from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
 from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
 from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
@@ -33,6 +34,7 @@ __all__ = [
     "attn_decode_h2o",
     "attn_decode_int4",
     "attn_decode_int8",
+    "attn_decode_static",
     "attn_prefill_h2o",
     "kv_fp8_append",
     "kv_fp8_dequantize",

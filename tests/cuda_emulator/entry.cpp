@@ -72,14 +72,15 @@ EXPORT int emulated_kv_int8_dequantize(const int8_t* data, const void* scale, vo
   return launch_kv_int8_dequantize({data, scale, out, pairs, capacity, length, dim}, dtype_of(bfloat16), nullptr);
 }
 
-// The formats' launchers: 0 static, 1 int8, 2 fp8, 3 int4. A side: data, scale, tail, front.
+// The formats' launchers: 0 static, 1 int8, 2 fp8, 3 int4, 4 h2o. A side: data, scale, tail, front.
 EXPORT int emulated_attn_decode(int format, const void* query, const void* k_data, const void* k_scale,
                                 const void* k_tail, const void* k_front, const void* v_data, const void* v_scale,
                                 const void* v_tail, const void* v_front, const int* lengths, int length_stride,
                                 const uint8_t* mask, int64_t mask_row_stride, int64_t mask_columns, const float* sinks,
                                 void* out, float* scratch, int batch, int heads, int kv_heads, int dim, int capacity,
                                 int group_tokens, int front_tokens, int window, float scaling, float softcap,
-                                int clusters, int bfloat16, int64_t* scratch_floats) {
+                                int clusters, const int* positions, float* slot_scores, float2* totals, int bfloat16,
+                                int64_t* scratch_floats) {
   const AttnDecodeArgs args{query,
                             {k_data, k_scale, k_tail, k_front},
                             {v_data, v_scale, v_tail, v_front},
@@ -101,13 +102,25 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
                             window,
                             scaling,
                             softcap,
-                            clusters != 0};
+                            clusters != 0,
+                            positions,
+                            slot_scores,
+                            totals};
   constexpr decltype(&launch_attn_decode_int8) kLaunch[] = {launch_attn_decode_static, launch_attn_decode_int8,
-                                                            launch_attn_decode_fp8, launch_attn_decode_int4};
+                                                            launch_attn_decode_fp8, launch_attn_decode_int4,
+                                                            launch_attn_decode_h2o};
   constexpr decltype(&attn_decode_int8_scratch_floats) kFloats[] = {
       attn_decode_static_scratch_floats, attn_decode_int8_scratch_floats, attn_decode_fp8_scratch_floats,
-      attn_decode_int4_scratch_floats};
+      attn_decode_int4_scratch_floats, attn_decode_h2o_scratch_floats};
   if (!scratch_floats) return kLaunch[format](args, dtype_of(bfloat16), nullptr);
   *scratch_floats = kFloats[format](args);
   return 0;
+}
+
+EXPORT int emulated_h2o_count(const float* slot_scores, const float2* totals, const uint8_t* mask,
+                              int64_t mask_row_stride, int64_t mask_columns, float* scores, int* counts, int batch,
+                              int heads, int kv_heads, int capacity) {
+  return launch_h2o_count({slot_scores, totals, mask, mask_row_stride, mask_columns, scores, counts, batch, heads,
+                           kv_heads, capacity},
+                          nullptr);
 }

@@ -37,6 +37,14 @@ inline float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
 }
 
+inline float exp2_fast(float x) {
+  return std::exp2(x);
+}
+
+inline int lane_number() {
+  return cuda_emulator::lane_id();
+}
+
 inline uint4 load_once16(const void* p) {
   return *static_cast<const uint4*>(p);
 }
