@@ -103,8 +103,8 @@ struct KvNewTokens {
   const void* k_norm;
   float eps;
   KvAngles cos, sin;
-  int rotary_dim;  // a multiple of 16 up to dim; 0: no RoPE
-  float rotation;  // rotation_factor(dim) to rotate queries and keys; 0: not
+  int rotary_dim;                           // a multiple of 16 up to dim; 0: no RoPE
+  float rotation;                           // rotation_factor(dim) to rotate queries and keys; 0: not
   int batch, heads, kv_heads, tokens, dim;  // dim: a multiple of 8 up to kMaxKvDim
   int64_t capacity;                         // entries of the storage
   int32_t* lengths;                         // (batch, kv_heads): tokens stored, to which the launch adds `tokens`
@@ -208,25 +208,58 @@ struct AttnReceivedArgs {
 };
 cudaError_t launch_attn_received(const AttnReceivedArgs& args, Dtype dtype, cudaStream_t stream);
 
-// ---- attn_decode_int8.cu --------------------------------------------------------------------------------------------
+// ---- attn_decode_*.cu -----------------------------------------------------------------------------------------------
+// Keys or values as a cache stores them, nullptr being what its format does not have. Every layout is described by its
+// layer's docstring in hf_fastpath/caches/. All are contiguous and aligned to 16 bytes.
+struct KvSide {
+  const void* data;   // (batch, kv_heads, capacity, ...): the tokens, or their codes
+  const void* scale;  // of the codes: a token's, a group's, or int4's parameters
+  const void* tail;   // fp8, int4: the tokens of the group that is not full
+  const void* front;  // int4: the first tokens
+};
 struct AttnDecodeArgs {
   const void* query;  // (batch, heads, dim)
-  const int8_t* k_data;
-  const void* k_scale;
-  const int8_t* v_data;
-  const void* v_scale;
-  const uint8_t* mask;  // (batch, >= length) of 0 and 1, or nullptr
-  int64_t mask_row_stride;
-  void* out;       // (batch, heads, dim)
-  float* scratch;  // attn_decode_scratch_floats() floats, or nullptr when that is 0
+  KvSide keys, values;
+  const int* lengths;  // (batch, kv_heads), length_stride elements apart: tokens stored, those in front included
+  int length_stride;
+  const uint8_t* mask;  // (batch, mask_columns) of 0 and 1, or nullptr; tokens beyond its columns are not attended
+  int64_t mask_row_stride, mask_columns;
+  const float* sinks;  // (heads,): a logit each, which takes part in the softmax and has no value; or nullptr
+  void* out;           // (batch, heads, dim)
+  float* scratch;      // attn_decode_scratch_floats() floats, 16-byte aligned, or nullptr when that is 0
   int batch, heads, kv_heads, dim;
-  int64_t capacity, length;
-  float scaling;
+  int capacity;                    // tokens, a multiple of 16; of fp8 and int4 of group_tokens, those in front excepted
+  int group_tokens, front_tokens;  // fp8: 64 and 0, int4: 32 or 64 and any number; else 0
+  int window;                      // only the last so many tokens are attended; 0: all
+  float scaling, softcap;          // softcap: scores become softcap * tanh(score / softcap); 0: they do not
+  bool clusters;                   // CTAs may add their parts in clusters, where the GPU has them
+  // Of h2o only, whose tokens are those of the first min(length, capacity) slots:
+  const int* positions;  // (batch, kv_heads, capacity): the token that a slot holds, which is what the mask is of
+  float* slot_scores;    // (batch, heads, capacity), written: scores in log2 units
+  float2* totals;        // (batch, heads), written: the maximum of them, and the inverse of the sum of weights
 };
-// How many pieces a sequence is cut into: a function of its length alone, so that a row's bits do not depend on its
-// neighbours in the batch.
-int attn_decode_splits(int64_t length);
-int64_t attn_decode_scratch_floats(int64_t batch, int64_t heads, int64_t dim, int64_t length);
+int64_t attn_decode_static_scratch_floats(const AttnDecodeArgs& args);
+cudaError_t launch_attn_decode_static(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+int64_t attn_decode_int8_scratch_floats(const AttnDecodeArgs& args);
 cudaError_t launch_attn_decode_int8(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+int64_t attn_decode_fp8_scratch_floats(const AttnDecodeArgs& args);
+cudaError_t launch_attn_decode_fp8(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+int64_t attn_decode_int4_scratch_floats(const AttnDecodeArgs& args);
+cudaError_t launch_attn_decode_int4(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+int64_t attn_decode_h2o_scratch_floats(const AttnDecodeArgs& args);
+cudaError_t launch_attn_decode_h2o(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+
+// What launch_attn_decode_h2o() leaves to count: every slot's weights, summed over the query heads that read its KV
+// head, and leading padding.
+struct H2OCountArgs {
+  const float* slot_scores;  // of AttnDecodeArgs, as what has no comment
+  const float2* totals;
+  const uint8_t* mask;
+  int64_t mask_row_stride, mask_columns;
+  float* scores;  // (batch, kv_heads, capacity)
+  int* counts;    // (batch, kv_heads, 2): tokens that there were, leading ones that are padding
+  int batch, heads, kv_heads, capacity;
+};
+cudaError_t launch_h2o_count(const H2OCountArgs& args, cudaStream_t stream);
 
 }  // namespace hf_fastpath

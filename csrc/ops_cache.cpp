@@ -47,8 +47,8 @@ struct NewTokens {
   Dtype checked() const {
     const Dtype dtype = check.float_dtype(key, "key");
     check.shape(key, {-1, -1, -1, -1}, "key", "(B, H_kv, q, D)");
-    check(dim() % 8 == 0 && dim() >= 8 && dim() <= kMaxKvDim,
-          "takes head dimensions that are multiples of 8 up to ", kMaxKvDim, ", got ", dim());
+    check(dim() % 8 == 0 && dim() >= 8 && dim() <= kMaxKvDim, "takes head dimensions that are multiples of 8 up to ",
+          kMaxKvDim, ", got ", dim());
     check.shape(value, {batch(), kv_heads(), tokens(), dim()}, "value", "of key");
     check(value.scalar_type() == key.scalar_type(), "key and value must have the same dtype");
     check(key.stride(3) == 1 && value.stride(3) == 1, "key and value must be contiguous in their last dimension");
@@ -309,8 +309,9 @@ KvExpandArgs expand_args(const Check& check, const Tensor& cache, const Tensor& 
   check(tail.scalar_type() == out.scalar_type(), "out must have the dtype of the tail");
   const int64_t front = sinks ? sinks->size(2) : 0;
   check(out.size(2) <= capacity + front, "length ", out.size(2), " is more than the capacity ", capacity);
-  const std::pair<const Tensor*, const char*> all[] = {{&cache, "data"},      {&scale, "scale or params"}, {&tail, "tail"},
-                                                       {&lengths, "lengths"}, {&out, "out"},               {sinks, "sinks"}};
+  const std::pair<const Tensor*, const char*> all[] = {{&cache, "data"}, {&scale, "scale or params"},
+                                                       {&tail, "tail"},  {&lengths, "lengths"},
+                                                       {&out, "out"},    {sinks, "sinks"}};
   for (const auto& [t, name] : all) {
     if (t == nullptr) continue;
     check.contiguous(*t, name);

@@ -6,7 +6,7 @@ it, and divides each replay's time by its calls. Columns of the CSV, one row a m
 op            linear, gemm or attn_decode
 impl          linear: hf_fastpath_int4, tinygemm_int4, cublas_bf16; gemm: each variant of w4a16_gemm that the GPU runs,
               dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16; attn_decode:
-              hf_fastpath_int8, sdpa_bf16
+              hf_fastpath_static, _int8, _fp8, _int4, sdpa_bf16
 m, k, n       rows of x, in and out features (linear, gemm)
 batch, tokens, heads, kv_heads, dim (attn_decode)
 bytes         what one call must move: each input read once, each output written once
@@ -32,10 +32,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_fastpath import ops
 from hf_fastpath.build import load_library
 from hf_fastpath.eval.sizes import parse_rows, parse_shapes
 from hf_fastpath.heuristics import w4a16_gemm_runs_on
-from hf_fastpath.ops import attn_decode_int8, w4a16_dequantize, w4a16_gemm, w4a16_linear
+from hf_fastpath.ops import w4a16_dequantize, w4a16_gemm, w4a16_linear
+from hf_fastpath.ops.kv_int4_append import value_groups
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
 
 COLUMNS = (
@@ -56,6 +58,7 @@ LINEAR_ROWS = (1, 16)
 GEMM_ROWS = (32, 64, 128, 512, 2048, 8192)
 GROUP = 128
 HEADS, KV_HEADS, DIM = 32, 8, 128
+KV_GROUP, SINKS = 64, 4  # of fp8 and int4
 ROTATE_BYTES = 300_000_000  # five times the L2 of an H200
 REPLAYS = 60
 
@@ -183,11 +186,33 @@ def gemm_rows(wanted: Wanted) -> Iterator[Row]:
                 yield result("gemm", impl, {"m": m, "k": k, "n": n}, moved + 2 * m * (k + n), partial(make, x, k, n))
 
 
-def int8_attention_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
-    shape = (batch, KV_HEADS, tokens)
-    k, v = (torch.randint(-127, 128, (*shape, DIM), dtype=torch.int8, device="cuda") for _ in range(2))
-    k_scale, v_scale = (torch.rand(shape, device="cuda").half() / 64 for _ in range(2))
-    return lambda: attn_decode_int8(query, k, k_scale, v, v_scale, None, tokens, DIM**-0.5)
+def kv_storage(form: str, batch: int, tokens: int) -> list[torch.Tensor]:
+    """Random storage of a cache format, as hf_fastpath/caches/ describe it, all of its tokens stored."""
+    shape, groups = (batch, KV_HEADS, tokens), (batch, KV_HEADS, tokens // KV_GROUP)
+
+    def side(values: bool) -> list[torch.Tensor]:
+        tail = bf16(batch, KV_HEADS, KV_GROUP, DIM)
+        if form == "static":
+            return [bf16(*shape, DIM)]
+        if form == "int8":
+            codes = torch.randint(-127, 128, (*shape, DIM), dtype=torch.int8, device="cuda")
+            return [codes, torch.rand(shape, device="cuda").half() / 64]
+        if form == "fp8":
+            return [(40 * bf16(*shape, DIM)).to(torch.float8_e4m3fn), torch.full(groups, 2.0**-6, device="cuda"), tail]
+        codes = torch.randint(0, 256, (*shape, DIM // 2), dtype=torch.uint8, device="cuda")
+        each = (value_groups(DIM), KV_GROUP) if values else (DIM,)
+        params = torch.rand(*groups, 2, *each, device="cuda").half() / 8
+        if values:
+            codes = codes.view(batch, KV_HEADS, tokens // 8, DIM, 4)
+        return [codes, params, tail, bf16(batch, KV_HEADS, SINKS, DIM)]
+
+    lengths = torch.full((batch, KV_HEADS), tokens, dtype=torch.int32, device="cuda")
+    return [*side(False), *side(True), lengths]
+
+
+def kv_attention_call(form: str, query: torch.Tensor, batch: int, tokens: int) -> Call:
+    storage, op = kv_storage(form, batch, tokens), getattr(ops, f"attn_decode_{form}")
+    return lambda: op(query, storage, None, DIM**-0.5)
 
 
 def sdpa_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
@@ -197,24 +222,21 @@ def sdpa_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
 
 
 def attention_rows(wanted: Wanted) -> Iterator[Row]:
-    """``wanted`` is about products."""
+    impls: dict[str, tuple[float, Callable[..., Call]]] = {  # bytes of a token's key and value
+        "hf_fastpath_static": (4 * DIM, partial(kv_attention_call, "static")),
+        "hf_fastpath_int8": (2 * (DIM + 2), partial(kv_attention_call, "int8")),
+        "hf_fastpath_fp8": (2 * (DIM + 4 / KV_GROUP), partial(kv_attention_call, "fp8")),
+        "hf_fastpath_int4": (DIM + 4 * DIM / KV_GROUP + 4 * value_groups(DIM), partial(kv_attention_call, "int4")),
+        "sdpa_bf16": (4 * DIM, sdpa_call),
+    }
     for batch in (1, 8):
         for tokens in (1024, 4096, 32768):
             query = bf16(batch, HEADS, DIM)
             size = {"batch": batch, "tokens": tokens, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
-            rows = 2 * batch * KV_HEADS * tokens
-            ends = 4 * batch * HEADS * DIM
-            for impl, moved, make in (
-                ("hf_fastpath_int8", rows * (DIM + 2), int8_attention_call),
-                ("sdpa_bf16", rows * DIM * 2, sdpa_call),
-            ):
-                yield result(
-                    "attn_decode",
-                    impl,
-                    size,
-                    moved + ends,
-                    lambda make=make, q=query, b=batch, t=tokens: make(q, b, t),  # type: ignore[misc]
-                )
+            for impl, (token_bytes, make) in impls.items():
+                if wanted.has(impl):
+                    moved = round(batch * KV_HEADS * tokens * token_bytes) + 4 * batch * HEADS * DIM
+                    yield result("attn_decode", impl, size, moved, partial(make, query, batch, tokens))
 
 
 PARTS = {"linear": linear_rows, "gemm": gemm_rows, "attn_decode": attention_rows}

@@ -13,8 +13,9 @@ from emulator import IN_OUT, INPUT, OUTPUT, library
 class EmulatedOps:
     """Each op under its name, with its arguments; see :class:`emulator.KernelFault` for what they raise."""
 
-    def __init__(self, sm_count: int = 3) -> None:
+    def __init__(self, sm_count: int = 3, clusters: bool = True) -> None:
         self._library = library()
+        self.clusters = clusters  # of decode attention
         self.sm_count = sm_count  # few: so that a CTA takes several row blocks of a small shape
 
     def w4a16_linear(
@@ -271,36 +272,130 @@ class EmulatedOps:
             out=(out, OUTPUT),
         )
         return out
+    def attn_decode_static(
+        self,
+        query: torch.Tensor,
+        storage: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        scaling: float,
+        **how: Any,
+    ) -> torch.Tensor:
+        k, v, lengths = storage
+        return self._attn_decode(0, query, [k], [v], lengths, mask, scaling, **how)
 
     def attn_decode_int8(
         self,
         query: torch.Tensor,
-        k_data: torch.Tensor,
-        k_scale: torch.Tensor,
-        v_data: torch.Tensor,
-        v_scale: torch.Tensor,
+        storage: Sequence[torch.Tensor],
         mask: torch.Tensor | None,
-        length: int,
         scaling: float,
+        **how: Any,
+    ) -> torch.Tensor:
+        return self._attn_decode(1, query, storage[:2], storage[2:4], storage[4], mask, scaling, **how)
+
+    def attn_decode_fp8(
+        self,
+        query: torch.Tensor,
+        storage: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        scaling: float,
+        **how: Any,
+    ) -> torch.Tensor:
+        return self._attn_decode(2, query, storage[:3], storage[3:6], storage[6], mask, scaling, **how)
+
+    def attn_decode_int4(
+        self,
+        query: torch.Tensor,
+        storage: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        scaling: float,
+        **how: Any,
+    ) -> torch.Tensor:
+        return self._attn_decode(3, query, storage[:4], storage[4:8], storage[8], mask, scaling, **how)
+
+    def attn_decode_h2o(
+        self, query: torch.Tensor, storage: Sequence[torch.Tensor], mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        scores, positions, counts = storage[4:]
+        batch, heads = query.shape[:2]
+        kv_heads, slots = scores.shape[1:]
+        slot_scores, totals = torch.empty(batch, heads, slots), torch.empty(batch, heads, 2)
+        written = {"slot_scores": (slot_scores, OUTPUT), "totals": (totals, OUTPUT)}
+        extra = (positions, slot_scores, totals)
+        out = self._attn_decode(
+            4, query, storage[:2], storage[2:4], counts, mask, scaling, extra=extra, buffers=written
+        )
+        self._library.call(
+            "emulated_h2o_count",
+            *(slot_scores, totals, *_mask_args(mask), scores, counts, batch, heads, kv_heads, slots),
+            **_inputs(slot_scores=slot_scores, totals=totals, mask=mask),
+            scores=(scores, IN_OUT),
+            counts=(counts, IN_OUT),
+        )
+        return out
+
+    def _attn_decode(
+        self,
+        form: int,
+        query: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        lengths: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        *,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        extra: tuple[torch.Tensor | None, ...] = (None, None, None),
+        buffers: dict[str, tuple[torch.Tensor, int]] | None = None,
     ) -> torch.Tensor:
         batch, heads, dim = query.shape
-        kv_heads, capacity = k_data.shape[1:3]
+        kv_heads, capacity = keys[0].shape[1:3]
         out = torch.empty_like(query)
-        scratch = torch.empty(self._floats("emulated_attn_decode_scratch_floats", batch, heads, dim, length))
-        self._library.call(
-            "emulated_attn_decode_int8",
-            *(query, k_data, k_scale, v_data, v_scale, mask, mask.stride(0) if mask is not None else 0, out, scratch),
-            *(batch, heads, kv_heads, dim, capacity, length, float(scaling), query.dtype is torch.bfloat16),
-            **_inputs(query=query, k_data=k_data, k_scale=k_scale, v_data=v_data, v_scale=v_scale, mask=mask),
-            out=(out, OUTPUT),
-            scratch=(scratch, OUTPUT),
-        )
+        group = keys[2].shape[2] if len(keys) > 2 else 0
+        front = keys[3].shape[2] if len(keys) > 3 else 0
+        sides = [[*side, *[None] * (4 - len(side))] for side in (keys, values)]
+        names = [f"{side}_{part}" for side in "kv" for part in ("data", "scale", "tail", "front")]
+        inputs = dict(zip(names, sides[0] + sides[1], strict=True))
+
+        def call(scratch: torch.Tensor | None, floats: torch.Tensor | None) -> None:
+            self._library.call(
+                "emulated_attn_decode",
+                *(
+                    form,
+                    query,
+                    *sides[0],
+                    *sides[1],
+                    lengths,
+                    lengths.stride(1),
+                    *_mask_args(mask),
+                    sinks,
+                    out,
+                    scratch,
+                ),
+                *(batch, heads, kv_heads, dim, capacity, group, front, window, float(scaling), float(softcap)),
+                *(self.clusters, *extra, query.dtype is torch.bfloat16, floats),
+                **_inputs(query=query, lengths=lengths, mask=mask, sinks=sinks, positions=extra[0], **inputs),
+                **(buffers or {}),
+                out=(out, OUTPUT),
+                scratch=(scratch, OUTPUT),
+            )
+
+        floats = torch.zeros(1, dtype=torch.int64)
+        call(None, floats)
+        call(torch.empty(int(floats)), None)
         return out
 
     def _floats(self, entry_name: str, *sizes: int) -> int:
         entry = self._library.entry(entry_name)
         entry.restype = ctypes.c_int64
         return int(entry(*map(ctypes.c_int64, sizes)))
+
+
+def _mask_args(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """A mask, its row stride and its columns."""
+    return (None, 0, 0) if mask is None else (mask, mask.stride(0), mask.shape[1])
 
 
 def _inputs(**tensors: torch.Tensor | None) -> dict[str, tuple[torch.Tensor | None, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,98 +142,6 @@ def check_gemm(
     relative = steps * ACCUMULATION + (0.0 if variant.exact_weights else ROUNDING[out.dtype])
     bound = relative * magnitude + ROUNDING[out.dtype] * exact.abs() * 1.01 + SMALLEST
     assert_within(out, exact, bound)
-
-
-@dataclass
-class Attention:
-    """A call of attn_decode_int8, and its exact result."""
-
-    query: torch.Tensor
-    k_data: torch.Tensor
-    k_scale: torch.Tensor
-    v_data: torch.Tensor
-    v_scale: torch.Tensor
-    length: int
-    target: Target
-    mask: torch.Tensor | None = None
-    scaling: float = 0.125
-
-    def run(self) -> torch.Tensor:
-        poison(*self.query.shape, dtype=self.query.dtype, device=self.target.device)
-        cache = self.k_data, self.k_scale, self.v_data, self.v_scale
-        return self.target.ops.attn_decode_int8(
-            self.query, *cache, mask=self.mask, length=self.length, scaling=self.scaling
-        )
-
-    def rows(self, rows: slice) -> Attention:
-        part = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(part, name, value[rows].contiguous())
-        return part
-
-    def check(self, out: torch.Tensor) -> None:
-        """Against float64, element by element and as a whole.
-
-        A weight is rounded to fp16 once (2^-11 of itself; below fp16's range 2^-25 of the largest), the score it comes
-        from is off by the accumulation of its products, and the sum over tokens by as many steps as a warp takes.
-        """
-        exact, magnitude, largest, score_error = self.float64()
-        steps = min(self.length, 2048) / 64 + 80
-        relative = 2.0**-11 + steps * ACCUMULATION + score_error
-        rounding = ROUNDING[out.dtype]
-        bound = relative * magnitude + 2.0**-25 * largest * self.length + 1.01 * rounding * exact.abs() + 1e-7
-        assert_within(out, exact, bound)
-        # Single errors are independent, so they must not add up: the whole stays within one rounding.
-        error = (out.double() - exact).norm() / exact.norm().clamp_min(1e-30)
-        assert error <= rounding + float(score_error.max()), f"relative error {float(error)}"
-
-    def float64(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The result; sum of weight * |value|; the largest weight * |value|; a bound of the weights' relative error."""
-        heads, dim = self.query.shape[1:]
-        ratio = heads // self.k_data.shape[1]
-        k, v = (
-            (data[:, :, : self.length].double() * scale[:, :, : self.length, None].double()).repeat_interleave(ratio, 1)
-            for data, scale in ((self.k_data, self.k_scale), (self.v_data, self.v_scale))
-        )
-        q = self.query.double().unsqueeze(2) * self.scaling
-        scores = (q @ k.mT).squeeze(2)
-        score_error = (q.abs() @ k.abs().mT).squeeze(2).amax(-1) * (dim / 16 + 8) * ACCUMULATION
-        if self.mask is not None:
-            scores = scores.masked_fill(~self.mask[:, None, : self.length], float("-inf"))
-        weights = scores.softmax(-1).nan_to_num(0.0).unsqueeze(2)
-        result = (weights @ v).squeeze(2)
-        magnitude = (weights @ v.abs()).squeeze(2)
-        largest = (weights.mT * v.abs()).amax(2).amax(-1)[..., None].expand_as(result)
-        return result, magnitude, largest, score_error[..., None]
-
-
-def make_attention(
-    target: Target,
-    rng: torch.Generator,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    length: int,
-    dtype: torch.dtype,
-    *,
-    extra: int = 5,
-    sharpness: float = 1.0,
-) -> Attention:
-    """Random integers and scales; beyond ``length`` 127 and NaN, which must not reach the result."""
-    shape = (batch, kv_heads, length + extra)
-
-    def side(size: float) -> tuple[torch.Tensor, torch.Tensor]:
-        data = torch.randint(-127, 128, (*shape, dim), generator=rng, dtype=torch.int8)
-        scale = ((torch.rand(shape, generator=rng) + 0.2) * size / 127).half()
-        data[:, :, length:], scale[:, :, length:] = 127, float("nan")
-        return data.to(target.device), scale.to(target.device)
-
-    k_data, k_scale = side(3.0)
-    v_data, v_scale = side(2.0)
-    query = (torch.randn(batch, heads, dim, generator=rng) * sharpness).to(dtype).to(target.device)
-    return Attention(query, k_data, k_scale, v_data, v_scale, length, target, scaling=dim**-0.5)
 
 
 def masks(rng: torch.Generator, batch: int, length: int) -> torch.Tensor:

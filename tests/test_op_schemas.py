@@ -60,7 +60,10 @@ def test_every_op_has_the_signature_of_its_schema() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "op"),
     [
-        ("int64_t length, double scaling", "int64_t length, int64_t scaling", "attn_decode_int8"),
+        ("const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap, "
+         "const std::optional<Tensor>& sinks) { Decode d(\"attn_decode_int8\"",
+         "const std::optional<Tensor>& mask, double scaling, double window, double softcap, "
+         "const std::optional<Tensor>& sinks) { Decode d(\"attn_decode_int8\"", "attn_decode_int8"),
         ("int64_t out_features, int64_t group_size) {\n  constexpr Check check{\"w4a16_linear\"}",
          "int64_t out_features) {\n  constexpr Check check{\"w4a16_linear\"}", "w4a16_linear"),
         ("const std::optional<Tensor>& norm_weight, double eps, int64_t intermediate_size",

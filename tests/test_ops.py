@@ -152,6 +152,11 @@ def int8_cache(batch: int, kv_heads: int, capacity: int, length: int, dim: int) 
     return storage
 
 
+def counted(storage: list[torch.Tensor], length: int) -> tuple[torch.Tensor, ...]:
+    """Storage with the number of its tokens, as attention takes it."""
+    return *storage, torch.full(storage[0].shape[:2], length, dtype=torch.int32)
+
+
 def exact_attention(
     query: torch.Tensor, storage: list[torch.Tensor], mask: torch.Tensor | None, length: int, scaling: float
 ) -> torch.Tensor:
@@ -177,7 +182,7 @@ def test_decode_attention(heads: int, kv_heads: int, dim: int, length: int, dtyp
     mask = torch.rand(2, length + 3) > 0.3
     mask[:, 0] = True
     for chosen in (None, mask):
-        got = ops.attn_decode_int8(query, *storage, chosen, length, dim**-0.5)
+        got = ops.attn_decode_int8(query, counted(storage, length), chosen, dim**-0.5)
         exact = exact_attention(query, storage, chosen, length, dim**-0.5)
         # Computed in float32 and rounded once to the query's dtype.
         assert relative_error(got, exact) < max(torch.finfo(dtype).eps, 2e-5)
@@ -187,7 +192,7 @@ def test_decode_attention_of_a_fully_masked_row_is_zero() -> None:
     storage = int8_cache(2, 2, 40, 40, 32)
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1] = False
-    got = ops.attn_decode_int8(torch.randn(2, 4, 32), *storage, mask, 40, 0.2)
+    got = ops.attn_decode_int8(torch.randn(2, 4, 32), counted(storage, 40), mask, 0.2)
     assert bool(got[0].any())
     assert not bool(got[1].any())
 
@@ -197,7 +202,7 @@ def test_a_nan_in_a_query_is_not_hidden() -> None:
     query[1, 2, 0] = float("nan")
     mask = torch.ones(2, 40, dtype=torch.bool)
     for chosen in (None, mask):
-        got = ops.attn_decode_int8(query, *int8_cache(2, 2, 40, 40, 32), chosen, 40, 0.2)
+        got = ops.attn_decode_int8(query, counted(int8_cache(2, 2, 40, 40, 32), 40), chosen, 0.2)
         assert bool(got[1, 2].isnan().all())
         assert int(got.isnan().sum()) == 32
 
@@ -216,7 +221,7 @@ def test_decode_attention_never_expands_more_than_a_tile(monkeypatch: pytest.Mon
             return out
 
     with Watch():
-        attn_decode_int8_reference(torch.randn(1, 2, 32), *storage, None, 64, 0.2)
+        attn_decode_int8_reference(torch.randn(1, 2, 32), *counted(storage, 64), None, 0.2, 0, 0.0, None)
     assert largest == 16 * 32
 
 
@@ -269,10 +274,10 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("kv_int4_append", (*appended(3), *int4)),
         ("kv_int4_dequantize", (*int4[:4], int4[8], False, torch.empty(2, 2, 90, 32))),
         ("kv_int4_dequantize", (*int4[4:], True, torch.empty(2, 2, 90, 32))),
-        ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, 0.2)),
+        ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, 0.2, 0, 0.0, None)),
         ("kv_fp8_append", (*appended(3), *fp8)),
         ("kv_fp8_dequantize", (*fp8[:3], fp8[6], torch.empty(2, 2, 90, 32))),
-        ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, 0.2)),
+        ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, 0.2, 0, 0.0, None)),
         ("w4a16_linear_fused", (x, qweight, scales, zero, None, norm_weight, 1e-5, x[:, :20].contiguous(), 20, 32)),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),
@@ -283,7 +288,8 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("kv_int8_append", (*appended(3), *cache, lengths)),
         ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),
         ("kv_int8_dequantize", (*cache[:2], torch.empty(2, 2, 10, 32))),
-        ("attn_decode_int8", (torch.randn(2, 4, 32), *cache, None, 16, 0.2)),
+        ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), None, 0.2, 9, 2.0, torch.randn(4))),
+        ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, 0.2, 0, 0.0, None)),
     ]
 
 

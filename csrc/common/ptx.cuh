@@ -32,6 +32,20 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return d;
 }
 
+// 2^x, off by 2 units in the last place at most; 0 below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// threadIdx.x % 32, kept in a register instead of being asked for each time.
+__device__ __forceinline__ int lane_number() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // For data read once: it does not displace the activations in L1.
 __device__ __forceinline__ uint4 load_once16(const void* p) {
   uint4 v;
@@ -51,6 +65,17 @@ __device__ __forceinline__ uint4 load_early16(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
+}
+
+// What is in memory at this moment, for a word that a kernel under way may write.
+__device__ __forceinline__ int load_now(const int* p) {
+  int v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+// Asks for 128 bytes to come to the L2.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 // Tensor cores: c += a * b, accumulated in fp32. Fragments are those of the PTX ISA, "Matrix Fragments for
@@ -109,7 +134,12 @@ __device__ __forceinline__ void cp_async16(void* target, const void* source, boo
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// 4 bytes, in the same way.
+// 8 and 4 bytes, in the same way.
+__device__ __forceinline__ void cp_async8(void* target, const void* source, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(target)), "l"(source),
+               "r"(valid ? 8 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async4(void* target, const void* source, bool valid = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)), "l"(source),
                "r"(valid ? 4 : 0)

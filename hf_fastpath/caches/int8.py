@@ -45,9 +45,7 @@ class Int8KVLayer(CompressedLayer):
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         q = rotate(query).contiguous()  # as the stored keys are
-        k_data, k_scale, v_data, v_scale, _ = self.storage
-        stored = (k_data, k_scale, v_data, v_scale)
-        return attn_decode_int8(q, *stored, mask, self.length, scaling, reference=self.reference)
+        return attn_decode_int8(q, self.storage, mask, scaling, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 2)

@@ -6,6 +6,7 @@ from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
+from hf_fastpath.ops.attn_decode_static import attn_decode_static
 from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
 from hf_fastpath.ops.attn_received import attn_received
 from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
@@ -38,6 +39,7 @@ __all__ = [
     "attn_decode_h2o",
     "attn_decode_int4",
     "attn_decode_int8",
+    "attn_decode_static",
     "attn_prefill_h2o",
     "attn_received",
     "kv_fp8_append",

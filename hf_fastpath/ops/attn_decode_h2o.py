@@ -62,7 +62,7 @@ def _fake(
     return query.new_empty(query.shape)
 
 
-_op = _library.define(SCHEMA, attn_decode_h2o_reference, _fake, kernel=False)
+_op = _library.define(SCHEMA, attn_decode_h2o_reference, _fake)
 
 
 def attn_decode_h2o(

@@ -40,6 +40,16 @@ void combine_any(Lanes& lanes) {
   }
 }
 
+void combine_max(Lanes& lanes) {
+  uint64_t largest = 0;
+  for (void* lane : lanes) {
+    if (lane) largest = std::max(largest, static_cast<Shuffle*>(lane)->value);
+  }
+  for (void* lane : lanes) {
+    if (lane) static_cast<Shuffle*>(lane)->value = largest;
+  }
+}
+
 float half_to_float(uint32_t bits) {
   __half_raw raw;
   raw.x = static_cast<unsigned short>(bits);

@@ -69,6 +69,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 // The limit is that of compute capability 9.0.
 template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) return cudaSuccess;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
   return value <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -100,6 +101,7 @@ struct Shuffle {
 void combine_shuffle(Lanes& lanes);
 void combine_any(Lanes& lanes);
 void combine_ballot(Lanes& lanes);
+void combine_max(Lanes& lanes);
 
 template <typename T>
 T shuffle(const char* what, unsigned mask, T value, int source, Site site) {
@@ -155,6 +157,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATED_SITE) {
   return static_cast<unsigned>(cuda_emulator::vote("__ballot_sync", mask, predicate, combine, {file, line}));
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, EMULATED_SITE) {
+  cuda_emulator::Shuffle lane{value, 0};
+  cuda_emulator::warp_meet("__reduce_max_sync", mask, &lane, cuda_emulator::combine_max, {file, line});
+  return static_cast<unsigned>(lane.value);
+}
+
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 using std::max;
 using std::min;
@@ -169,6 +177,16 @@ T __ldcg(const T* p) {
   return *p;
 }
 
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
 inline float __fmul_rn(float a, float b) {
   return a * b;
 }

@@ -112,17 +112,57 @@ EXPORT int emulated_kv_int8_dequantize(const int8_t* data, const void* scale, vo
   return launch_kv_int8_dequantize({data, scale, out, pairs, capacity, length, dim}, dtype_of(bfloat16), nullptr);
 }
 
-EXPORT int64_t emulated_attn_decode_scratch_floats(int64_t batch, int64_t heads, int64_t dim, int64_t length) {
-  return attn_decode_scratch_floats(batch, heads, dim, length);
+// The formats' launchers: 0 static, 1 int8, 2 fp8, 3 int4, 4 h2o. A side: data, scale, tail, front.
+EXPORT int emulated_attn_decode(int format, const void* query, const void* k_data, const void* k_scale,
+                                const void* k_tail, const void* k_front, const void* v_data, const void* v_scale,
+                                const void* v_tail, const void* v_front, const int* lengths, int length_stride,
+                                const uint8_t* mask, int64_t mask_row_stride, int64_t mask_columns, const float* sinks,
+                                void* out, float* scratch, int batch, int heads, int kv_heads, int dim, int capacity,
+                                int group_tokens, int front_tokens, int window, float scaling, float softcap,
+                                int clusters, const int* positions, float* slot_scores, float2* totals, int bfloat16,
+                                int64_t* scratch_floats) {
+  const AttnDecodeArgs args{query,
+                            {k_data, k_scale, k_tail, k_front},
+                            {v_data, v_scale, v_tail, v_front},
+                            lengths,
+                            length_stride,
+                            mask,
+                            mask_row_stride,
+                            mask_columns,
+                            sinks,
+                            out,
+                            scratch,
+                            batch,
+                            heads,
+                            kv_heads,
+                            dim,
+                            capacity,
+                            group_tokens,
+                            front_tokens,
+                            window,
+                            scaling,
+                            softcap,
+                            clusters != 0,
+                            positions,
+                            slot_scores,
+                            totals};
+  constexpr decltype(&launch_attn_decode_int8) kLaunch[] = {launch_attn_decode_static, launch_attn_decode_int8,
+                                                            launch_attn_decode_fp8, launch_attn_decode_int4,
+                                                            launch_attn_decode_h2o};
+  constexpr decltype(&attn_decode_int8_scratch_floats) kFloats[] = {
+      attn_decode_static_scratch_floats, attn_decode_int8_scratch_floats, attn_decode_fp8_scratch_floats,
+      attn_decode_int4_scratch_floats, attn_decode_h2o_scratch_floats};
+  if (!scratch_floats) return kLaunch[format](args, dtype_of(bfloat16), nullptr);
+  *scratch_floats = kFloats[format](args);
+  return 0;
 }
 
-EXPORT int emulated_attn_decode_int8(const void* query, const int8_t* k_data, const void* k_scale, const int8_t* v_data,
-                                     const void* v_scale, const uint8_t* mask, int64_t mask_row_stride, void* out,
-                                     float* scratch, int batch, int heads, int kv_heads, int dim, int64_t capacity,
-                                     int64_t length, float scaling, int bfloat16) {
-  const AttnDecodeArgs args{query,   k_data, k_scale, v_data,   v_scale, mask,     mask_row_stride, out,
-                            scratch, batch,  heads,   kv_heads, dim,     capacity, length,          scaling};
-  return launch_attn_decode_int8(args, dtype_of(bfloat16), nullptr);
+EXPORT int emulated_h2o_count(const float* slot_scores, const float2* totals, const uint8_t* mask,
+                              int64_t mask_row_stride, int64_t mask_columns, float* scores, int* counts, int batch,
+                              int heads, int kv_heads, int capacity) {
+  return launch_h2o_count({slot_scores, totals, mask, mask_row_stride, mask_columns, scores, counts, batch, heads,
+                           kv_heads, capacity},
+                          nullptr);
 }
 
 EXPORT int emulated_attn_received(const void* query, const void* key, const float* lse, int64_t lse_stride,

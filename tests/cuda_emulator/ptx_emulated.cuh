@@ -37,6 +37,14 @@ inline float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
 }
 
+inline float exp2_fast(float x) {
+  return std::exp2(x);
+}
+
+inline int lane_number() {
+  return cuda_emulator::lane_id();
+}
+
 inline uint4 load_once16(const void* p) {
   return *static_cast<const uint4*>(p);
 }
@@ -45,6 +53,13 @@ inline uint2 load_once8(const void* p) {
 }
 inline uint4 load_early16(const void* p) {
   return *static_cast<const uint4*>(p);
+}
+
+inline int load_now(const int* p) {
+  return *p;
+}
+inline void prefetch_l2(const void* p) {
+  cuda_emulator::check(p, 1, false, 1, __builtin_return_address(0));
 }
 
 inline uint64_t evict_first_policy() {
@@ -66,6 +81,9 @@ inline void let_next_kernel_begin() {}
 
 inline void cp_async16(void* target, const void* source, bool valid = true) {
   cuda_emulator::cp_async(target, source, 16, valid);
+}
+inline void cp_async8(void* target, const void* source, bool valid = true) {
+  cuda_emulator::cp_async(target, source, 8, valid);
 }
 inline void cp_async4(void* target, const void* source, bool valid = true) {
   cuda_emulator::cp_async(target, source, 4, valid);

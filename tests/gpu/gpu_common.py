@@ -14,7 +14,6 @@ DEVICE = "cuda"
 GPU = Target(DEVICE, ops)
 
 make_weight = partial(kernel_cases.make_weight, GPU)
-make_attention = partial(kernel_cases.make_attention, GPU)
 poison = partial(kernel_cases.poison, device=DEVICE)
 
 

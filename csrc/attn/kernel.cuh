@@ -1,0 +1,363 @@
+// Decode attention: one new token a row over a KV cache. "Flash-Decoding" (Dao et al., 2023): a row's tokens are divided
+// among CTAs, which keep maximum and sum of the scores of their part, and the parts are added.
+//
+// A CTA has one KV head of a row for up to 8 of its query heads, and a part of the tokens (work.cuh). Both products run
+// on tensor cores: S = K q^T with tokens as rows, O^T = V^T p^T with channels as rows, query heads as the 8 columns of
+// both, so that the heads of a group share every byte read. Where a lane's columns of a fragment come from is free as
+// long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles in
+// shared memory of its own, which it fills and empties without meeting the other warps.
+//
+// With clusters (compute capability 9.0) the CTAs of a row add their parts through each other's shared memory; else they
+// go through the scratch, and a second kernel adds them, in the same order, to the same bits.
+//
+// A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it to
+// the L2, scores(), add_values().
+#pragma once
+
+#include <map>
+#include <mutex>
+
+#include "../common/launch.cuh"
+#include "combine.cuh"
+#include "format_16bit.cuh"
+
+namespace hf_fastpath::attn {
+
+// The CTA's place: which heads of which row.
+struct Place {
+  int kv_head, head_count;
+  int64_t batch, pair, first_head, part;  // pair: row and KV head; first_head: of the whole batch
+
+  __device__ __forceinline__ explicit Place(const Params& p) {
+    const int group = static_cast<int>(blockIdx.y) % p.groups, ratio = p.a.heads / p.a.kv_heads;
+    kv_head = static_cast<int>(blockIdx.y) / p.groups;
+    batch = blockIdx.z;
+    pair = batch * p.a.kv_heads + kv_head;
+    head_count = min(kHeadsPerCta, ratio - group * kHeadsPerCta);
+    first_head = batch * p.a.heads + kv_head * ratio + group * kHeadsPerCta;
+    part = (batch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  }
+};
+
+// Whether a token, or the token in a slot, may be attended, from the row's mask.
+template <typename F>
+struct Mask {
+  const uint8_t* row;
+  const int* positions;
+  int64_t columns;
+  int slots;
+
+  __device__ __forceinline__ Mask(const AttnDecodeArgs& a, const Place& place)
+      : row(a.mask ? a.mask + place.batch * a.mask_row_stride : nullptr),
+        positions(F::kSlots ? a.positions + place.pair * a.capacity : nullptr),
+        columns(a.mask_columns),
+        slots(a.capacity) {}
+  __device__ __forceinline__ bool at(int token) const {
+    if (!row) return true;
+    if constexpr (F::kSlots) {
+      if (token >= slots) return false;
+      token = positions[token];
+    }
+    return token < columns && row[token];
+  }
+};
+
+// A bit for each of the 32 tokens from `first` on that is before `stop` and attended. `visible`: Mask::at() of the
+// lane's token, which is read early.
+template <typename F>
+__device__ __forceinline__ uint32_t present_tokens(int first, int stop, const Work& w, const Mask<F>& mask, bool visible,
+                                                   int lane) {
+  if (!mask.row && first >= w.visible_from && first + 32 <= stop) return 0xffffffffu;
+  const int token = first + lane;
+  return __ballot_sync(kFullWarp, token >= w.visible_from && token < stop && visible);
+}
+
+// The shape of an item in full precision, as of a format's tile.
+struct FullTile {
+  static constexpr int kTiles = 1;
+  static constexpr uint32_t kAllPresent = 0xffff;
+  static __device__ __forceinline__ int token(int, int g, int h) { return g + 8 * h; }
+};
+
+// An item in full precision, read straight from global memory: up to 16 tokens from `first` on, of which entry
+// `first - base` of a side's `tail` or `front` is the first.
+template <typename F>
+__device__ void attend_full(typename F::State& r, const F& format, const Params& p, const Place& place, const Work& w,
+                            const Mask<F>& mask, const void* keys, const void* values, int entries, int entry, int first,
+                            int stop, float to_score, int lane) {
+  using T = typename F::T;
+  const int64_t offset = (place.pair * entries + entry) * p.a.dim;
+  const T* const k = static_cast<const T*>(keys) + offset;
+  const T* const v = static_cast<const T*>(values) + offset;
+  const int there = min(stop - first, kFullTokens);
+  Query16<T, F::kPadded> query;
+  query.load(*Shared<F>::raw_query(), to_score, lane);
+  const auto read = [&](const T* from, int row, int channel, int end) {
+    if (row >= there || channel >= end) return make_uint4(0, 0, 0, 0);
+    return load_once16(from + row * p.a.dim + channel);
+  };
+  float scores[1][4];
+  multiply_keys16(
+      scores[0], query, [&](int row, int chunk) { return read(k, row, 8 * chunk, p.a.dim); }, lane);
+  const uint32_t present = present_tokens(first, first + there, w, mask, mask.at(first + lane), lane) & 0xffff;
+  finish_scores<FullTile>(scores, query.factor, p.a.softcap, present, lane / 4);
+  float rescale[2];
+  update_softmax(r, scores, rescale);
+  const float unit = rescale_output(r, rescale, kOneExponent);
+  multiply_values16<T>(
+      r.out, weight_fragment<T>(scores[0], unit, unit),
+      [&](int row, int block, int g) {
+        const int width = format.block_width(block);
+        const bool there = 8 * g < width;
+        return read(v, row, block * width + 8 * g, there ? p.a.dim : 0);
+      },
+      lane);
+}
+
+// The items of a warp in full precision.
+template <typename F>
+__device__ __forceinline__ void attend_full_items(typename F::State& r, const F& format, const Params& p,
+                                                  const Place& place, const Work& w, const Mask<F>& mask, int number,
+                                                  int step, float to_score, int lane) {
+  // Items are numbered behind the tiles.
+  for (int i = (number - w.tiles % step + step) % step; i < w.front_items + w.tail_items; i += step) {
+    const bool front = i < w.front_items;
+    const int entry = (front ? i : i - w.front_items) * kFullTokens;
+    const int base = front ? 0 : w.front + w.coded;
+    attend_full(r, format, p, place, w, mask, front ? p.a.keys.front : p.a.keys.tail,
+                front ? p.a.values.front : p.a.values.tail, front ? p.a.front_tokens : p.a.group_tokens, entry,
+                base + entry, front ? w.front : w.length, to_score, lane);
+  }
+}
+
+// For the weights of each slot, which are known when all scores are.
+template <typename F>
+__device__ __forceinline__ void store_scores(const float (&scores)[F::kTiles][4], const Params& p, const Place& place,
+                                             int first, int stop, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int slot = first + F::token(0, lane / 4, i / 2), head = lane % 4 * 2 + i % 2;
+    if (slot < stop && head < place.head_count) {
+      p.a.slot_scores[(place.first_head + head) * p.a.capacity + slot] = scores[0][i];
+    }
+  }
+}
+
+template <typename F>
+__device__ __forceinline__ void attend(typename F::State& r, const F& format, const Params& p, const Place& place,
+                                       const Work& w, int warp, int lane) {
+  constexpr int kStages = F::Tuning::kStages;
+  unsigned char* const ring = Shared<F>::ring(warp);
+  const int split = blockIdx.x, step = w.splits * F::Tuning::kWarps;
+  const int number = warp * w.splits + split;
+  const Mask<F> mask(p.a, place);
+  // Natural units over softcap, or log2 units.
+  const float to_score = p.a.softcap > 0.0f ? p.a.scaling / p.a.softcap : p.a.scaling * kLog2E;
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    const int i = number + s * step;
+    if (i < w.tiles) format.copy(ring + s * F::kStageBytes, w.first_tile + i, w.coded, lane);
+    cp_async_commit();
+  }
+  store_query<typename F::Order>(*Shared<F>::query(), Shared<F>::raw_query(),
+                                 static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim,
+                                 place.head_count, p.a.dim, warp, F::Tuning::kWarps, lane);
+  __syncthreads();
+  typename F::Query query;
+  query.load(*Shared<F>::query(), to_score, lane);
+  if constexpr (F::kHasFull) attend_full_items(r, format, p, place, w, mask, number, step, to_score, lane);
+  const auto first_token = [&](int i) { return w.front + (w.first_tile + i) * F::kTile; };
+  bool visible = number < w.tiles && mask.at(first_token(number) + lane);
+  int stage = 0;
+  for (int i = number; i < w.tiles; i += step) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled now
+    const int ahead = i + (kStages - 1) * step;
+    unsigned char* const now = ring + stage * F::kStageBytes;
+    if (ahead < w.tiles) {
+      format.copy(ring + (stage ? stage - 1 : kStages - 1) * F::kStageBytes, w.first_tile + ahead, w.coded, lane);
+    }
+    cp_async_commit();
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    const uint32_t present =
+        present_tokens(first_token(i), w.front + w.coded, w, mask, visible, lane) & F::kAllPresent;
+    if (i + step < w.tiles) visible = mask.at(first_token(i + step) + lane);
+    float scores[F::kTiles][4], rescale[2];
+    format.scores(scores, now, query, present, lane);
+    finish_scores<F>(scores, query.factor, p.a.softcap, present, lane / 4);
+    if constexpr (F::kSlots) store_scores<F>(scores, p, place, first_token(i), w.coded, lane);
+    update_softmax(r, scores, rescale);
+    format.add_values(r, scores, rescale, now, present, lane);
+  }
+  cp_async_wait<0>();
+  __syncwarp();
+}
+
+// The first tiles on their way to the L2 before the kernel before this one is done. The length may still be the one
+// without the token that it appends: which tiles are asked for matters to nobody's result.
+template <typename F>
+__device__ __forceinline__ void prefetch(const F& format, const Params& p, const Place& place, int warp, int lane) {
+  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
+  if (static_cast<int>(blockIdx.x) >= w.splits) return;
+#pragma unroll
+  for (int s = 0; s < F::Tuning::kStages; ++s) {
+    const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
+    if (i < w.tiles) format.prefetch(w.first_tile + i, lane);
+  }
+}
+
+// This CTA's part to the scratch.
+template <typename F>
+__device__ __forceinline__ void store_part(const Params& p, const Place& place) {
+  using Part = CtaPart<F::kPadded>;
+  Part* const to = reinterpret_cast<Part*>(p.a.scratch) + place.part;
+  const Part* const from = Shared<F>::part();
+  const int quads = p.a.dim / 4;
+  for (int i = threadIdx.x; i < place.head_count * quads; i += 32 * F::Tuning::kWarps) {
+    const int head = i / quads, quad = i % quads;
+    to->out[head][quad] = from->out[head][quad];
+    if (quad == 0) to->statistics[head] = from->statistics[head];
+  }
+}
+
+template <typename F>
+__global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm) attn_decode_kernel(const Params p) {
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = lane_number();
+  const Place place(p);
+  const F format(p.a, place.pair, lane);
+  prefetch(format, p, place, warp, lane);
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
+  const bool has_part = static_cast<int>(blockIdx.x) < w.splits;
+  if (has_part) {
+    typename F::State state;
+    attend(state, format, p, place, w, warp, lane);
+    share_warp_part<F>(state, format, place.head_count, warp, lane);
+    __syncthreads();
+    add_warp_parts<F>(place.head_count, p.a.dim);
+  }
+  CtaPart<F::kPadded>* const own = Shared<F>::part();
+  constexpr int kThreads = 32 * F::Tuning::kWarps;
+  if (p.splits == 1) {
+    __syncthreads();
+    add_cta_parts<typename F::T>(
+        p, place.first_head, place.head_count, 1, 0, 1, kThreads,
+        [&](int, int head) { return own->statistics[head]; },
+        [&](int, int head, int quad) { return own->out[head][quad]; });
+    return;
+  }
+#if defined(HF_FASTPATH_EMULATED) || __CUDA_ARCH__ >= 900
+  if (p.in_cluster) {
+    cluster_barrier();
+    add_cta_parts<typename F::T>(
+        p, place.first_head, place.head_count, w.splits, blockIdx.x, p.splits, kThreads,
+        [&](int split, int head) { return load_from_cluster(&own->statistics[head], split); },
+        [&](int split, int head, int quad) { return load_from_cluster(&own->out[head][quad], split); });
+    cluster_barrier();  // others read this CTA's memory until then
+    return;
+  }
+#endif
+  __syncthreads();
+  if (has_part) store_part<F>(p, place);
+}
+
+// Adds the parts in the scratch: some CTAs for up to 8 query heads of a row, with the same grid but for its x.
+template <typename F>
+__global__ void __launch_bounds__(256) attn_combine_kernel(const Params p) {
+  using Part = CtaPart<F::kPadded>;
+  const Place place(p);
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
+  const Part* const parts =
+      reinterpret_cast<const Part*>(p.a.scratch) + (place.batch * gridDim.y + blockIdx.y) * p.splits;
+  add_cta_parts<typename F::T>(
+      p, place.first_head, place.head_count, w.splits, blockIdx.x, gridDim.x, blockDim.x,
+      [&](int split, int head) { return parts[split].statistics[head]; },
+      [&](int split, int head, int quad) { return parts[split].out[head][quad]; });
+}
+
+// What has_sm90_code() has found out: of a kernel on a GPU.
+inline std::mutex known_sm90_code_lock;
+inline std::map<std::pair<const void*, int>, bool> known_sm90_code;
+
+// Whether the current GPU has clusters of kMaxCluster CTAs and programmatic dependent launch, and the kernels were
+// compiled for them. Remembered, since the runtime takes microseconds to answer.
+template <typename F>
+bool has_sm90_code() {
+  const auto kernel = attn_decode_kernel<F>;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const std::lock_guard<std::mutex> guard(known_sm90_code_lock);
+  const auto [answer, is_new] = known_sm90_code.emplace(std::pair(reinterpret_cast<const void*>(kernel), device), false);
+  if (is_new) {
+    int major = 0;
+    cudaFuncAttributes attributes = {};
+    answer->second = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     (major == 9 || major == 10) && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+                     attributes.ptxVersion >= 90 &&
+                     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  }
+  return answer->second;
+}
+
+template <typename F>
+Params make_params(const AttnDecodeArgs& a) {
+  Params p = {};
+  p.a = a;
+  p.splits = max_splits<F>(a);
+  p.groups = (a.heads / a.kv_heads + kHeadsPerCta - 1) / kHeadsPerCta;
+  p.in_cluster = a.clusters && p.splits > 1 && p.splits <= kMaxCluster && has_sm90_code<F>();
+  return p;
+}
+
+template <typename F>
+int64_t scratch_floats(const AttnDecodeArgs& a) {
+  const Params p = make_params<F>(a);
+  if (p.splits == 1 || p.in_cluster) return 0;
+  return int64_t{a.batch} * a.kv_heads * p.groups * p.splits * (sizeof(CtaPart<F::kPadded>) / sizeof(float));
+}
+
+template <typename F>
+cudaError_t launch(const AttnDecodeArgs& a, cudaStream_t stream) {
+  const Params p = make_params<F>(a);
+  const dim3 grid(p.splits, a.kv_heads * p.groups, a.batch);
+  constexpr int kThreads = 32 * F::Tuning::kWarps, kBytes = Shared<F>::kBytes;
+  const bool early = has_sm90_code<F>();
+  const cudaError_t error =
+      early ? launch_kernel_in_clusters(attn_decode_kernel<F>, grid, kThreads, p.in_cluster ? p.splits : 1, kBytes,
+                                        stream, p)
+            : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
+  if (error != cudaSuccess || p.splits == 1 || p.in_cluster) return error;
+  // Of the 16 threads that a quad of channels takes, 256 a CTA.
+  const int quads = std::min(a.heads / a.kv_heads, kHeadsPerCta) * a.dim / 4;
+  const dim3 combine_grid((quads + 15) / 16, grid.y, grid.z);
+  if (early) return launch_kernel_early(attn_combine_kernel<F>, combine_grid, 256, 0, stream, p);
+  return launch_kernel(attn_combine_kernel<F>, combine_grid, 256, stream, p);
+}
+
+// launch() of the format Of<T, padded head dimension, whether that is the head dimension>::Format.
+template <template <typename, int, bool> typename Of, typename T>
+cudaError_t launch_for_dim(const AttnDecodeArgs& a, cudaStream_t stream) {
+  if (a.dim == 64) return launch<typename Of<T, 64, true>::Format>(a, stream);
+  if (a.dim == 128) return launch<typename Of<T, 128, true>::Format>(a, stream);
+  if (a.dim == 256) return launch<typename Of<T, 256, true>::Format>(a, stream);
+  if (a.dim < 64) return launch<typename Of<T, 64, false>::Format>(a, stream);
+  if (a.dim < 128) return launch<typename Of<T, 128, false>::Format>(a, stream);
+  return launch<typename Of<T, 256, false>::Format>(a, stream);
+}
+template <template <typename, int, bool> typename Of>
+cudaError_t launch_for(const AttnDecodeArgs& a, Dtype dtype, cudaStream_t stream) {
+  if (dtype == Dtype::kFloat16) return launch_for_dim<Of, __half>(a, stream);
+  return launch_for_dim<Of, __nv_bfloat16>(a, stream);
+}
+// The same for every dtype.
+template <template <typename, int, bool> typename Of>
+int64_t scratch_floats_for(const AttnDecodeArgs& a) {
+  if (a.dim <= 64) return scratch_floats<typename Of<__half, 64, true>::Format>(a);
+  if (a.dim <= 128) return scratch_floats<typename Of<__half, 128, true>::Format>(a);
+  return scratch_floats<typename Of<__half, 256, true>::Format>(a);
+}
+
+}  // namespace hf_fastpath::attn

@@ -1,0 +1,81 @@
+// Decode attention: how the tokens of a row are divided among CTAs and warps.
+//
+// An item is what a warp takes at a time: a tile of codes, or up to 16 tokens of those that a format keeps in full
+// precision. A row's items are dealt to the warps of `splits` CTAs in turn. That follows from the row's length alone, so
+// that its bits depend neither on its neighbours in a batch nor on the capacity of the cache.
+#pragma once
+
+#include <algorithm>
+
+#include "../kernels.h"
+
+namespace hf_fastpath::attn {
+
+constexpr int kHeadsPerCta = 8;  // query heads: the columns of an mma
+constexpr int kMaxCluster = 16;  // the largest cluster that there is
+constexpr int kMaxSplits = 64;
+constexpr int kFullTokens = 16;  // of an item in full precision
+
+// How a format is run: kWarps a CTA, each with a ring of kStages tiles; kCtasPerSm limits the registers. A row gets as
+// many CTAs as its items fill, up to kMaxCluster; more when there are kDepth items a warp.
+template <int kWarps_, int kStages_, int kDepth_, int kCtasPerSm_>
+struct Tuning {
+  static constexpr int kWarps = kWarps_, kStages = kStages_, kDepth = kDepth_, kCtasPerSm = kCtasPerSm_;
+};
+
+struct Params {
+  AttnDecodeArgs a;
+  int splits;          // CTAs of a row and KV head, at least those that any length up to the capacity asks for
+  int groups;          // of up to 8 query heads that read a KV head
+  bool in_cluster;     // they are a cluster and add their parts themselves; else attn_combine_kernel does
+};
+
+template <typename Tuning>
+__host__ __device__ inline int splits_of(int items) {
+  const auto splits = [items](int each, int most) {
+    const int wanted = (items + each - 1) / each;
+    return wanted < most ? wanted : most;
+  };
+  const int few = splits(Tuning::kWarps, kMaxCluster), many = splits(Tuning::kWarps * Tuning::kDepth, kMaxSplits);
+  const int most = few > many ? few : many;
+  return most > 1 ? most : 1;
+}
+
+// What a row of some length consists of.
+struct Work {
+  int length, visible_from;  // tokens before `visible_from` are outside the window
+  int front, coded, tail;    // tokens in front in full precision, as codes, at the end in full precision
+  int first_tile, tiles;     // of codes, those outside the window left out
+  int front_items, tail_items;
+  int splits;
+
+  template <typename F>
+  static __device__ __forceinline__ Work of(int length, const AttnDecodeArgs& a) {
+    Work w;
+    w.length = length = min(length, a.capacity);
+    w.visible_from = a.window > 0 ? max(length - a.window, 0) : 0;
+    w.front = F::kHasFull ? min(length, a.front_tokens) : 0;
+    w.coded = length - w.front;
+    if constexpr (F::kHasFull) w.coded = w.coded / a.group_tokens * a.group_tokens;
+    w.tail = length - w.front - w.coded;
+    w.first_tile = max(w.visible_from - w.front, 0) / F::kTile;
+    w.tiles = max((w.coded + F::kTile - 1) / F::kTile - w.first_tile, 0);
+    w.front_items = w.visible_from < w.front ? (w.front + kFullTokens - 1) / kFullTokens : 0;
+    w.tail_items = (w.tail + kFullTokens - 1) / kFullTokens;
+    w.splits = splits_of<typename F::Tuning>(w.tiles + w.front_items + w.tail_items);
+    return w;
+  }
+};
+
+// CTAs that a row and KV head can ask for: a power of two, as clusters are.
+template <typename F>
+int max_splits(const AttnDecodeArgs& a) {
+  const auto items = [](int tokens, int of) { return (tokens + of - 1) / of; };
+  int most = items(a.capacity, F::kTile);
+  if (F::kHasFull) most += items(a.group_tokens, kFullTokens) + items(a.front_tokens, kFullTokens);
+  int splits = 1;
+  while (splits < splits_of<typename F::Tuning>(most)) splits *= 2;
+  return splits;
+}
+
+}  // namespace hf_fastpath::attn

@@ -1,0 +1,22 @@
+// Attention of one new token a row over keys and values as the model has them; see attn/kernel.cuh.
+#include "attn/format_16bit.cuh"
+#include "attn/kernel.cuh"
+
+namespace hf_fastpath {
+namespace {
+
+template <typename T, int kPadded, bool kWhole>
+struct Static {
+  using Format = attn::StaticFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 4, kPadded == 256 ? 1 : 3>>;
+};
+
+}  // namespace
+
+int64_t attn_decode_static_scratch_floats(const AttnDecodeArgs& args) {
+  return attn::scratch_floats_for<Static>(args);
+}
+cudaError_t launch_attn_decode_static(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream) {
+  return attn::launch_for<Static>(args, dtype, stream);
+}
+
+}  // namespace hf_fastpath
