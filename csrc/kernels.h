@@ -171,8 +171,8 @@ struct KvExpandArgs {
   KvQuantizedSide quantized;
   KvFullSide full;
   const int32_t* lengths;  // (pairs,): tokens stored
-  void* out;               // (pairs, length, dim) contiguous, 16-byte aligned; length: at most as many as are stored
-  int64_t pairs, capacity, length;
+  void* out;               // (pairs, length, dim) contiguous, 16-byte aligned: tokens first .. first + length
+  int64_t pairs, capacity, first, length;
   int dim, group, sinks;
   bool values;      // of int4: whether these are values
   int value_parts;  // of int4: kv_int4_value_parts(dim)

@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(kv::kExpandThreads) kv_int4_values_kernel(cons
   const kv::ExpandPlace<8> place(p);
   if (place.token >= place.stop) return;
   if (place.is_sink || place.token >= place.quantized) {
-    for (int64_t token = place.token; token < (place.is_sink ? place.token + 1 : min(place.token + 8, place.stop));
-         ++token) {
+    const int64_t stop = place.is_sink ? place.token + 1 : min(place.token + 8, place.stop);
+    for (int64_t token = max(place.token, place.start); token < stop; ++token) {
       place.template store<T>(p, token, place.template full_row<T>(p, token));
     }
     return;
@@ -229,13 +229,14 @@ __global__ void __launch_bounds__(kv::kExpandThreads) kv_int4_values_kernel(cons
                                                      (entry / 8 * p.dim + place.channel) * 4);
   const uint4 lower = data[0], upper = data[1];
   const uint32_t words[kOctet] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
-  const __half* params = static_cast<const __half*>(p.quantized.scale) +
-                         (entry / p.group * 2 * parts + part) * p.group + entry % p.group;
+  const __half* params =
+      static_cast<const __half*>(p.quantized.scale) + (entry / p.group * 2 * parts + part) * p.group + entry % p.group;
   float scale[8], low[8];
   kv::unpack<__half>(scale, *reinterpret_cast<const uint4*>(params));
   kv::unpack<__half>(low, *reinterpret_cast<const uint4*>(params + parts * p.group));
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
+    if (place.token + t < place.start) continue;
     if (place.token + t >= place.stop) return;
     uint32_t codes[kOctet];
     float scales[kOctet], lows[kOctet];

@@ -279,7 +279,7 @@ void kv_h2o_append(const std::optional<Tensor>& query, const Tensor& key, const 
   n.check.launched(launch_kv_h2o_append(n.args(budget, counts), storage, dtype, launch.stream()));
 }
 
-void kv_int8_dequantize(const Tensor& cache, const Tensor& scale, const Tensor& out) {
+void kv_int8_dequantize(const Tensor& cache, const Tensor& scale, int64_t start, const Tensor& out) {
   constexpr Check check{"kv_int8_dequantize"};
   check.shape(cache, {-1, -1, -1, -1}, "data", "(B, H_kv, capacity, D)");
   const int64_t batch = cache.size(0), heads = cache.size(1), capacity = cache.size(2), dim = cache.size(3);
@@ -288,27 +288,35 @@ void kv_int8_dequantize(const Tensor& cache, const Tensor& scale, const Tensor& 
   check.shape(out, {batch, heads, -1, dim}, "out", "(B, H_kv, length, D)");
   check.contiguous(out, "out");
   const int64_t length = out.size(2);
-  check(length <= capacity, "length ", length, " is more than the capacity ", capacity);
+  check(start >= 0 && start + length <= capacity, "tokens ", start, " to ", start + length,
+        " are not within the capacity ", capacity);
   check(length * dim <= kMaxInt * 64, "length ", length, " is too long");
   check.same_device(cache, scale, "scale");
   check.same_device(cache, out, "out");
   if (out.numel() == 0) return;
   const Launch launch(cache);
-  const KvDequantizeArgs args{data<int8_t>(cache),  data(scale), out.data_ptr(), batch * heads, capacity, length,
+  const KvDequantizeArgs args{data<int8_t>(cache) + start * dim,
+                              static_cast<const uint16_t*>(data(scale)) + start,
+                              out.data_ptr(),
+                              batch * heads,
+                              capacity,
+                              length,
                               static_cast<int>(dim)};
   check.launched(launch_kv_int8_dequantize(args, dtype, launch.stream()));
 }
 
 // What fp8 and int4 have in common; `tail` gives B, H_kv and D.
 KvExpandArgs expand_args(const Check& check, const Tensor& cache, const Tensor& scale, const Tensor& tail,
-                         const Tensor* sinks, const Tensor& lengths, const Tensor& out, int64_t capacity, bool values) {
+                         const Tensor* sinks, const Tensor& lengths, int64_t start, const Tensor& out, int64_t capacity,
+                         bool values) {
   const int64_t batch = tail.size(0), heads = tail.size(1), group = tail.size(2), dim = tail.size(3);
   check.dtype(lengths, ScalarType::Int, "lengths", "int32");
   check.shape(lengths, {batch, heads}, "lengths", "(B, H_kv)");
   check.shape(out, {batch, heads, -1, dim}, "out", "(B, H_kv, length, D)");
   check(tail.scalar_type() == out.scalar_type(), "out must have the dtype of the tail");
   const int64_t front = sinks ? sinks->size(2) : 0;
-  check(out.size(2) <= capacity + front, "length ", out.size(2), " is more than the capacity ", capacity);
+  check(start >= 0 && start + out.size(2) <= capacity + front, "tokens ", start, " to ", start + out.size(2),
+        " are not within the capacity ", capacity + front);
   const std::pair<const Tensor*, const char*> all[] = {{&cache, "data"}, {&scale, "scale or params"},
                                                        {&tail, "tail"},  {&lengths, "lengths"},
                                                        {&out, "out"},    {sinks, "sinks"}};
@@ -324,6 +332,7 @@ KvExpandArgs expand_args(const Check& check, const Tensor& cache, const Tensor& 
           out.data_ptr(),
           batch * heads,
           capacity,
+          start,
           out.size(2),
           static_cast<int>(dim),
           static_cast<int>(group),
@@ -333,7 +342,7 @@ KvExpandArgs expand_args(const Check& check, const Tensor& cache, const Tensor& 
 }
 
 void kv_fp8_dequantize(const Tensor& cache, const Tensor& scale, const Tensor& tail, const Tensor& lengths,
-                       const Tensor& out) {
+                       int64_t start, const Tensor& out) {
   constexpr Check check{"kv_fp8_dequantize"};
   const Dtype dtype = check.float_dtype(out, "out");
   check.shape(tail, {-1, -1, kFp8Group, -1}, "tail", "(B, H_kv, 64, D)");
@@ -344,14 +353,14 @@ void kv_fp8_dequantize(const Tensor& cache, const Tensor& scale, const Tensor& t
   const int64_t capacity = cache.size(2);
   check.dtype(scale, ScalarType::Float, "scale", "float32");
   check.shape(scale, {batch, heads, capacity / kFp8Group}, "scale", "(B, H_kv, capacity / 64)");
-  const KvExpandArgs args = expand_args(check, cache, scale, tail, nullptr, lengths, out, capacity, false);
+  const KvExpandArgs args = expand_args(check, cache, scale, tail, nullptr, lengths, start, out, capacity, false);
   if (out.numel() == 0) return;
   const Launch launch(cache);
   check.launched(launch_kv_fp8_dequantize(args, dtype, launch.stream()));
 }
 
 void kv_int4_dequantize(const Tensor& cache, const Tensor& params, const Tensor& tail, const Tensor& sinks,
-                        const Tensor& lengths, bool values, const Tensor& out) {
+                        const Tensor& lengths, bool values, int64_t start, const Tensor& out) {
   constexpr Check check{"kv_int4_dequantize"};
   const Dtype dtype = check.float_dtype(out, "out");
   check.shape(tail, {-1, -1, -1, -1}, "tail", "(B, H_kv, group, D)");
@@ -371,7 +380,8 @@ void kv_int4_dequantize(const Tensor& cache, const Tensor& params, const Tensor&
     check.shape(cache, {batch, heads, groups * group, dim / 2}, "data", "(B, H_kv, capacity, D / 2)");
     check.shape(params, {batch, heads, groups, 2, dim}, "params", "(B, H_kv, capacity / group, 2, D)");
   }
-  const KvExpandArgs args = expand_args(check, cache, params, tail, &sinks, lengths, out, groups * group, values);
+  const KvExpandArgs args =
+      expand_args(check, cache, params, tail, &sinks, lengths, start, out, groups * group, values);
   if (out.numel() == 0) return;
   const Launch launch(cache);
   check.launched(launch_kv_int4_dequantize(args, dtype, launch.stream()));

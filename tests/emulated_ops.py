@@ -180,9 +180,15 @@ class EmulatedOps:
         self._append("emulated_kv_h2o_append", args[:10], dict(zip(names, args[10:17], strict=True)), *args[17:])
 
     def kv_fp8_dequantize(
-        self, data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor
+        self,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        tail: torch.Tensor,
+        lengths: torch.Tensor,
+        start: int,
+        out: torch.Tensor,
     ) -> None:
-        self._dequantize(8, data, scale, tail, None, lengths, False, out)
+        self._dequantize(8, data, scale, tail, None, lengths, False, start, out)
 
     def kv_int4_dequantize(
         self,
@@ -192,9 +198,10 @@ class EmulatedOps:
         sinks: torch.Tensor,
         lengths: torch.Tensor,
         values: bool,
+        start: int,
         out: torch.Tensor,
     ) -> None:
-        self._dequantize(4, data, params, tail, sinks, lengths, values, out)
+        self._dequantize(4, data, params, tail, sinks, lengths, values, start, out)
 
     def _dequantize(
         self,
@@ -205,13 +212,14 @@ class EmulatedOps:
         sinks: torch.Tensor | None,
         lengths: torch.Tensor,
         values: bool,
+        start: int,
         out: torch.Tensor,
     ) -> None:
         group, front = tail.shape[2], 0 if sinks is None else sinks.shape[2]
         self._library.call(
             "emulated_kv_dequantize",
             *(bits, data, scale, tail, sinks, lengths, out, lengths.numel(), scale.shape[2] * group),
-            *(*out.shape[2:], group, front, values, out.dtype is torch.bfloat16),
+            *(start, *out.shape[2:], group, front, values, out.dtype is torch.bfloat16),
             **_inputs(data=data, scale=scale, tail=tail, sinks=sinks, lengths=lengths),
             out=(out, OUTPUT),
         )
@@ -240,11 +248,12 @@ class EmulatedOps:
             **{name: (tensor, IN_OUT) for name, tensor in storage.items()},
         )
 
-    def kv_int8_dequantize(self, data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    def kv_int8_dequantize(self, data: torch.Tensor, scale: torch.Tensor, start: int, out: torch.Tensor) -> None:
         batch, heads, capacity, dim = data.shape
         self._library.call(
             "emulated_kv_int8_dequantize",
-            *(data, scale, out, batch * heads, capacity, out.shape[2], dim, out.dtype is torch.bfloat16),
+            *(data[0, 0, start:], scale[0, 0, start:], out, batch * heads, capacity, out.shape[2], dim),
+            out.dtype is torch.bfloat16,
             **_inputs(data=data, scale=scale),
             out=(out, OUTPUT),
         )

@@ -52,9 +52,10 @@ def test_against_float64(
         assert seen[-1] == length
         assert got.dtype == dtype
         want = exact(query, keys, values, causal(2, tokens, length) if mask is None else mask, dim**-0.5)
-        # float32 sums of up to 97 products, and one rounding to the dtype at the end: half of eps of the largest.
+        # torch's kernels round the weights to the dtype before they multiply with values (eps / 2 of each, so of the
+        # whole at most), each tile's result, and the sum once more: 3 * eps / 2, and as much again for what is summed.
         error = float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
-        assert error < max(torch.finfo(dtype).eps / 2, 2e-6)
+        assert error < max(3 * torch.finfo(dtype).eps, 2e-6)
 
 
 def test_a_query_that_sees_nothing_gives_0(tile_tokens: int) -> None:

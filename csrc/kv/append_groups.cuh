@@ -1,6 +1,6 @@
-// Appends to the caches that quantize tokens in groups, each when it is full, and keep the others in full precision: the
-// first few (sinks), and those of the group that is not full yet (the tail, where token t is entry t % group, tokens
-// being numbered from behind the sinks). hf_fastpath/ops/_groups.py says the same in Python. A format F has:
+// Appends to the caches that quantize tokens in groups, each when it is full, and keep the others in full precision:
+// the first few (sinks), and those of the group that is not full yet (the tail, where token t is entry t % group,
+// tokens being numbered from behind the sinks). hf_fastpath/ops/_groups.py says the same in Python. A format F has:
 //   Shared<kLanes>         what quantizing a group needs of shared memory
 //   quantize<T, kLanes>()  stores a group. A lane has 8 tokens of 8 channels, as 16-bit values.
 #pragma once
@@ -83,9 +83,8 @@ __device__ __forceinline__ void load_group(GroupRows<kLanes>& group, const KvNew
 // A CTA takes group `blockIdx.x` of those that new tokens fill. few: of a KV head, keys and values, with all its new
 // tokens and the query heads that read it. Else of keys (the first half of the grid's y) or values alone.
 template <typename F, typename T, int kLanes, bool kVector>
-__global__ void __launch_bounds__(kMaxGroupThreads) append_groups_kernel(const __grid_constant__ KvNewTokens p,
-                                                                         const __grid_constant__ KvGroupedStorage s,
-                                                                         bool few) {
+__global__ void __launch_bounds__(kMaxGroupThreads)
+    append_groups_kernel(const __grid_constant__ KvNewTokens p, const __grid_constant__ KvGroupedStorage s, bool few) {
   __shared__ GroupRows<kLanes> group;
   __shared__ typename F::template Shared<kLanes> shared;
   const int slots = blockDim.x / kLanes, slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;

@@ -35,8 +35,8 @@ struct FewRow {
 
 // A CTA takes a KV head of a row of the batch, all its new tokens and the query heads that read it.
 template <typename F, typename T, int kLanes, bool kVector>
-__global__ void __launch_bounds__(512) append_few_kernel(const __grid_constant__ KvNewTokens p,
-                                                         const __grid_constant__ typename F::Storage s) {
+__global__ void __launch_bounds__(512)
+    append_few_kernel(const __grid_constant__ KvNewTokens p, const __grid_constant__ typename F::Storage s) {
   const int slots = blockDim.x / kLanes, slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t batch = blockIdx.y, pair = batch * p.kv_heads + blockIdx.x;
   const int ratio = p.query.data ? p.heads / p.kv_heads : 0, rows = (2 + ratio) * p.tokens;
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(512) append_few_kernel(const __grid_constant__
 
 // Keys (the first half of the grid's y) or values of a prompt chunk, a CTA a tile of tokens of a head.
 template <typename F, typename T, int kLanes, bool kVector>
-__global__ void __launch_bounds__(kChunkThreads) append_chunk_kernel(const __grid_constant__ KvNewTokens p,
-                                                                     const __grid_constant__ typename F::Storage s) {
+__global__ void __launch_bounds__(kChunkThreads)
+    append_chunk_kernel(const __grid_constant__ KvNewTokens p, const __grid_constant__ typename F::Storage s) {
   constexpr int kSlots = kChunkThreads / kLanes;
   const int slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const bool is_value = blockIdx.y >= p.kv_heads;

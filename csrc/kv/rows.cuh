@@ -143,12 +143,10 @@ __device__ __forceinline__ void turn(uint4& x, const RowBits& bits, int rotary_d
   for_words(other, bits.sin, [sign](uint32_t word, uint32_t sin) {
     return as_bits(__hmul2_rn(as_pair<P>(word ^ sign), as_pair<P>(sin)));
   });
-  for_words(x, bits.cos, [](uint32_t word, uint32_t cos) {
-    return as_bits(__hmul2_rn(as_pair<P>(word), as_pair<P>(cos)));
-  });
-  for_words(x, other, [](uint32_t along, uint32_t across) {
-    return as_bits(__hadd2_rn(as_pair<P>(along), as_pair<P>(across)));
-  });
+  for_words(x, bits.cos,
+            [](uint32_t word, uint32_t cos) { return as_bits(__hmul2_rn(as_pair<P>(word), as_pair<P>(cos))); });
+  for_words(x, other,
+            [](uint32_t along, uint32_t across) { return as_bits(__hadd2_rn(as_pair<P>(along), as_pair<P>(across))); });
 }
 
 // The matrix of hf_fastpath/ops/_rotation.py, by butterflies in fp32; `factor` is rotation_factor(dim).

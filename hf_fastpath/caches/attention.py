@@ -51,6 +51,8 @@ def fastpath_attention(
             if not reason and query.shape[2] == 1:
                 mask = None if attention_mask is None else attention_mask[:, 0, 0]
                 return layer.decode(query[:, :, 0], mask, scale).unsqueeze(1), None
+            if not reason:
+                return layer.attend_chunk(query, attention_mask, scale).transpose(1, 2).contiguous(), None
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -66,6 +68,8 @@ def _why_not_ours(
         return "attention dropout is on; call model.eval()"
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         return "the model caps its attention scores or adds to them"
+    if kwargs.get("is_causal") is False:
+        return "its attention is not causal"
     if attention_mask is None:
         return ""
     shared = attention_mask.dim() == 4 and attention_mask.shape[1] == 1 and attention_mask.shape[0] == query.shape[0]

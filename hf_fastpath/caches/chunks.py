@@ -36,27 +36,28 @@ def attend_in_tiles(
     """
     batch, heads, tokens, dim = query.shape
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * tokens, dim)
-    bounds = _tile_bounds(batch, kv_heads, dim, query.element_size(), length, tokens)
+    in_kernel = _has_kernel(query)
+    most = max(TILE_BYTES // (2 * batch * kv_heads * dim * query.element_size()), LEAST_TILE_TOKENS)
+    if not in_kernel:  # the scores are in memory too
+        most = min(most, max(TILE_BYTES // (4 * batch * heads * tokens), 64))
+    bounds = _tile_bounds(length, tokens, most)
     out = query.new_zeros(grouped.shape, dtype=torch.float32)
     lse = out.new_full(grouped.shape[:3], float("-inf"))
     for (start, stop), visible in zip(bounds, _all_visible(mask, bounds, tokens), strict=True):
         keys, values = expand(start, stop)
-        if visible:
-            part, part_lse = _tile_attention(grouped, keys, values, None, scaling)
-        else:
-            part, part_lse = _tile_attention(
-                grouped, keys, values, _tile_mask(mask, query, start, stop, length), scaling
-            )
-        lse = _add_tile(out, lse, part, part_lse)
+        shown = None
+        if not visible:
+            shown = _tile_mask(mask, query, start, stop, length)
+            shown = shown.repeat(1, 1, heads // kv_heads, 1)  # the queries of a group, one head's behind the other's
+        attend = _torch_kernel if in_kernel else _plain
+        lse = _add_tile(out, lse, *attend(grouped, keys, values, shown, scaling))
     return out.view(batch, heads, tokens, dim).to(query.dtype)
 
 
-def _tile_bounds(
-    batch: int, kv_heads: int, dim: int, element_size: int, length: int, tokens: int
-) -> list[tuple[int, int]]:
-    """The tokens in tiles of one size, the chunk's own ones apart, since only there a query's own place matters."""
-    most = max(TILE_BYTES // (2 * batch * kv_heads * dim * element_size), LEAST_TILE_TOKENS)
-    bounds = []
+def _tile_bounds(length: int, tokens: int, most: int) -> list[tuple[int, int]]:
+    """The tokens in tiles of at most ``most``, the chunk's own ones apart, since only there a query's own place
+    matters."""
+    bounds: list[tuple[int, int]] = []
     for first, last in ((0, length - tokens), (length - tokens, length)):
         count = ceil_div(last - first, most)
         size = ceil_div(last - first, max(count, 1))
@@ -90,15 +91,43 @@ def _tile_mask(mask: torch.Tensor | None, query: torch.Tensor, start: int, stop:
     return (torch.arange(start, stop, device=query.device) <= place[:, None])[None, None]
 
 
-def _tile_attention(
+def _has_kernel(query: torch.Tensor) -> bool:
+    """Whether torch has an attention kernel that gives the LSE for these queries."""
+    return query.device.type == "cpu" or (query.is_cuda and query.shape[3] % 8 == 0)
+
+
+def _torch_kernel(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over one tile, ``(B, H_kv, G q, D)``, and its LSE, float32 ``(B, H_kv, G q)``, minus infinity where
-    nothing is visible. query ``(B, H_kv, G q, D)``: the queries of a group, one head's behind the other's."""
-    if mask is not None:
-        mask = mask.repeat(1, 1, query.shape[2] // mask.shape[2], 1)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0:
-        return _torch_kernel(query, keys, values, mask, scaling)
+    """Attention over one tile, ``(B, H_kv, n, D)``, and its LSE, float32 ``(B, H_kv, n)``, minus infinity where nothing
+    is visible, for queries ``(B, H_kv, n, D)`` and a mask, bool ``(B or 1, 1, n, tokens)``."""
+    bias = None if mask is None else _bias(mask, query)
+    if query.device.type == "cpu":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = attend(query, keys, values, attn_mask=bias, scale=scaling)
+    elif bias is None and query.dtype is not torch.float32:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = attend(query, keys, values, scale=scaling)[:2]
+    else:
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, lse = attend(query, keys, values, bias, True, scale=scaling)[:2]
+        lse = lse[..., : query.shape[2]]  # the kernel pads it
+    return out, lse if mask is None else lse.masked_fill(~mask.any(-1), float("-inf"))
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The mask as what is added to the scores: kernels want its rows aligned to 16 bytes, and would make minus infinity
+    in a whole row NaN."""
+    tokens = mask.shape[3]
+    lowest = torch.finfo(query.dtype).min
+    bias = query.new_full((*mask.shape[:3], ceil_div(tokens, 8) * 8), lowest)[..., :tokens]
+    return bias.masked_fill_(mask, 0.0).expand(query.shape[0], query.shape[1], -1, -1)
+
+
+def _plain(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in float32, whatever the sizes are."""
     scores = (query.float() @ keys.float().transpose(2, 3)) * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -107,26 +136,6 @@ def _tile_attention(
     if mask is not None:
         weights = weights.masked_fill(~mask, 0.0)  # of a row without a visible token, -inf - -inf is NaN
     return weights @ values.float(), lse
-
-
-def _torch_kernel(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by torch's attention kernels for CUDA, with mask bool ``(B or 1, 1, G q, n)``."""
-    if mask is None:
-        attend = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse = attend(query, keys, values, scale=scaling)[:2]
-        return out, lse
-    # The kernel wants the bias's rows aligned to 16 bytes, and minus infinity in a whole row makes it NaN.
-    tokens = keys.shape[2]
-    lowest = torch.finfo(query.dtype).min
-    bias = query.new_full((*mask.shape[:3], ceil_div(tokens, 8) * 8), lowest)[..., :tokens]
-    bias.masked_fill_(mask, 0.0)
-    bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, lse = attend(query, keys, values, bias, True, scale=scaling)[:2]
-    lse = lse[..., : query.shape[2]].masked_fill(~mask.any(-1), float("-inf"))  # the kernel pads it
-    return out, lse
 
 
 def _add_tile(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,10 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_fastpath.caches.base import FastCache, FastLayer
+from hf_fastpath.caches.chunks import attend_in_tiles
 from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.errors import Unsupported
+from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.runtime import require_device, why_no_kernels
 
 
@@ -24,6 +26,7 @@ class CompressedLayer(FastLayer):
 
     format: str
     attends_chunks = False
+    rotate_keys = True  # whether keys are stored rotated (hf_fastpath.ops._rotation)
 
     def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True, reference: bool = False) -> None:
         super().__init__(initial_tokens)
@@ -41,6 +44,29 @@ class CompressedLayer(FastLayer):
     @abstractmethod
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """Attention of one new token a row, query ``(B, H, D)`` and result alike; mask: bool ``(B, length)``."""
+
+    @abstractmethod
+    def expand_stored(self, which: str, tokens: slice, dtype: torch.dtype) -> torch.Tensor:
+        """``"keys"`` or ``"values"`` of the tokens ``tokens.start .. tokens.stop`` as a plain tensor, in the form that
+        they are stored in: keys may be rotated."""
+
+    def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
+        stored = self.expand_stored(which, slice(0, length), dtype)
+        return rotate(stored) if which == "keys" and self.rotate_keys else stored
+
+    def attend_chunk(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """Attention of the latest q tokens over all that is stored, one tile of which is expanded at a time.
+
+        Args:
+            query: ``(B, H, q, D)``, the result alike. mask: bool ``(B or 1, 1, q, length)``; None: causal.
+        """
+        q = rotate(query) if self.rotate_keys else query
+
+        def expand(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = (self.expand_stored(which, slice(start, stop), query.dtype) for which in ("keys", "values"))
+            return keys, values
+
+        return attend_in_tiles(q, self.storage[0].shape[1], self.length, expand, mask, scaling)
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """With ``attends_chunks``, attention of the new tokens: query ``(B, H, q, D)`` and result alike; mask: bool

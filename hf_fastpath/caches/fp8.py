@@ -58,13 +58,9 @@ class Fp8KVLayer(GroupedLayer):
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 4 / GROUP_TOKENS)
 
-    def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
+    def expand_stored(self, which: str, tokens: slice, dtype: torch.dtype) -> torch.Tensor:
         data, scale, tail = self.storage[:3] if which == "keys" else self.storage[3:6]
-        return kv_fp8_dequantize(data, scale, tail, self.storage[-1], length, dtype, reference=self.reference)
-
-    def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
-        stored = self.expand_stored(which, length, dtype)
-        return rotate(stored) if which == "keys" else stored
+        return kv_fp8_dequantize(data, scale, tail, self.storage[-1], tokens, dtype, reference=self.reference)
 
 
 class Fp8KVCache(CompressedCache):

@@ -31,10 +31,6 @@ class GroupedLayer(CompressedLayer):
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Appends to the storage by its op."""
 
-    @abstractmethod
-    def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """:meth:`expand`, but in the form that the tail holds (keys may be stored rotated)."""
-
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.append(key, value)
         self._written = max(self._written, self.length)
@@ -57,7 +53,7 @@ class GroupedLayer(CompressedLayer):
         last = min(length, self._written - self.group_tokens)
         if first < min(before_first, last):
             for which, tail in zip(("keys", "values"), self.tails, strict=True):
-                tail_write(tail, self.expand_stored(which, last, self.dtype)[:, :, first:], first - self.sinks)
+                tail_write(tail, self.expand_stored(which, slice(first, last), self.dtype), first - self.sinks)
 
     def _quantized_end(self, stored: int) -> int:
         """The token behind the quantized ones."""

@@ -132,6 +132,9 @@ class H2OKVLayer(CompressedLayer):
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 2) + 8
 
+    def expand_stored(self, which: str, tokens: slice, dtype: torch.dtype) -> torch.Tensor:
+        return self.expand(which, tokens.stop, dtype)
+
     def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
         raise Unsupported(
             "the h2o KV cache holds other tokens in each head, and goes by the attention that they get, so no other "
@@ -161,7 +164,9 @@ class H2OKVCache(CompressedCache):
     """
 
     layer_class = H2OKVLayer
-    layer_kinds = frozenset({"conv", "full_attention"})  # a window forgets by itself, and its mask would look like padding
+    layer_kinds = frozenset(
+        {"conv", "full_attention"}
+    )  # a window forgets by itself, and its mask would look like padding
 
     def __init__(
         self,

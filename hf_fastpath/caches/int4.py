@@ -98,15 +98,11 @@ class Int4KVLayer(GroupedLayer):
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return head_dim + 4 * head_dim / self.group_tokens + 4 * value_groups(head_dim)
 
-    def expand_stored(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
+    def expand_stored(self, which: str, tokens: slice, dtype: torch.dtype) -> torch.Tensor:
         values = which == "values"
         data, params, tail, sinks = self.storage[4:8] if values else self.storage[:4]
         stored = (data, params, tail, sinks, self.storage[-1])
-        return kv_int4_dequantize(*stored, values, length, dtype, reference=self.reference)
-
-    def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
-        stored = self.expand_stored(which, length, dtype)
-        return rotate(stored) if which == "keys" and self.rotate_keys else stored
+        return kv_int4_dequantize(*stored, values, tokens, dtype, reference=self.reference)
 
 
 class Int4KIVICache(CompressedCache):

@@ -50,10 +50,9 @@ class Int8KVLayer(CompressedLayer):
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 2)
 
-    def expand(self, which: str, length: int, dtype: torch.dtype) -> torch.Tensor:
+    def expand_stored(self, which: str, tokens: slice, dtype: torch.dtype) -> torch.Tensor:
         data, scale = self.storage[:2] if which == "keys" else self.storage[2:4]
-        stored = kv_int8_dequantize(data, scale, length, dtype, reference=self.reference)
-        return rotate(stored) if which == "keys" else stored
+        return kv_int8_dequantize(data, scale, tokens, dtype, reference=self.reference)
 
 
 class Int8KVCache(CompressedCache):

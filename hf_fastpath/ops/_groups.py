@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_fastpath.packing import ceil_div
+
 
 def tokens_stored(lengths: torch.Tensor) -> int:
     return int(lengths[0, 0])
@@ -18,6 +20,11 @@ def tokens_stored(lengths: torch.Tensor) -> int:
 def quantized_of(stored: int, group: int, sinks: int = 0) -> int:
     """How many of the tokens are quantized, those in front of the groups not counted."""
     return max(stored - sinks, 0) // group * group
+
+
+def groups_of(start: int, stop: int, group: int) -> tuple[slice, int]:
+    """The groups that hold the tokens ``start .. stop``, and how many tokens these are."""
+    return slice(start // group, ceil_div(stop, group)), max(stop - start, 0)
 
 
 def tail_write(tail: torch.Tensor, x: torch.Tensor, start: int) -> None:

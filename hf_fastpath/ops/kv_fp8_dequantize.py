@@ -6,9 +6,8 @@ import torch
 
 from hf_fastpath.ops import _groups, _library
 from hf_fastpath.ops.kv_fp8_append import GROUP_TOKENS
-from hf_fastpath.packing import ceil_div
 
-SCHEMA = "kv_fp8_dequantize(Tensor data, Tensor scale, Tensor tail, Tensor lengths, Tensor(a!) out) -> ()"
+SCHEMA = "kv_fp8_dequantize(Tensor data, Tensor scale, Tensor tail, Tensor lengths, int start, Tensor(a!) out) -> ()"
 
 
 def expand_fp8_groups(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -17,18 +16,30 @@ def expand_fp8_groups(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def kv_fp8_dequantize_reference(
-    data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    tail: torch.Tensor,
+    lengths: torch.Tensor,
+    start: int,
+    out: torch.Tensor,
 ) -> None:
-    length = out.shape[2]
-    quantized = min(_groups.quantized_of(_groups.tokens_stored(lengths), GROUP_TOKENS), length)
-    groups = ceil_div(quantized, GROUP_TOKENS)
-    whole = expand_fp8_groups(data[:, :, : groups * GROUP_TOKENS], scale[:, :, :groups])
-    out[:, :, :quantized] = whole[:, :, :quantized]
-    out[:, :, quantized:] = tail[:, :, : length - quantized]
+    stop = start + out.shape[2]
+    quantized = _groups.quantized_of(_groups.tokens_stored(lengths), GROUP_TOKENS)
+    groups, count = _groups.groups_of(start, min(stop, quantized), GROUP_TOKENS)
+    if count:
+        entries = slice(groups.start * GROUP_TOKENS, groups.stop * GROUP_TOKENS)
+        whole = expand_fp8_groups(data[:, :, entries], scale[:, :, groups])
+        out[:, :, :count] = whole.narrow(2, start - entries.start, count)
+    out[:, :, count:] = tail[:, :, max(start - quantized, 0) : max(stop - quantized, 0)]
 
 
 def _fake(
-    data: torch.Tensor, scale: torch.Tensor, tail: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    tail: torch.Tensor,
+    lengths: torch.Tensor,
+    start: int,
+    out: torch.Tensor,
 ) -> None:
     return None
 
@@ -41,17 +52,18 @@ def kv_fp8_dequantize(
     scale: torch.Tensor,
     tail: torch.Tensor,
     lengths: torch.Tensor,
-    length: int,
+    tokens: slice,
     dtype: torch.dtype,
     *,
     reference: bool = False,
 ) -> torch.Tensor:
-    """The first ``length`` tokens, at most as many as are stored, ``(B, H_kv, length, D)`` in ``dtype``.
+    """The tokens ``tokens.start .. tokens.stop``, all of them stored, ``(B, H_kv, n, D)`` in ``dtype``.
 
     Args:
         data, scale, tail: keys or values of the storage of :class:`hf_fastpath.caches.fp8.Fp8KVLayer`; lengths: its.
         reference: run the reference implementation, on any device.
     """
-    out = torch.empty((data.shape[0], data.shape[1], length, data.shape[3]), dtype=dtype, device=data.device)
-    (kv_fp8_dequantize_reference if reference else _op)(data, scale, tail, lengths, out)
+    shape = (*data.shape[:2], tokens.stop - tokens.start, data.shape[3])
+    out = torch.empty(shape, dtype=dtype, device=data.device)
+    (kv_fp8_dequantize_reference if reference else _op)(data, scale, tail, lengths, tokens.start, out)
     return out

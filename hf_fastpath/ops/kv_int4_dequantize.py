@@ -6,11 +6,10 @@ import torch
 
 from hf_fastpath.ops import _groups, _library
 from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS
-from hf_fastpath.packing import ceil_div
 
 SCHEMA = (
     "kv_int4_dequantize(Tensor data, Tensor params, Tensor tail, Tensor sinks, Tensor lengths, bool values, "
-    "Tensor(a!) out) -> ()"
+    "int start, Tensor(a!) out) -> ()"
 )
 
 
@@ -39,18 +38,21 @@ def kv_int4_dequantize_reference(
     sinks: torch.Tensor,
     lengths: torch.Tensor,
     values: bool,
+    start: int,
     out: torch.Tensor,
 ) -> None:
-    group, front = tail.shape[2], min(sinks.shape[2], out.shape[2])
-    length = out.shape[2] - front
-    quantized = min(_groups.quantized_of(_groups.tokens_stored(lengths), group, sinks.shape[2]), length)
-    groups = ceil_div(quantized, group)
-    entries = groups * group // (PACKED_TOKENS if values else 1)
-    out[:, :, :front] = sinks[:, :, :front]
-    if groups:
-        whole = (expand_values if values else expand_keys)(data[:, :, :entries], params[:, :, :groups])
-        out[:, :, front : front + quantized] = whole[:, :, :quantized]
-    out[:, :, front + quantized :] = tail[:, :, : length - quantized]
+    stop, group, front = start + out.shape[2], tail.shape[2], sinks.shape[2]
+    quantized = _groups.quantized_of(_groups.tokens_stored(lengths), group, front)
+    from_sinks = sinks[:, :, start:stop]
+    first, last = max(start - front, 0), max(stop - front, 0)  # behind the sinks
+    groups, count = _groups.groups_of(first, min(last, quantized), group)
+    out[:, :, : from_sinks.shape[2]] = from_sinks
+    if count:
+        packed = PACKED_TOKENS if values else 1
+        entries = slice(groups.start * group // packed, groups.stop * group // packed)
+        whole = (expand_values if values else expand_keys)(data[:, :, entries], params[:, :, groups])
+        out.narrow(2, from_sinks.shape[2], count).copy_(whole.narrow(2, first - groups.start * group, count))
+    out[:, :, from_sinks.shape[2] + count :] = tail[:, :, max(first - quantized, 0) : max(last - quantized, 0)]
 
 
 def _fake(
@@ -60,6 +62,7 @@ def _fake(
     sinks: torch.Tensor,
     lengths: torch.Tensor,
     values: bool,
+    start: int,
     out: torch.Tensor,
 ) -> None:
     return None
@@ -75,18 +78,19 @@ def kv_int4_dequantize(
     sinks: torch.Tensor,
     lengths: torch.Tensor,
     values: bool,
-    length: int,
+    tokens: slice,
     dtype: torch.dtype,
     *,
     reference: bool = False,
 ) -> torch.Tensor:
-    """The first ``length`` tokens, at most as many as are stored, ``(B, H_kv, length, D)`` in ``dtype``.
+    """The tokens ``tokens.start .. tokens.stop``, all of them stored, ``(B, H_kv, n, D)`` in ``dtype``.
 
     Args:
         data, params, tail, sinks: keys, or with ``values`` values, of the storage of
             :class:`hf_fastpath.caches.int4.Int4KVLayer`; lengths: its.
         reference: run the reference implementation, on any device.
     """
-    out = torch.empty((*tail.shape[:2], length, tail.shape[3]), dtype=dtype, device=data.device)
-    (kv_int4_dequantize_reference if reference else _op)(data, params, tail, sinks, lengths, values, out)
+    shape = (*tail.shape[:2], tokens.stop - tokens.start, tail.shape[3])
+    out = torch.empty(shape, dtype=dtype, device=data.device)
+    (kv_int4_dequantize_reference if reference else _op)(data, params, tail, sinks, lengths, values, tokens.start, out)
     return out

@@ -6,15 +6,15 @@ import torch
 
 from hf_fastpath.ops import _library
 
-SCHEMA = "kv_int8_dequantize(Tensor data, Tensor scale, Tensor(a!) out) -> ()"
+SCHEMA = "kv_int8_dequantize(Tensor data, Tensor scale, int start, Tensor(a!) out) -> ()"
 
 
-def kv_int8_dequantize_reference(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    length = out.shape[2]
-    out.copy_(data[:, :, :length].float() * scale[:, :, :length].float().unsqueeze(-1))
+def kv_int8_dequantize_reference(data: torch.Tensor, scale: torch.Tensor, start: int, out: torch.Tensor) -> None:
+    tokens = slice(start, start + out.shape[2])
+    out.copy_(data[:, :, tokens].float() * scale[:, :, tokens].float().unsqueeze(-1))
 
 
-def _fake(data: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+def _fake(data: torch.Tensor, scale: torch.Tensor, start: int, out: torch.Tensor) -> None:
     return None
 
 
@@ -22,9 +22,9 @@ _op = _library.define(SCHEMA, kv_int8_dequantize_reference, _fake)
 
 
 def kv_int8_dequantize(
-    data: torch.Tensor, scale: torch.Tensor, length: int, dtype: torch.dtype, *, reference: bool = False
+    data: torch.Tensor, scale: torch.Tensor, tokens: slice, dtype: torch.dtype, *, reference: bool = False
 ) -> torch.Tensor:
-    """The first ``length`` tokens, ``(B, H_kv, length, D)`` in ``dtype`` (fp16, bf16; CPU also fp32).
+    """The tokens ``tokens.start .. tokens.stop``, ``(B, H_kv, n, D)`` in ``dtype`` (fp16, bf16; CPU also fp32).
 
     Args:
         data: int8 ``(B, H_kv, capacity, D)``; scale: float16 ``(B, H_kv, capacity)``; both contiguous.
@@ -32,6 +32,7 @@ def kv_int8_dequantize(
 
     ``q * scale`` is computed in float32 and rounded once.
     """
-    out = torch.empty((data.shape[0], data.shape[1], length, data.shape[3]), dtype=dtype, device=data.device)
-    (kv_int8_dequantize_reference if reference else _op)(data, scale, out)
+    shape = (*data.shape[:2], tokens.stop - tokens.start, data.shape[3])
+    out = torch.empty(shape, dtype=dtype, device=data.device)
+    (kv_int8_dequantize_reference if reference else _op)(data, scale, tokens.start, out)
     return out

@@ -122,10 +122,10 @@ def test_dequantize_has_the_references_bits(tokens: int, dim: int, dtype: Any) -
     for cache, options in cases:
         layer = filled(cache, dtype, dim, tokens, **options)
         for which in ("keys", "values"):
-            for length in {tokens, max(tokens - 13, 1)}:
-                got = layer.expand_stored(which, length, dtype)
+            for start, stop in {(0, tokens), (0, max(tokens - 13, 1)), (tokens // 3, tokens), (tokens - 1, tokens)}:
+                got = layer.expand_stored(which, slice(start, stop), dtype)
                 layer.reference = True
-                assert torch.equal(got, layer.expand_stored(which, length, dtype))
+                assert torch.equal(got, layer.expand_stored(which, slice(start, stop), dtype))
                 layer.reference = False
 
 

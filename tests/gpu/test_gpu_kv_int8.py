@@ -22,13 +22,16 @@ def test_dequantize_has_the_references_bits(
     data = torch.randint(-127, 128, (batch, heads, capacity, dim), generator=rng, dtype=torch.int8)
     scale = (torch.rand(batch, heads, capacity, generator=rng) * 3).half()
     scale[:, :, length:] = float("nan")
-    expected = torch.empty(batch, heads, length, dim, dtype=dtype)
-    expected.copy_(data[:, :, :length].float() * scale[:, :, :length].float().unsqueeze(-1))
-    assert torch.equal(kv_int8_dequantize(data.to(DEVICE), scale.to(DEVICE), length, dtype).cpu(), expected)
+    whole = torch.empty(batch, heads, length, dim, dtype=dtype)
+    whole.copy_(data[:, :, :length].float() * scale[:, :, :length].float().unsqueeze(-1))
+    got = kv_int8_dequantize(data.to(DEVICE), scale.to(DEVICE), slice(0, length), dtype)
+    assert torch.equal(got.cpu(), whole)
+    start = length // 3
+    expected = whole[:, :, start:].contiguous()
     for shift in (1, 8):  # without and with vector stores, a sentinel around
         buffer = torch.full((expected.numel() + 2 * shift,), 42.0, dtype=dtype, device=DEVICE)
         out = buffer[shift:-shift].view(expected.shape)
-        torch.ops.hf_fastpath.kv_int8_dequantize(data.to(DEVICE), scale.to(DEVICE), out)
+        torch.ops.hf_fastpath.kv_int8_dequantize(data.to(DEVICE), scale.to(DEVICE), start, out)
         assert torch.equal(out.cpu(), expected)
         assert (buffer[:shift] == 42).all()
         assert (buffer[-shift:] == 42).all()
@@ -36,5 +39,5 @@ def test_dequantize_has_the_references_bits(
 
 def test_more_tokens_than_there_is_room_for_are_refused() -> None:
     data, scale = torch.zeros(1, 2, 8, 64, dtype=torch.int8), torch.zeros(1, 2, 8, dtype=torch.float16)
-    with pytest.raises(RuntimeError, match="length 9 is more than the capacity 8"):
-        kv_int8_dequantize(data.to(DEVICE), scale.to(DEVICE), 9, torch.float16)
+    with pytest.raises(RuntimeError, match="tokens 4 to 9 are not within the capacity 8"):
+        kv_int8_dequantize(data.to(DEVICE), scale.to(DEVICE), slice(4, 9), torch.float16)
