@@ -41,8 +41,7 @@ def attend_in_tiles(
     if not in_kernel:  # the scores are in memory too
         most = min(most, max(TILE_BYTES // (4 * batch * heads * tokens), 64))
     bounds = _tile_bounds(length, tokens, most)
-    out = query.new_zeros(grouped.shape, dtype=torch.float32)
-    lse = out.new_full(grouped.shape[:3], float("-inf"))
+    out = lse = None
     for (start, stop), visible in zip(bounds, _all_visible(mask, bounds, tokens), strict=True):
         keys, values = expand(start, stop)
         shown = None
@@ -50,13 +49,22 @@ def attend_in_tiles(
             shown = _tile_mask(mask, query, start, stop, length)
             shown = shown.repeat(1, 1, heads // kv_heads, 1)  # the queries of a group, one head's behind the other's
         attend = _torch_kernel if in_kernel else _plain
-        lse = _add_tile(out, lse, *attend(grouped, keys, values, shown, scaling))
-    return out.view(batch, heads, tokens, dim).to(query.dtype)
+        part, part_lse = attend(grouped, keys, values, shown, scaling)
+        if out is None or lse is None:
+            out, lse = part.masked_fill_((part_lse == float("-inf")).unsqueeze(-1), 0.0), part_lse
+            if len(bounds) > 1:
+                out = out.float()
+        else:
+            lse = _add_tile(out, lse, part, part_lse)
+    assert out is not None
+    return out.reshape(batch, heads, tokens, dim).to(query.dtype)
 
 
 def _tile_bounds(length: int, tokens: int, most: int) -> list[tuple[int, int]]:
-    """The tokens in tiles of at most ``most``, the chunk's own ones apart, since only there a query's own place
-    matters."""
+    """The tokens in tiles of at most ``most``; where one is not enough the chunk's own ones are apart, since only there
+    a query's own place matters."""
+    if length <= most:
+        return [(0, length)]
     bounds: list[tuple[int, int]] = []
     for first, last in ((0, length - tokens), (length - tokens, length)):
         count = ceil_div(last - first, most)
