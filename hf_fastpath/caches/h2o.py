@@ -91,9 +91,9 @@ class H2OKVLayer(CompressedLayer):
         (key, value), self._fresh = self._fresh, None
         tokens = key.shape[2]
         if tokens > 1 and self.fresh_prefill:
-            rule = (self.length - tokens, scaling, self.window, self.sinks)
-            rotated = (rotate(query), rotate(key))  # as the stored keys are
-            return attn_prefill_h2o(*rotated, value, self.storage, mask, *rule, reference=self.reference)
+            start, rule = self.length - tokens, (self.window, self.sinks)
+            q, k = rotate(query), rotate(key)  # as the stored keys are
+            return attn_prefill_h2o(q, k, value, self.storage, mask, start, scaling, *rule, reference=self.reference)
         out = []
         for i in range(tokens):
             row = None if mask is None else mask[:, i]
@@ -161,7 +161,9 @@ class H2OKVCache(CompressedCache):
     """
 
     layer_class = H2OKVLayer
-    layer_kinds = frozenset({"conv", "full_attention"})  # a window forgets by itself, and its mask would look like padding
+    layer_kinds = frozenset(
+        {"conv", "full_attention"}
+    )  # a window forgets by itself, and its mask would look like padding
 
     def __init__(
         self,

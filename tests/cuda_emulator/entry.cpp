@@ -58,12 +58,12 @@ EXPORT int emulated_w4a16_dequantize(const void* qweight, const void* scales, co
       int64_t value_token, void *query_out, const void *q_norm, const void *k_norm, float eps, const void *cos,        \
       int64_t cos_batch, int64_t cos_token, const void *sin, int64_t sin_batch, int64_t sin_token, int rotary_dim,     \
       int rotate, int batch, int heads, int kv_heads, int tokens, int dim, int64_t capacity, int32_t *lengths
-#define NEW_TOKENS_ARGS                                                                                           \
-  KvNewTokens {                                                                                                   \
-    {query, query_batch, query_head, query_token}, {key, key_batch, key_head, key_token},                         \
-        {value, value_batch, value_head, value_token}, query_out, q_norm, k_norm, eps,                            \
-        {cos, cos_batch, cos_token}, {sin, sin_batch, sin_token}, rotary_dim, rotate ? rotation_factor(dim) : 0.0f, \
-        batch, heads, kv_heads, tokens, dim, capacity, lengths                                                    \
+#define NEW_TOKENS_ARGS                                                                                                \
+  KvNewTokens {                                                                                                        \
+    {query, query_batch, query_head, query_token}, {key, key_batch, key_head, key_token},                              \
+        {value, value_batch, value_head, value_token}, query_out, q_norm, k_norm, eps, {cos, cos_batch, cos_token},    \
+        {sin, sin_batch, sin_token}, rotary_dim, rotate ? rotation_factor(dim) : 0.0f, batch, heads, kv_heads, tokens, \
+        dim, capacity, lengths                                                                                         \
   }
 
 EXPORT int emulated_kv_static_append(NEW_TOKENS, void* keys, void* values, int bfloat16) {
@@ -76,8 +76,8 @@ EXPORT int emulated_kv_int8_append(NEW_TOKENS, void* k_data, void* k_scale, void
 
 EXPORT int emulated_kv_fp8_append(NEW_TOKENS, void* k_data, void* k_scale, void* k_tail, void* v_data, void* v_scale,
                                   void* v_tail, int bfloat16) {
-  const KvGroupedStorage storage{{{k_data, k_scale}, {v_data, v_scale}}, {{k_tail, nullptr}, {v_tail, nullptr}}, kFp8Group, 0,
-                                 0};
+  const KvGroupedStorage storage{
+      {{k_data, k_scale}, {v_data, v_scale}}, {{k_tail, nullptr}, {v_tail, nullptr}}, kFp8Group, 0, 0};
   return launch_kv_fp8_append(NEW_TOKENS_ARGS, storage, dtype_of(bfloat16), nullptr);
 }
 
@@ -101,8 +101,9 @@ EXPORT int emulated_kv_h2o_append(NEW_TOKENS, void* k_data, void* k_scale, void*
 EXPORT int emulated_kv_dequantize(int format, void* data, void* scale, void* tail, void* sinks_rows,
                                   const int32_t* lengths, void* out, int64_t pairs, int64_t capacity, int64_t length,
                                   int dim, int group, int sinks, int values, int bfloat16) {
-  const KvExpandArgs args{{data, scale}, {tail, sinks_rows}, lengths, out,   pairs,       capacity,
-                          length,        dim,                group,   sinks, values != 0, kv_int4_value_parts(dim)};
+  const KvExpandArgs args{
+      {data, scale}, {tail, sinks_rows},      lengths, out, pairs, capacity, length, dim, group, sinks,
+      values != 0,   kv_int4_value_parts(dim)};
   const auto launch = format == 8 ? launch_kv_fp8_dequantize : launch_kv_int4_dequantize;
   return launch(args, dtype_of(bfloat16), nullptr);
 }
@@ -170,8 +171,9 @@ EXPORT int emulated_attn_received(const void* query, const void* key, const floa
                                   int64_t mask_stride_batch, int64_t mask_stride_query, int64_t first, float* out,
                                   int batch, int heads, int kv_heads, int tokens, int keys, int old_keys, int dim,
                                   float scaling, int bfloat16) {
-  const AttnReceivedArgs args{query,     key,  lse,   lse_stride, positions, position_stride, mask, mask_stride_batch,
-                              mask_stride_query, first, out,      batch,     heads,           kv_heads, tokens,
-                              keys,      old_keys, dim, scaling};
+  const AttnReceivedArgs args{
+      query,  key, lse,   lse_stride, positions, position_stride, mask, mask_stride_batch, mask_stride_query,
+      first,  out, batch, heads,      kv_heads,  tokens,          keys, old_keys,          dim,
+      scaling};
   return launch_attn_received(args, dtype_of(bfloat16), nullptr);
 }
