@@ -274,6 +274,7 @@ class EmulatedOps:
             out=(out, OUTPUT),
         )
         return out
+
     def attn_decode_static(
         self,
         query: torch.Tensor,

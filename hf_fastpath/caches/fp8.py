@@ -31,10 +31,6 @@ class Fp8KVLayer(GroupedLayer):
     group_tokens = GROUP_TOKENS
     tokens_per_entry = (1, GROUP_TOKENS, 0, 1, GROUP_TOKENS, 0, 0)
 
-    @classmethod
-    def why_no_kernel(cls, head_dim: int) -> str:
-        return "the fp8 KV cache has no CUDA kernels yet, kv_cache='int8' has"
-
     def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         rows, dim = key.shape[:2], key.shape[3]
         one = (

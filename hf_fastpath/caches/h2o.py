@@ -49,9 +49,10 @@ class H2OKVLayer(CompressedLayer):
         self.budget, self.window, self.sinks = budget, window, sinks
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @classmethod
-    def why_no_kernel(cls, head_dim: int) -> str:
-        return "the h2o KV cache has no CUDA kernels yet, kv_cache='int8' has"
+    def why_no_kernel(self, head_dim: int) -> str:
+        if self.budget % 16 == 0:
+            return super().why_no_kernel(head_dim)
+        return f"the h2o KV cache on CUDA needs a kv_budget that is a multiple of 16, not {self.budget}"
 
     def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         slots = (*key.shape[:2], self.budget)

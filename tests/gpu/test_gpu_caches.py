@@ -1,10 +1,8 @@
-"""Every cache on CUDA, its appends in kernels: against the reference implementations, in all that generate() does."""
+"""Every cache on CUDA against the reference implementations, in all that generate() does."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import sys
 from typing import Any
 
 import pytest
@@ -13,13 +11,12 @@ from append_cases import FORMATS
 from gpu_common import DEVICE
 from tiny_models import FAMILIES, long_batch, make_llama
 
-from hf_fastpath import ops, patch_model
+from hf_fastpath import patch_model
 from hf_fastpath.config import KVFormat
 from hf_fastpath.generation import CACHES
 
 pytestmark = pytest.mark.gpu
 
-COMPRESSED = [name for name in FORMATS if name != "static"]
 CROPPABLE = [name for name in FORMATS if name != "h2o"]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -29,17 +26,6 @@ MODES: dict[str, dict[str, Any]] = {
     "chunked prefill": {"do_sample": False, "prefill_chunk_size": 16},
 }
 FLAGS = {"return_dict_in_generate": True, "output_logits": True}
-
-
-@pytest.fixture(autouse=True)
-def _attention_without_kernel_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tested here is how tokens come into a cache and are kept there."""
-    for name in COMPRESSED:
-        attend = f"attn_decode_{name}"
-        if attend in ops.WITHOUT_KERNEL:
-            module = sys.modules[f"hf_fastpath.caches.{name}"]
-            monkeypatch.setattr(module, attend, functools.partial(getattr(ops, attend), reference=True))
-            monkeypatch.setattr(FORMATS[name].layer_class, "why_no_kernel", classmethod(lambda *_: ""))
 
 
 def patched(kv_cache: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
