@@ -141,3 +141,18 @@ def test_a_sliding_window(kv_cache: str) -> None:
     for a, b, c in zip(got.logits[:2], want.logits[:2], other.logits[:2], strict=True):
         assert float((a - b).norm() / b.norm()) < allowed
         assert float((c - b).norm() / b.norm()) > 0.9
+
+
+def test_h2o_evicts_on_the_gpu_what_the_reference_evicts() -> None:
+    """48 of 152 tokens: the kept ones, and most of the others."""
+    options = {"kv_budget": 48, "kv_window": 20, "kv_sinks": 4}
+    model, inputs = patched("h2o", **options), long_batch((0, 7))
+    flags = {"do_sample": False, "max_new_tokens": 82, **FLAGS}
+    got = generate(model, inputs, **flags)
+    want = generate(model, inputs, **flags, past_key_values=new_cache("h2o", model, **options, reference=True))
+    assert float((got.logits[1] - want.logits[1]).norm() / want.logits[1].norm()) < 0.1
+    for layer in got.past_key_values.layers:
+        for row, padding in enumerate((0, 7)):
+            for held in layer.storage[5][row].tolist():
+                assert len(set(held)) == 48
+                assert set(held) >= {*range(padding, padding + 4), *range(151 - 20, 151)}
