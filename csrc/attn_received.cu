@@ -1,6 +1,6 @@
 // How much attention each key gets: the weights softmax(scaling * Q K^T) summed over the queries, which no product with
-// values needs and no library gives. Softmax's sums are known (lse), so a CTA takes 64 or 128 keys, walks over the
-// queries, and adds in their order: deterministic, without a matrix of weights in memory.
+// values needs and no library gives. Softmax's sums are known (lse), so a CTA takes 64 or 128 keys, walks over a
+// head's queries, and adds in their order: deterministic, without a matrix of weights in memory.
 //
 // S^T = K Q^T on tensor cores, keys as rows, whose fragments stay in registers. Where a lane's columns of a fragment
 // come from is free as long as both operands agree, so that a lane reads 16 neighbouring bytes.
@@ -23,8 +23,8 @@ template <int kPaddedDim>
 struct Shape {
   static constexpr int kKeyTiles = kPaddedDim == 256 ? 1 : 2;  // of 16 keys, of a warp
   static constexpr int kKeys = kWarps * kKeyTiles * 16;
-  static constexpr int kSteps = kPaddedDim / 32;          // of 32 channels
-  static constexpr int kPitch = 2 * kPaddedDim + 64;      // bytes of a query in shared memory; 64: no bank conflicts
+  static constexpr int kSteps = kPaddedDim / 32;      // of 32 channels
+  static constexpr int kPitch = 2 * kPaddedDim + 64;  // bytes of a query in shared memory; 64: no bank conflicts
 };
 
 template <int kPaddedDim>
@@ -90,60 +90,64 @@ __device__ __forceinline__ bool visible(const AttnReceivedArgs& p, int64_t batch
   if (key - p.old_keys > query) return false;
   if (p.mask == nullptr) return true;
   const uint8_t* row = p.mask + batch * p.mask_stride_batch + static_cast<int64_t>(query) * p.mask_stride_query;
-  const int64_t own = p.first + query;
-  const int64_t number = key < p.old_keys ? p.positions[pair * p.position_stride + key] : p.first + key - p.old_keys;
-  return row[own] && row[number];  // what padding attends to says nothing
+  const bool old = key < p.old_keys;
+  return row[old ? p.positions[pair * p.position_stride + key] : p.first + key - p.old_keys];
 }
+
+constexpr int kBlocks = 4;  // of 8 queries, that are computed together
 
 template <typename T, int kPaddedDim>
 __global__ void __launch_bounds__(kThreads) attn_received_kernel(const __grid_constant__ AttnReceivedArgs p) {
   using S = Shape<kPaddedDim>;
   Tile<kPaddedDim>* tiles = reinterpret_cast<Tile<kPaddedDim>*>(dynamic_shared());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t batch = blockIdx.z, pair = batch * p.kv_heads + blockIdx.y;
-  const int ratio = p.heads / p.kv_heads;
-  const int first_key = blockIdx.x * S::kKeys + warp * S::kKeyTiles * 16;
-  const int stop_key = (blockIdx.x + 1) * S::kKeys;
+  const int64_t batch = blockIdx.z, row = batch * p.heads + blockIdx.y;
+  const int64_t pair = batch * p.kv_heads + blockIdx.y / (p.heads / p.kv_heads);
+  const int first_key = blockIdx.x * S::kKeys + warp * S::kKeyTiles * 16, stop_key = (blockIdx.x + 1) * S::kKeys;
   const float factor = p.scaling * kLog2E;
   // Queries before the first key of the CTA see none of its keys.
   const int first_tile = max(static_cast<int>(blockIdx.x) * S::kKeys - p.old_keys, 0) / kQueries;
-  const int steps = ((p.tokens + kQueries - 1) / kQueries - first_tile) * ratio;
+  const int stop_tile = (p.tokens + kQueries - 1) / kQueries;
   Keys<kPaddedDim> keys;
   keys.load(p, pair, first_key, lane);
   float received[S::kKeyTiles][2] = {};
-  if (steps > 0) load_tile(tiles[0], p, pair * ratio, first_tile * kQueries);
-  for (int step = 0; step < steps; ++step) {
-    const int next = step + 1;
-    if (next < steps) {
-      load_tile(tiles[next % 2], p, pair * ratio + next % ratio, (first_tile + next / ratio) * kQueries);
+  if (first_tile < stop_tile) load_tile(tiles[first_tile % 2], p, row, first_tile * kQueries);
+  for (int tile = first_tile; tile < stop_tile; ++tile) {
+    if (tile + 1 < stop_tile) {
+      load_tile(tiles[(tile + 1) % 2], p, row, (tile + 1) * kQueries);
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();
-    const int64_t row = pair * ratio + step % ratio;
-    const int first_query = (first_tile + step / ratio) * kQueries;
     // Most tiles: no key is hidden from a query, none is missing.
-    const bool whole = p.mask == nullptr && first_query >= stop_key - p.old_keys && stop_key <= p.keys;
-    for (int n = 0; n < kQueries; n += 8) {
-      float scores[S::kKeyTiles][4] = {};
-      multiply<T, kPaddedDim>(scores, keys, tiles[step % 2], n, lane);
+    const bool whole = p.mask == nullptr && tile * kQueries >= stop_key - p.old_keys && stop_key <= p.keys;
+#pragma unroll 1
+    for (int n = 0; n < kQueries; n += 8 * kBlocks) {
+      const int first_query = tile * kQueries + n + 2 * t;  // of the lane: two of each 8
+      float offset[kBlocks][2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {  // of a lane's columns
-        const int query = first_query + n + 2 * t + i;
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        const int query = first_query + 8 * (i / 2) + i % 2;
         const float lse = query < p.tokens ? p.lse[row * p.lse_stride + query] : kMinusInfinity;
-        const bool sees = lse > kMinusInfinity;  // a query without a visible key gives nothing
-        const float offset = sees ? lse * -kLog2E : 0.0f;
+        // A query without a visible key gives nothing: exp2(-inf) = 0.
+        offset[i / 2][i % 2] = lse > kMinusInfinity ? lse * -kLog2E : kMinusInfinity;
+      }
+      float scores[kBlocks][S::kKeyTiles][4] = {};
 #pragma unroll
-        for (int tile = 0; tile < S::kKeyTiles; ++tile) {
+      for (int block = 0; block < kBlocks; ++block) {
+        multiply<T, kPaddedDim>(scores[block], keys, tiles[tile % 2], n + 8 * block, lane);
+      }
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int key = first_key + 16 * tile + g + 8 * half;
-            const float weight = exp2f(fmaf(scores[tile][2 * half + i], factor, offset));
-            const bool counts = sees && (whole || (key < p.keys && visible(p, batch, pair, key, query)));
-            received[tile][half] += counts ? weight : 0.0f;
-          }
+      for (int i = 0; i < kBlocks * S::kKeyTiles * 4; ++i) {
+        const int block = i / (4 * S::kKeyTiles), key_tile = i / 4 % S::kKeyTiles, half = i % 4 / 2, column = i % 2;
+        float weight = exp2f(fmaf(scores[block][key_tile][2 * half + column], factor, offset[block][column]));
+        if (!whole) {
+          const int key = first_key + 16 * key_tile + g + 8 * half, query = first_query + 8 * block + column;
+          const bool counts = key < p.keys && query < p.tokens && visible(p, batch, pair, key, query);
+          weight = counts ? weight : 0.0f;
         }
+        received[key_tile][half] += weight;
       }
     }
     __syncthreads();  // the tile may be filled again
@@ -156,14 +160,14 @@ __global__ void __launch_bounds__(kThreads) attn_received_kernel(const __grid_co
       sum += __shfl_xor_sync(kFullWarp, sum, 1);
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
       const int key = first_key + 16 * tile + g + 8 * half;
-      if (t == 0 && key < p.keys) p.out[pair * p.keys + key] = sum;
+      if (t == 0 && key < p.keys) p.out[row * p.keys + key] = sum;
     }
   }
 }
 
 template <typename T, int kPaddedDim>
 cudaError_t launch(const AttnReceivedArgs& p, cudaStream_t stream) {
-  const dim3 grid((p.keys + Shape<kPaddedDim>::kKeys - 1) / Shape<kPaddedDim>::kKeys, p.kv_heads, p.batch);
+  const dim3 grid((p.keys + Shape<kPaddedDim>::kKeys - 1) / Shape<kPaddedDim>::kKeys, p.heads, p.batch);
   return launch_kernel_with_shared(attn_received_kernel<T, kPaddedDim>, grid, kThreads, 2 * sizeof(Tile<kPaddedDim>),
                                    stream, p);
 }

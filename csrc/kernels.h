@@ -195,14 +195,15 @@ cudaError_t launch_kv_h2o_append(const KvNewTokens& tokens, const KvH2OStorage& 
 struct AttnReceivedArgs {
   const void* query;         // (batch, heads, tokens, dim) contiguous, 16-byte aligned; dim: a multiple of 8 up to 256
   const void* key;           // (batch, kv_heads, keys, dim) alike: old ones, then those of the queries' tokens
-  const float* lse;          // (batch, heads, >= tokens): of each query, the logarithm of the sum of exp(score)
+  const float* lse;          // (batch, heads, >= tokens): of each query, the logarithm of the sum of exp(score);
+                             // minus infinity for one that does not count
   int64_t lse_stride;        // of a head
   const int32_t* positions;  // (batch, kv_heads, >= old_keys): numbers of the old keys' tokens
   int64_t position_stride;   // of a KV head
   const uint8_t* mask;       // (batch, tokens, >= first + tokens) of 0 and 1, or nullptr
   int64_t mask_stride_batch, mask_stride_query;
   int64_t first;  // the number of the first query's token
-  float* out;     // (batch, kv_heads, keys)
+  float* out;     // (batch, heads, keys)
   int batch, heads, kv_heads, tokens, keys, old_keys, dim;
   float scaling;
 };

@@ -9,6 +9,7 @@ namespace {
 
 struct Fp8 {
   using Storage = KvGroupedStorage;
+  static constexpr int kThreadsPerSm = 1024;
   template <int kLanes>
   struct Shared {
     float largest[kv::kMaxWarps<kLanes>];
@@ -17,12 +18,12 @@ struct Fp8 {
   template <typename T, int kLanes>
   static __device__ __forceinline__ void quantize(const Storage& s, Shared<kLanes>& shared, int side,
                                                   const KvNewTokens& p, int64_t pair, int64_t first,
-                                                  const uint4 (&rows)[kv::kTokensPerLane], int slot, int lane) {
+                                                  const kv::LaneRows<kLanes>& rows, int slot, int lane) {
     float largest = 0.0f;
 #pragma unroll
-    for (const uint4& row : rows) {
+    for (int i = 0; i < kv::kTokensPerLane; ++i) {
       float v[kv::kPerLane];
-      kv::unpack<T>(v, row);
+      kv::unpack<T>(v, rows[i]);
 #pragma unroll
       for (float value : v) largest = max_nan(largest, fabsf(value));
     }
@@ -78,7 +79,8 @@ cudaError_t launch_kv_fp8_append(const KvNewTokens& tokens, const KvGroupedStora
 }
 
 cudaError_t launch_kv_fp8_dequantize(const KvExpandArgs& args, Dtype dtype, cudaStream_t stream) {
-  const auto kernel = dtype == Dtype::kFloat16 ? kv_fp8_dequantize_kernel<__half> : kv_fp8_dequantize_kernel<__nv_bfloat16>;
+  const auto kernel =
+      dtype == Dtype::kFloat16 ? kv_fp8_dequantize_kernel<__half> : kv_fp8_dequantize_kernel<__nv_bfloat16>;
   return kv::launch_expand(kernel, args, 1, stream);
 }
 

@@ -37,6 +37,7 @@ struct Range {
 constexpr uint32_t kPackingExcess = kv::kIntegerBits * 0x11111111u;
 
 struct Int4 {
+  static constexpr int kThreadsPerSm = 640;
   template <int kLanes>
   struct Shared {
     float least[kv::kMaxWarps<kLanes>][kOctet * kLanes], greatest[kv::kMaxWarps<kLanes>][kOctet * kLanes];
@@ -72,7 +73,7 @@ struct Int4 {
   template <typename T, int kLanes>
   static __device__ __forceinline__ void quantize_keys(const KvGroupedStorage& s, Shared<kLanes>& shared,
                                                        const KvNewTokens& p, int64_t pair, int64_t first,
-                                                       const uint4 (&rows)[8], int slot, int lane) {
+                                                       const kv::LaneRows<kLanes>& rows, int slot, int lane) {
     float least[kOctet], greatest[kOctet];
     kv::unpack<T>(least, rows[0]);
     kv::unpack<T>(greatest, rows[0]);
@@ -134,7 +135,8 @@ struct Int4 {
 
   template <typename T, int kLanes>
   static __device__ __forceinline__ void quantize_values(const KvGroupedStorage& s, const KvNewTokens& p, int64_t pair,
-                                                         int64_t first, const uint4 (&rows)[8], int slot, int lane) {
+                                                         int64_t first, const kv::LaneRows<kLanes>& rows, int slot,
+                                                         int lane) {
     const int parts = s.value_parts, part_lanes = p.dim / parts / kOctet;
     uint32_t words[kOctet];
 #pragma unroll
@@ -172,7 +174,7 @@ struct Int4 {
   template <typename T, int kLanes>
   static __device__ __forceinline__ void quantize(const KvGroupedStorage& s, Shared<kLanes>& shared, int side,
                                                   const KvNewTokens& p, int64_t pair, int64_t first,
-                                                  const uint4 (&rows)[kv::kTokensPerLane], int slot, int lane) {
+                                                  const kv::LaneRows<kLanes>& rows, int slot, int lane) {
     if (side == 0) {
       quantize_keys<T, kLanes>(s, shared, p, pair, first, rows, slot, lane);
     } else {

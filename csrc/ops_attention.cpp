@@ -261,9 +261,9 @@ Tensor attn_received(const Tensor& query, const Tensor& key, const Tensor& lse, 
   }
   check.aligned(query, 16, "query");
   check.aligned(key, 16, "key");
-  check(batch <= 65535 && kv_heads <= 65535, "takes up to 65535 rows and heads");
+  check(batch <= 65535 && heads <= 65535, "takes up to 65535 rows and heads");
   const Launch launch(query);
-  Tensor out = launch.empty({batch, kv_heads, keys}, ScalarType::Float);
+  Tensor out = launch.empty({batch, heads, keys}, ScalarType::Float);
   if (out.numel() == 0) return out;
   const AttnReceivedArgs args{data(query),
                               data(key),

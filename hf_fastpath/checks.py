@@ -85,9 +85,9 @@ def choose_reference(model: Any, config: FastpathConfig, device: torch.device) -
         return ""
     reason = why_no_kernels(device, model.dtype)
     if not reason and config.kv_cache is not None:
-        cache = CACHES[config.kv_cache](model.config)
-        if issubclass(cache.layer_class, CompressedLayer):
-            reason = cache.layer_class.why_no_kernel(cache.head_dim)
+        cache = CACHES[config.kv_cache](model.config, **config.cache_options)
+        layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+        reason = layers[0].why_no_kernel(cache.head_dim) if layers else ""
     if reason and config.fallback is None:
         raise Unsupported(f"{reason}; fallback='reference' runs the slow PyTorch implementations instead")
     return reason

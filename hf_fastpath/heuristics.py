@@ -121,6 +121,6 @@ def kv_append_supports(head_dim: int) -> bool:
     return head_dim % 8 == 0 and 8 <= head_dim <= 256
 
 
-def attn_decode_int8_supports(head_dim: int) -> bool:
-    """Whether the CUDA kernel takes this head size (the CPU implementation takes any)."""
+def attn_decode_supports(head_dim: int) -> bool:
+    """Whether the CUDA kernels of decode attention take this head size (the CPU implementation takes any)."""
     return head_dim % 16 == 0 and 16 <= head_dim <= 256

@@ -89,7 +89,9 @@ class Case:
                 assert exact_key is not None
                 check_transformed(exact_key, key, transform.k_norm, transform)
             got = call(getattr(target.ops, name), key, value, (*store.views, *self.rule()), transform, query)
-            on_cpu = QKTransform(**{k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in vars(transform).items()})
+            on_cpu = QKTransform(
+                **{k: x.cpu() if isinstance(x, torch.Tensor) else x for k, x in vars(transform).items()}
+            )
             reference = getattr(torch.ops.hf_fastpath, name)
             plain = on_cpu if exact_key is key else NOTHING
             call(reference, exact_key.cpu(), value.cpu(), (*expected, *self.rule()), plain, None)

@@ -173,7 +173,9 @@ class EmulatedOps:
     def kv_int4_append(self, *args: Any) -> None:
         sides = [f"{side}_{name}" for side in "kv" for name in ("data", "params", "tail", "sinks")]
         sizes = args[12].shape[2], args[13].shape[2]
-        self._append("emulated_kv_int4_append", args[:10], dict(zip((*sides, "lengths"), args[10:], strict=True)), *sizes)
+        self._append(
+            "emulated_kv_int4_append", args[:10], dict(zip((*sides, "lengths"), args[10:], strict=True)), *sizes
+        )
 
     def kv_h2o_append(self, *args: Any) -> None:
         names = ("k_data", "k_scale", "v_data", "v_scale", "scores", "positions", "counts")
@@ -270,7 +272,7 @@ class EmulatedOps:
     ) -> torch.Tensor:
         batch, heads, tokens, dim = query.shape
         kv_heads, keys = key.shape[1:3]
-        out = torch.empty(batch, kv_heads, keys)
+        out = torch.empty(batch, heads, keys)
         self._library.call(
             "emulated_attn_received",
             *(query, key, lse, tokens, positions, positions.shape[2], mask),
@@ -281,6 +283,7 @@ class EmulatedOps:
             out=(out, OUTPUT),
         )
         return out
+
     def attn_decode_static(
         self,
         query: torch.Tensor,

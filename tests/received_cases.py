@@ -32,18 +32,24 @@ class Received:
         numbers = torch.rand(self.batch, self.kv_heads, max(self.start, 1), generator=rng).argsort(-1)
         positions = torch.nn.functional.pad(numbers[..., : self.old].int(), (0, 3), value=2**30)
         mask, scaling = self._mask(), self.dim**-0.5
-        held = torch.cat([positions[..., : self.old], torch.arange(self.start, self.start + self.tokens).expand(self.batch, self.kv_heads, -1)], 2)
+        held = torch.cat(
+            [
+                positions[..., : self.old],
+                torch.arange(self.start, self.start + self.tokens).expand(self.batch, self.kv_heads, -1),
+            ],
+            2,
+        )
         number = torch.arange(self.start, self.start + self.tokens)
         visible = visible_tokens(held, number, mask, slice(None)).repeat_interleave(self.ratio, 1)
         wide = key.double().repeat_interleave(self.ratio, 1).mT
         scores = (query.double() @ wide * scaling).masked_fill(~visible, float("-inf"))
         lse = scores.logsumexp(-1)
         weights = scores.softmax(-1).nan_to_num(0.0)
-        if mask is not None:
-            weights *= mask[:, :, self.start :].diagonal(dim1=1, dim2=2)[:, None, :, None]
-        exact = weights.sum(2).unflatten(1, (self.kv_heads, -1)).sum(2)
+        lse[:, :, 1::5] = float("-inf")  # these do not count
+        weights[:, :, 1::5] = 0.0
+        exact = weights.sum(2)
         largest = (query.double().abs() @ wide.abs() * scaling).max()
-        relative = float(largest) * (self.dim / 16 + 8) * ACCUMULATION + (self.tokens * self.ratio + 64) * 2.0**-23
+        relative = float(largest) * (self.dim / 16 + 8) * ACCUMULATION + (self.tokens + 64) * 2.0**-23
         moved: list[Any] = [x.to(target.device) for x in (query, key, lse.float(), positions)]
         poison(*exact.shape, dtype=torch.float32, device=target.device)
         args = (*moved, None if mask is None else mask.to(target.device), self.start, scaling)

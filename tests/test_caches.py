@@ -154,9 +154,13 @@ def test_keys_and_values_of_different_widths_are_refused(kind: type) -> None:
 def test_other_layers_are_refused(kind: type) -> None:
     config = make_llama().config
     config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(Unsupported, match=r"layers of full_attention, sliding_attention, .* this model has chunked_attention, full"):
+    with pytest.raises(
+        Unsupported, match=r"layers of full_attention, sliding_attention, .* this model has chunked_attention, full"
+    ):
         kind(config)
-    with pytest.raises(Unsupported, match="layers of full_attention, beside .* this model has full_attention, sliding_attention"):
+    with pytest.raises(
+        Unsupported, match=r"layers of full_attention, beside .* this model has full_attention, sliding_attention"
+    ):
         H2OKVCache(make_mistral(sliding_window=24).config)
 
 
@@ -177,9 +181,7 @@ def test_a_sliding_window_shorter_than_the_text(padding: tuple[int, ...], attent
     wide = make_mistral(sliding_window=1000, attn_implementation=attention_name)
     unlimited = wide.generate(**inputs, **options, past_key_values=StaticKVCache(wide.config))
     assert not torch.equal(unlimited, want.sequences)  # the window matters
-    chunks = model.generate(
-        **inputs, **options, past_key_values=StaticKVCache(model.config), prefill_chunk_size=16
-    )
+    chunks = model.generate(**inputs, **options, past_key_values=StaticKVCache(model.config), prefill_chunk_size=16)
     assert torch.equal(chunks, want.sequences)
 
 

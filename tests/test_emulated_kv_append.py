@@ -9,7 +9,7 @@ import pytest
 import torch
 from append_cases import Case
 from emulated_ops import EmulatedOps
-from emulator import KernelFault, needs_emulator
+from emulator import needs_emulator
 from kernel_cases import DTYPES, Target
 
 pytestmark = needs_emulator

@@ -15,7 +15,6 @@ from hf_fastpath.config import KVFormat
 from hf_fastpath.generation import CACHES
 from hf_fastpath.heuristics import W4A16Variant, w4a16_variant
 
-WITHOUT_KERNELS = ("fp8", "int4", "h2o")
 GPU = torch.device("cuda", 0)
 REASON = "no nvcc here"
 IDS = torch.randint(0, 199, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -53,14 +52,33 @@ def test_a_head_size_that_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPat
     assert choose(odd, monkeypatch, kv_cache="static") == ""
 
 
-def test_formats_without_kernels_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kv_cache in WITHOUT_KERNELS:
-        with pytest.raises(Unsupported, match=f"the {kv_cache} KV cache has no CUDA kernels yet.*fallback='reference'"):
-            choose(make_llama(), monkeypatch, kv_cache=kv_cache)
-        assert "no CUDA kernels" in choose(make_llama(), monkeypatch, kv_cache=kv_cache, fallback="reference")
-        layer = CACHES[KVFormat(kv_cache)].layer_class()
-        with pytest.raises(Unsupported, match=r"no CUDA kernels yet.*reference=True"):
-            layer._check_kernels(SimpleNamespace(is_cuda=True, shape=(1, 2, 3, 64)))
+@pytest.mark.parametrize(
+    ("head_dim", "options", "message"),
+    [
+        (
+            24,
+            {"kv_cache": "fp8"},
+            "the fp8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not 24",
+        ),
+        (176, {"kv_cache": "int4"}, "not 44 as of 176"),
+        (16, {"kv_cache": "h2o", "kv_budget": 100}, "needs a kv_budget that is a multiple of 16, not 100"),
+    ],
+)
+def test_shapes_that_the_kernels_do_not_take(
+    head_dim: int, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Unsupported, match=f"{message}.*fallback='reference'"):
+        choose(make_llama(head_dim=head_dim), monkeypatch, **options)
+    assert message in choose(make_llama(head_dim=head_dim), monkeypatch, **options, fallback="reference")
+    kind = CACHES[KVFormat(options["kv_cache"])]
+    cache = kind(make_llama(head_dim=head_dim).config, **{k: v for k, v in options.items() if k != "kv_cache"})
+    with pytest.raises(Unsupported, match=rf"{message}.*reference=True"):
+        cache.layers[0]._check_kernels(SimpleNamespace(is_cuda=True, shape=(1, 2, 3, head_dim)))
+
+
+def test_every_format_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kv_cache in ("int8", "fp8", "int4", "h2o"):
+        assert choose(make_llama(head_dim=80), monkeypatch, kv_cache=kv_cache) == ""
 
 
 def test_float32_and_old_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

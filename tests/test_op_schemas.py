@@ -10,7 +10,14 @@ import pytest
 from hf_fastpath.build import source_dir
 from hf_fastpath.ops import IN_PYTHON, NAMESPACE, SCHEMAS, WITHOUT_KERNEL
 
-CPP_TYPES = {"Tensor": "Tensor", "Tensor?": "std::optional<Tensor>", "int": "int64_t", "float": "double", "bool": "bool", "()": "void"}
+CPP_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor?": "std::optional<Tensor>",
+    "int": "int64_t",
+    "float": "double",
+    "bool": "bool",
+    "()": "void",
+}
 
 
 def schema_types(schema: str) -> tuple[list[str], str]:

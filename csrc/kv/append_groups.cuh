@@ -3,6 +3,7 @@
 // tokens being numbered from behind the sinks). hf_fastpath/ops/_groups.py says the same in Python. A format F has:
 //   Shared<kLanes>         what quantizing a group needs of shared memory
 //   quantize<T, kLanes>()  stores a group. A lane has 8 tokens of 8 channels, as 16-bit values.
+//   kThreadsPerSm          that there are to be registers for
 #pragma once
 
 #include "append_tokens.cuh"
@@ -10,7 +11,6 @@
 namespace hf_fastpath::kv {
 
 constexpr int kTokensPerLane = 8;
-constexpr int kMaxGroupThreads = 256;
 
 // Where the new tokens of a KV head go.
 struct Places {
@@ -43,6 +43,13 @@ __device__ __forceinline__ T* full_row(const KvFullSide& side, const Places& pla
 template <int kLanes>
 struct GroupRows {
   uint4 rows[64][kLanes];
+};
+
+// A lane's part of it, token by token.
+template <int kLanes>
+struct LaneRows {
+  const uint4* first;
+  __device__ __forceinline__ const uint4& operator[](int i) const { return first[i * kLanes]; }
 };
 
 // A lane's part of a group, its tokens being `first` and the next seven: of the tail, or new ones; keys transformed.
@@ -83,7 +90,7 @@ __device__ __forceinline__ void load_group(GroupRows<kLanes>& group, const KvNew
 // A CTA takes group `blockIdx.x` of those that new tokens fill. few: of a KV head, keys and values, with all its new
 // tokens and the query heads that read it. Else of keys (the first half of the grid's y) or values alone.
 template <typename F, typename T, int kLanes, bool kVector>
-__global__ void __launch_bounds__(kMaxGroupThreads)
+__global__ void __launch_bounds__(8 * kLanes, F::kThreadsPerSm / (8 * kLanes))
     append_groups_kernel(const __grid_constant__ KvNewTokens p, const __grid_constant__ KvGroupedStorage s, bool few) {
   __shared__ GroupRows<kLanes> group;
   __shared__ typename F::template Shared<kLanes> shared;
@@ -101,9 +108,7 @@ __global__ void __launch_bounds__(kMaxGroupThreads)
     for (int side = few ? 0 : own_side; side <= (few ? 1 : own_side); ++side) {
       load_group<T, kLanes, kVector>(group, p, s, places, first + kTokensPerLane * slot, side == 1, batch, head, slot,
                                      lane);
-      uint4 rows[kTokensPerLane];
-#pragma unroll
-      for (int i = 0; i < kTokensPerLane; ++i) rows[i] = group.rows[kTokensPerLane * slot + i][lane];
+      const LaneRows<kLanes> rows{&group.rows[kTokensPerLane * slot][lane]};
       F::template quantize<T, kLanes>(s, shared, side, p, pair, first, rows, slot, lane);
       __syncthreads();  // shared memory is free again
     }

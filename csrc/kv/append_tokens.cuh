@@ -66,35 +66,37 @@ __global__ void __launch_bounds__(512)
   }
 }
 
-// Keys (the first half of the grid's y) or values of a prompt chunk, a CTA a tile of tokens of a head.
+// Keys and values of a prompt chunk, a CTA a tile of tokens of a head.
 template <typename F, typename T, int kLanes, bool kVector>
 __global__ void __launch_bounds__(kChunkThreads)
     append_chunk_kernel(const __grid_constant__ KvNewTokens p, const __grid_constant__ typename F::Storage s) {
   constexpr int kSlots = kChunkThreads / kLanes;
   const int slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const bool is_value = blockIdx.y >= p.kv_heads;
-  const int64_t batch = blockIdx.z, head = blockIdx.y % p.kv_heads, pair = batch * p.kv_heads + head;
+  const int64_t batch = blockIdx.z, head = blockIdx.y, pair = batch * p.kv_heads + head;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kSlots * kChunkRows) + slot;
   wait_for_previous_kernel();
   let_next_kernel_begin();
+  RowBits keys[kChunkRows] = {};
+  uint4 values[kChunkRows] = {};
+#pragma unroll
+  for (int i = 0; i < kChunkRows; ++i) {
+    const int64_t token = first + i * kSlots;
+    if (token >= p.tokens) continue;
+    keys[i].x = load_row<T, kVector>(p.key, batch, head, token, lane, p.dim);
+    load_transform<T, kVector>(keys[i], p, p.k_norm, batch, token, lane);
+    values[i] = load_row<T, kVector>(p.value, batch, head, token, lane, p.dim);
+  }
   const int64_t stored = p.lengths[pair * F::kCountStride];
   require_room(stored + p.tokens, p.capacity);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (kSlots * kChunkRows) + slot;
-  RowBits bits[kChunkRows];
 #pragma unroll
   for (int i = 0; i < kChunkRows; ++i) {
-    const int64_t token = first + i * kSlots;
-    bits[i] = {};
-    if (token >= p.tokens) continue;
-    bits[i].x = load_row<T, kVector>(is_value ? p.value : p.key, batch, head, token, lane, p.dim);
-    if (!is_value) load_transform<T, kVector>(bits[i], p, p.k_norm, batch, token, lane);
-  }
-#pragma unroll
-  for (int i = 0; i < kChunkRows; ++i) {
-    const int64_t token = first + i * kSlots;
-    const uint4 x = is_value ? bits[i].x : transform<T, kLanes>(bits[i], p, p.k_norm != nullptr, lane);
-    const typename F::Row quantized = F::template quantize<T, kLanes>(x);
+    const int64_t token = first + i * kSlots, entry = pair * p.capacity + stored + token;
+    const uint4 key = transform<T, kLanes>(keys[i], p, p.k_norm != nullptr, lane);
+    const typename F::Row key_row = F::template quantize<T, kLanes>(key);
+    const typename F::Row value_row = F::template quantize<T, kLanes>(values[i]);
     if (token >= p.tokens || kPerLane * lane >= p.dim) continue;
-    F::store(s, is_value ? Side::kValue : Side::kKey, pair * p.capacity + stored + token, p.dim, lane, quantized);
+    F::store(s, Side::kKey, entry, p.dim, lane, key_row);
+    F::store(s, Side::kValue, entry, p.dim, lane, value_row);
   }
 }
 
@@ -114,7 +116,7 @@ cudaError_t launch_append_tokens(const KvNewTokens& p, const typename F::Storage
   if (p.tokens <= kFewTokens) return launch_append_few<F>(p, s, dtype, 32, stream);
   const cudaError_t error = for_row_shape(p, dtype, [&](auto type, auto lanes, auto vector) {
     const int tile = kChunkThreads / lanes * kChunkRows;
-    const dim3 grid((p.tokens + tile - 1) / tile, 2 * p.kv_heads, p.batch);
+    const dim3 grid((p.tokens + tile - 1) / tile, p.kv_heads, p.batch);
     return launch_kernel_early(append_chunk_kernel<F, decltype(type), lanes, vector>, grid, kChunkThreads, 0, stream, p,
                                s);
   });

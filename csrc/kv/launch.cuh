@@ -41,7 +41,7 @@ cudaError_t for_row_shape(const KvNewTokens& p, Dtype dtype, const Launch& launc
 }
 
 constexpr int kChunkThreads = 128;
-constexpr int kChunkRows = 4;  // of a lane: so many loads are under way at once
+constexpr int kChunkRows = 2;  // of a lane: so many loads are under way at once
 
 // kv_finish_chunk.cu: the queries of a prompt chunk, and the count, of `count_stride` integers a head. Launched behind
 // the kernel that stores the chunk, which reads the count.

@@ -30,15 +30,14 @@ __device__ __forceinline__ void require_room(int64_t stored, int64_t capacity) {
 #endif
 }
 
-// Eight 16-bit values, aligned to 16 bytes with kVector. From the L2: each is wanted once, and a kernel that runs
-// together with the one that stored them would find what was there before in its L1.
+// Eight 16-bit values, aligned to 16 bytes with kVector. Plain loads: they are of what the kernel before stored.
 template <bool kVector>
 __device__ __forceinline__ uint4 load_8(const void* p) {
-  if constexpr (kVector) return __ldcg(static_cast<const uint4*>(p));
+  if constexpr (kVector) return *static_cast<const uint4*>(p);
   const uint16_t* h = static_cast<const uint16_t*>(p);
   uint32_t w[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = __ldcg(h + 2 * i) | static_cast<uint32_t>(__ldcg(h + 2 * i + 1)) << 16;
+  for (int i = 0; i < 4; ++i) w[i] = h[2 * i] | static_cast<uint32_t>(h[2 * i + 1]) << 16;
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 

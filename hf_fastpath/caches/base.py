@@ -24,8 +24,8 @@ class FastLayer(CacheLayerMixin):
     Only the first ``get_seq_length()`` tokens mean anything. The length is a host integer, so that nothing here waits
     for the GPU; the kernels count for themselves in the last tensor of the storage, ``lengths``, int32 ``(B, H_kv)``,
     so that a captured graph appends wherever the cache ends. Each head has a copy, so that no CTA of a kernel that
-    appends has to wait for that of another head. A subclass says what is stored (:meth:`allocate`), how tokens are written (:meth:`write`), and what
-    ``update()`` hands to the attention function (:meth:`read`).
+    appends has to wait for that of another head. A subclass says what is stored (:meth:`allocate`), how tokens are
+    written (:meth:`write`), and what ``update()`` hands to the attention function (:meth:`read`).
 
     ``tokens_per_entry``, one number a storage tensor: how many tokens an entry of its third dimension covers; 0 says
     that the tensor does not grow with the tokens.
@@ -243,8 +243,8 @@ class FastCache(Cache):
         if not kinds <= cls.layer_kinds or kinds == {"conv"}:
             allowed, found = (", ".join(sorted(names)) for names in (cls.layer_kinds - {"conv"}, kinds))
             raise Unsupported(
-                f"{cls.__name__} needs layers of {allowed}, beside which there may be short convolutions; this model has "
-                f"{found}"
+                f"{cls.__name__} needs layers of {allowed}, beside which there may be short convolutions; this model "
+                f"has {found}"
             )
 
     @property

@@ -13,6 +13,7 @@ from hf_fastpath.caches.base import FastCache, FastLayer
 from hf_fastpath.caches.chunks import attend_in_tiles
 from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.errors import Unsupported
+from hf_fastpath.heuristics import attn_decode_supports
 from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.runtime import require_device, why_no_kernels
 
@@ -32,10 +33,14 @@ class CompressedLayer(FastLayer):
         super().__init__(initial_tokens)
         self.fresh_prefill, self.reference = fresh_prefill, reference
 
-    @classmethod
-    @abstractmethod
-    def why_no_kernel(cls, head_dim: int) -> str:
-        """Why this format has no CUDA kernels for a head size; "" when it has. The references take any."""
+    def why_no_kernel(self, head_dim: int) -> str:
+        """Why there are no CUDA kernels for this layer and a head size; "" when there are. The references take any."""
+        if attn_decode_supports(head_dim):
+            return ""
+        return (
+            f"the {self.format} KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}; "
+            "kv_cache='static' takes any"
+        )
 
     @abstractmethod
     def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:

@@ -49,9 +49,10 @@ class H2OKVLayer(CompressedLayer):
         self.budget, self.window, self.sinks = budget, window, sinks
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @classmethod
-    def why_no_kernel(cls, head_dim: int) -> str:
-        return "the h2o KV cache has no CUDA kernels yet, kv_cache='int8' has"
+    def why_no_kernel(self, head_dim: int) -> str:
+        if self.budget % 16 == 0:
+            return super().why_no_kernel(head_dim)
+        return f"the h2o KV cache on CUDA needs a kv_budget that is a multiple of 16, not {self.budget}"
 
     def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         slots = (*key.shape[:2], self.budget)
@@ -91,9 +92,9 @@ class H2OKVLayer(CompressedLayer):
         (key, value), self._fresh = self._fresh, None
         tokens = key.shape[2]
         if tokens > 1 and self.fresh_prefill:
-            rule = (self.length - tokens, scaling, self.window, self.sinks)
-            rotated = (rotate(query), rotate(key))  # as the stored keys are
-            return attn_prefill_h2o(*rotated, value, self.storage, mask, *rule, reference=self.reference)
+            start, rule = self.length - tokens, (self.window, self.sinks)
+            q, k = rotate(query), rotate(key)  # as the stored keys are
+            return attn_prefill_h2o(q, k, value, self.storage, mask, start, scaling, *rule, reference=self.reference)
         out = []
         for i in range(tokens):
             row = None if mask is None else mask[:, i]

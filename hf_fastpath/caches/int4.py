@@ -8,10 +8,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.ops import attn_decode_int4, kv_int4_append, kv_int4_dequantize
+from hf_fastpath.heuristics import attn_decode_supports
 from hf_fastpath.ops._append import NOTHING, ROTATED
 from hf_fastpath.ops._rotation import rotate
-from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS, value_groups
+from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
+from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS, kv_int4_append, value_groups
+from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 
 GROUP_TOKENS = 64
 GROUP_SIZES = (32, 64)
@@ -62,9 +64,14 @@ class Int4KVLayer(GroupedLayer):
     def tokens_per_entry(self) -> tuple[int, ...]:  # type: ignore[override]
         return (1, self.group_tokens, 0, 0, PACKED_TOKENS, self.group_tokens, 0, 0, 0)
 
-    @classmethod
-    def why_no_kernel(cls, head_dim: int) -> str:
-        return "the int4 KV cache has no CUDA kernels yet, kv_cache='int8' has"
+    def why_no_kernel(self, head_dim: int) -> str:
+        part = head_dim // value_groups(head_dim)
+        if part % 8 == 0 or not attn_decode_supports(head_dim):
+            return super().why_no_kernel(head_dim)
+        return (
+            f"the int4 KV cache on CUDA needs a head size whose equal parts of at most 64 channels are multiples of 8 "
+            f"channels, not {part} as of {head_dim}; kv_cache='int8' takes it"
+        )
 
     def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         rows, dim, group = key.shape[:2], key.shape[3], self.group_tokens

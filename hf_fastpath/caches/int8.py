@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
-from hf_fastpath.heuristics import attn_decode_int8_supports
 from hf_fastpath.ops import attn_decode_int8, kv_int8_append, kv_int8_dequantize
 from hf_fastpath.ops._append import ROTATED
 from hf_fastpath.ops._rotation import rotate
@@ -24,15 +23,6 @@ class Int8KVLayer(CompressedLayer):
 
     format = "int8"
     tokens_per_entry = (1, 1, 1, 1, 0)
-
-    @classmethod
-    def why_no_kernel(cls, head_dim: int) -> str:
-        if attn_decode_int8_supports(head_dim):
-            return ""
-        return (
-            f"the int8 KV cache on CUDA needs a head size that is a multiple of 16 up to 256, not {head_dim}; "
-            "kv_cache='static' takes any"
-        )
 
     def new_storage(self, key: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         data = (*key.shape[:2], capacity, key.shape[3])

@@ -32,9 +32,9 @@ from hf_fastpath.ops.w8a16_linear import w8a16_linear
 __all__ = [
     "IN_PYTHON",
     "NAMESPACE",
-    "QKTransform",
     "SCHEMAS",
     "WITHOUT_KERNEL",
+    "QKTransform",
     "attn_decode_fp8",
     "attn_decode_h2o",
     "attn_decode_int4",

@@ -24,19 +24,42 @@ def attend(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``_attend()`` of :mod:`hf_fastpath.ops.attn_prefill_h2o`."""
-    used = slots.used(start)
+    used, heads_of = slots.used(start), (key.shape[1], query.shape[1] // key.shape[1])
     old_keys, old_values = (
         (data[:, :, :used].float() * scale[:, :, :used, None].float()).to(query.dtype)  # exact, as far as it reaches
         for data, scale in ((slots.k_data, slots.k_scale), (slots.v_data, slots.v_scale))
     )
-    keys, values = torch.cat([old_keys, key], 2), torch.cat([old_values, value], 2)
     query = query.contiguous()
-    if mask is None and not used:
-        attend_causally = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse = attend_causally(query, keys, values, is_causal=True, scale=scaling)[:2]
+    keys = torch.cat([old_keys, key], 2) if used else key.contiguous()
+    if mask is None:
+        out, lse = _flash(query, key, value, True, scaling)
+        if used:
+            out, lse = _add(out, lse, *_flash(query, old_keys, old_values, False, scaling))
     else:
+        values = torch.cat([old_values, value], 2) if used else value
         out, lse = _attend_with_mask(query, keys, values, held, start, mask, scaling)
-    return out, attn_received(query, keys, lse.contiguous(), slots.positions, mask, start, scaling)
+        own = mask[:, :, start : start + key.shape[2]].diagonal(dim1=1, dim2=2)
+        lse = lse.masked_fill(~own[:, None], float("-inf"))  # what padding attends to says nothing
+    received = attn_received(query, keys, lse.contiguous(), slots.positions, mask, start, scaling)
+    return out, received.unflatten(1, heads_of).sum(2)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention, and the logarithms of its sums, ``(B, H, q)``."""
+    attend_to = torch.ops.aten._scaled_dot_product_flash_attention
+    out, lse = attend_to(query, key, value, is_causal=causal, scale=scaling)[:2]
+    return out, lse
+
+
+def _add(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two sets of tokens from that over each."""
+    total = torch.logaddexp(lse, other_lse)
+    share, other_share = ((part - total).exp().unsqueeze(-1) for part in (lse, other_lse))
+    return (out * share + other * other_share).to(out.dtype), total
 
 
 def _attend_with_mask(
@@ -45,29 +68,29 @@ def _attend_with_mask(
     values: torch.Tensor,
     held: torch.Tensor,
     start: int,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some queries at a time, those of a KV head's group behind one another."""
+    """Some queries at a time. What they see is the same for all heads when nothing is older than the chunk."""
     (batch, heads, tokens, _), (kv_heads, length) = query.shape, keys.shape[1:3]
-    group = heads // kv_heads
-    rows = max(TILE_BYTES // (batch * heads * length * query.element_size()), 16)
+    group, differing = heads // kv_heads, kv_heads if length > tokens else 1
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    rows = max(TILE_BYTES // (batch * differing * group * length * query.element_size()), 16)
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+    lowest = torch.finfo(query.dtype).min
     for begin in range(0, tokens, rows):
         part = slice(begin, min(begin + rows, tokens))
         number = torch.arange(start + part.start, start + part.stop, device=query.device)
-        visible = visible_tokens(held, number, mask, part)  # (B, H_kv, part, n)
+        visible = visible_tokens(held[:, :differing], number, mask, part)  # (B, 1 or H_kv, part, n)
         # The kernel wants a bias's rows aligned to 16 bytes, and minus infinity in a whole row makes it NaN.
-        lowest = torch.finfo(query.dtype).min
-        shape = (batch, kv_heads, group, len(number), ceil_div(length, 8) * 8)
-        bias = query.new_full(shape, lowest)[..., :length].masked_fill_(visible.unsqueeze(2), 0.0).flatten(2, 3)
-        folded = query[:, :, part].unflatten(1, (kv_heads, group)).flatten(2, 3)
+        bias = query.new_full((*visible.shape[:3], ceil_div(length, 8) * 8), lowest)[..., :length]
+        bias.masked_fill_(visible, 0.0)
+        bias = bias.expand(-1, heads, -1, -1) if differing == 1 else bias.repeat_interleave(group, 1)
         attend_by_bias = torch.ops.aten._scaled_dot_product_efficient_attention
-        got, sums = attend_by_bias(folded, keys, values, bias, True, scale=scaling)[:2]
-        nothing = ~visible.any(-1, keepdim=True).unsqueeze(2)  # (B, H_kv, 1, part, 1)
-        got = got.unflatten(2, (group, -1)).masked_fill(nothing, 0.0)
-        sums = sums[..., : folded.shape[2]].unflatten(2, (group, -1))  # the kernel pads it
-        out[:, :, part] = got.flatten(1, 2)
-        lse[:, :, part] = sums.masked_fill(nothing.squeeze(-1), float("-inf")).flatten(1, 2)
+        got, sums = attend_by_bias(query[:, :, part], keys, values, bias, True, scale=scaling)[:2]
+        nothing = ~visible.any(-1)
+        nothing = nothing.expand(-1, heads, -1) if differing == 1 else nothing.repeat_interleave(group, 1)
+        out[:, :, part] = got.masked_fill(nothing.unsqueeze(-1), 0.0)
+        lse[:, :, part] = sums[..., : len(number)].masked_fill(nothing, float("-inf"))  # the kernel pads it
     return out, lse

@@ -66,9 +66,7 @@ def count_padding(counts: torch.Tensor, mask: torch.Tensor, start: int) -> None:
     first += torch.where(first == start, leading.unsqueeze(-1), 0)
 
 
-def visible_tokens(
-    held: torch.Tensor, number: torch.Tensor, mask: torch.Tensor | None, queries: slice
-) -> torch.Tensor:
+def visible_tokens(held: torch.Tensor, number: torch.Tensor, mask: torch.Tensor | None, queries: slice) -> torch.Tensor:
     """Whether each query may attend to each token held, bool ``(B, H_kv, q, n)``.
 
     Args:

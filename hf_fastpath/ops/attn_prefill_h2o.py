@@ -121,13 +121,16 @@ def _keep(
     # The newer one of two alike stays: a stable sort of the tokens from the last to the first.
     chosen = held.shape[2] - 1 - order.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :count]
     chosen = chosen.gather(2, held.gather(2, chosen).argsort(dim=-1))
+    is_old, new = chosen < used, (chosen - used).clamp(min=0)
     for x, data, scale in ((key, slots.k_data, slots.k_scale), (value, slots.v_data, slots.v_scale)):
-        new_data, new_scale = quantize_fp8_tokens(x)
-        all_data = torch.cat([data[:, :, :used], new_data], dim=2).view(torch.uint8)
-        all_scale = torch.cat([scale[:, :, :used], new_scale], dim=2)
-        stays = all_data.gather(2, chosen[..., None].expand(-1, -1, -1, data.shape[3]))
-        data[:, :, :count] = stays.view(data.dtype)
-        scale[:, :, :count] = all_scale.gather(2, chosen)
+        q, s = quantize_fp8_tokens(x.gather(2, new[..., None].expand(-1, -1, -1, x.shape[3])))
+        q = q.view(torch.uint8)
+        if used:
+            old = chosen.clamp(max=used - 1)
+            before = data.view(torch.uint8).gather(2, old[..., None].expand(-1, -1, -1, x.shape[3]))
+            q, s = torch.where(is_old[..., None], before, q), torch.where(is_old, scale.gather(2, old), s)
+        data[:, :, :count] = q.view(data.dtype)
+        scale[:, :, :count] = s
     slots.scores[:, :, :count] = gained.gather(2, chosen)
     slots.positions[:, :, :count] = held.gather(2, chosen)
     slots.counts[..., 0] += key.shape[2]

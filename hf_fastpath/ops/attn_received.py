@@ -25,21 +25,18 @@ def attn_received_reference(
     scaling: float,
 ) -> torch.Tensor:
     """Computed in float32, some queries at a time."""
-    (batch, _, tokens, _), kv_heads, old = query.shape, key.shape[1], key.shape[2] - query.shape[2]
+    (batch, heads, tokens, _), kv_heads, old = query.shape, key.shape[1], key.shape[2] - query.shape[2]
     new = torch.arange(start, start + tokens, dtype=positions.dtype, device=positions.device)
     held = torch.cat([positions[:, :, :old], new.expand(batch, kv_heads, -1)], dim=2)
-    q, sums = query.float().unflatten(1, (kv_heads, -1)) * scaling, lse.unflatten(1, (kv_heads, -1))
-    received = torch.zeros(held.shape, device=query.device)
+    group = heads // kv_heads
+    received = torch.zeros((batch, heads, key.shape[2]), device=query.device)
     for begin in range(0, tokens, QUERIES):
         part = slice(begin, begin + QUERIES)
-        number = new[part].long()
-        visible = visible_tokens(held, number, mask, part)
-        if mask is not None:  # what padding attends to says nothing
-            own = mask[:, part].gather(2, number.expand(batch, -1)[..., None])
-            visible = visible & own[:, None]
-        scores = q[:, :, :, part].flatten(2, 3) @ key.float().transpose(2, 3)
-        weights = (scores.unflatten(2, (sums.shape[2], -1)) - sums[:, :, :, part, None]).exp()
-        received += weights.masked_fill(~visible.unsqueeze(2), 0.0).sum((2, 3))
+        visible = visible_tokens(held, new[part].long(), mask, part).repeat_interleave(group, 1)
+        scores = query[:, :, part].float() * scaling @ key.float().repeat_interleave(group, 1).transpose(2, 3)
+        sums = lse[:, :, part, None]
+        visible &= sums > float("-inf")
+        received += (scores - sums).exp().masked_fill(~visible, 0.0).sum(2)
     return received
 
 
@@ -52,7 +49,7 @@ def _fake(
     start: int,
     scaling: float,
 ) -> torch.Tensor:
-    return query.new_empty(key.shape[:3], dtype=torch.float32)
+    return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
 _op = _library.define(SCHEMA, attn_received_reference, _fake)
@@ -69,17 +66,17 @@ def attn_received(
     *,
     reference: bool = False,
 ) -> torch.Tensor:
-    """The weights ``softmax(scaling * q K^T)`` summed over the queries and the query heads that read a KV head,
-    float32 ``(B, H_kv, n)``.
+    """The weights ``softmax(scaling * q K^T)`` summed over the queries, float32 ``(B, H, n)``.
 
     Args:
         query: ``(B, H, q, D)``, tokens ``start .. start + q``; key: ``(B, H_kv, n, D)``, n - q older ones and then
             those of the same tokens; both contiguous, fp16, bf16 (CPU also fp32). On CUDA D is a multiple of 8 up to
             256. H is a multiple of H_kv; head h reads KV head ``h // (H / H_kv)``.
-        lse: float32 ``(B, H, q)``, the logarithms of the softmax's sums; minus infinity where a query sees nothing.
+        lse: float32 ``(B, H, q)``, the logarithms of the softmax's sums; minus infinity for a query that sees nothing
+            or that does not count.
         positions: int32 ``(B, H_kv, >= n - q)``, the numbers of the older keys' tokens, all less than ``start``.
-        mask: bool ``(B, q, >= start + q)``, True where a query may attend to a token by its number; a query whose own
-            token is masked is padding, and does not count. None: all before a query and itself.
+        mask: bool ``(B, q, >= start + q)``, True where a query may attend to a token by its number. None: all before a
+            query and itself.
         reference: run the reference implementation, on any device.
     """
     run = attn_received_reference if reference else _op

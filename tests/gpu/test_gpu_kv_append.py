@@ -84,7 +84,7 @@ def test_h2o_evicts_what_got_the_least() -> None:
 
 @pytest.mark.parametrize("cache", PER_HEAD)
 def test_special_values(cache: str) -> None:
-    """Ties, zeros, scales that round to 0 or are subnormal or overflow; infinity and NaN where a format has an answer."""
+    """Ties, zeros, scales that round to 0 or are subnormal or overflow; infinity and NaN where it says what."""
     for dtype in DTYPES:
         key = torch.zeros(1, 1, 320, 64, dtype=dtype)
         key[0, 0, 1] = torch.arange(64) * 2.0 + 1
@@ -195,6 +195,6 @@ def test_bad_arguments_are_refused_in_words() -> None:
     for message, args, kwargs in cases:
         with pytest.raises(RuntimeError, match=message):
             ops.kv_int8_append(*args, **kwargs)
+    h2o = Case("h2o", torch.float16, batch=1, options=(("budget", 16),)).new_store(DEVICE).views
     with pytest.raises(RuntimeError, match="leave none of 16 slots"):
-        h2o = Case("h2o", torch.float16, batch=1, options=(("budget", 16),)).new_store(DEVICE).views
         ops.kv_h2o_append(key[:, :, :1], value[:, :, :1], h2o, 15, 2)
