@@ -1,17 +1,18 @@
-// Decode attention: one new token a row over a KV cache. "Flash-Decoding" (Dao et al., 2023): a row's tokens are divided
-// among CTAs, which keep maximum and sum of the scores of their part, and the parts are added.
+// Decode attention: one new token a row over a KV cache. "Flash-Decoding" (Dao et al., 2023): a row's tokens are
+// divided among CTAs, which keep maximum and sum of the scores of their part, and the parts are added.
 //
 // A CTA has one KV head of a row for up to 8 of its query heads, and a part of the tokens (work.cuh). Both products run
 // on tensor cores: S = K q^T with tokens as rows, O^T = V^T p^T with channels as rows, query heads as the 8 columns of
 // both, so that the heads of a group share every byte read. Where a lane's columns of a fragment come from is free as
-// long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles in
-// shared memory of its own, which it fills and empties without meeting the other warps.
+// long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles
+// in shared memory of its own, which it fills and empties without meeting the other warps.
 //
-// With clusters (compute capability 9.0) the CTAs of a row add their parts through each other's shared memory; else they
-// go through the scratch, and a second kernel adds them, in the same order, to the same bits.
+// The CTAs' parts go through the scratch, and a second kernel adds them. From compute capability 9.0 on it is there
+// when they are done (programmatic dependent launch); clusters that add their parts themselves were no faster, and much
+// slower in batches: CTAs that wait for each other take room.
 //
-// A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it to
-// the L2, scores(), add_values().
+// A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it
+// to the L2, scores(), add_values().
 #pragma once
 
 #include <map>
@@ -26,7 +27,8 @@ namespace hf_fastpath::attn {
 // The CTA's place: which heads of which row.
 struct Place {
   int kv_head, head_count;
-  int64_t batch, pair, first_head, part;  // pair: row and KV head; first_head: of the whole batch
+  int64_t batch, pair, first_head,
+      parts;  // pair: row and KV head; first_head: of the whole batch; parts: the first one
 
   __device__ __forceinline__ explicit Place(const Params& p) {
     const int group = static_cast<int>(blockIdx.y) % p.groups, ratio = p.a.heads / p.a.kv_heads;
@@ -35,7 +37,7 @@ struct Place {
     pair = batch * p.a.kv_heads + kv_head;
     head_count = min(kHeadsPerCta, ratio - group * kHeadsPerCta);
     first_head = batch * p.a.heads + kv_head * ratio + group * kHeadsPerCta;
-    part = (batch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    parts = (batch * gridDim.y + blockIdx.y) * p.splits;
   }
 };
 
@@ -65,8 +67,8 @@ struct Mask {
 // A bit for each of the 32 tokens from `first` on that is before `stop` and attended. `visible`: Mask::at() of the
 // lane's token, which is read early.
 template <typename F>
-__device__ __forceinline__ uint32_t present_tokens(int first, int stop, const Work& w, const Mask<F>& mask, bool visible,
-                                                   int lane) {
+__device__ __forceinline__ uint32_t present_tokens(int first, int stop, const Work& w, const Mask<F>& mask,
+                                                   bool visible, int lane) {
   if (!mask.row && first >= w.visible_from && first + 32 <= stop) return 0xffffffffu;
   const int token = first + lane;
   return __ballot_sync(kFullWarp, token >= w.visible_from && token < stop && visible);
@@ -83,8 +85,8 @@ struct FullTile {
 // `first - base` of a side's `tail` or `front` is the first.
 template <typename F>
 __device__ void attend_full(typename F::State& r, const F& format, const Params& p, const Place& place, const Work& w,
-                            const Mask<F>& mask, const void* keys, const void* values, int entries, int entry, int first,
-                            int stop, float to_score, int lane) {
+                            const Mask<F>& mask, const void* keys, const void* values, int entries, int entry,
+                            int first, int stop, float to_score, int lane) {
   using T = typename F::T;
   const int64_t offset = (place.pair * entries + entry) * p.a.dim;
   const T* const k = static_cast<const T*>(keys) + offset;
@@ -97,8 +99,7 @@ __device__ void attend_full(typename F::State& r, const F& format, const Params&
     return load_once16(from + row * p.a.dim + channel);
   };
   float scores[1][4];
-  multiply_keys16(
-      scores[0], query, [&](int row, int chunk) { return read(k, row, 8 * chunk, p.a.dim); }, lane);
+  multiply_keys16(scores[0], query, [&](int row, int chunk) { return read(k, row, 8 * chunk, p.a.dim); }, lane);
   const uint32_t present = present_tokens(first, first + there, w, mask, mask.at(first + lane), lane) & 0xffff;
   finish_scores<FullTile>(scores, query.factor, p.a.softcap, present, lane / 4);
   float rescale[2];
@@ -179,8 +180,7 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
     }
     cp_async_commit();
     stage = stage == kStages - 1 ? 0 : stage + 1;
-    const uint32_t present =
-        present_tokens(first_token(i), w.front + w.coded, w, mask, visible, lane) & F::kAllPresent;
+    const uint32_t present = present_tokens(first_token(i), w.front + w.coded, w, mask, visible, lane) & F::kAllPresent;
     if (i + step < w.tiles) visible = mask.at(first_token(i + step) + lane);
     float scores[F::kTiles][4], rescale[2];
     format.scores(scores, now, query, present, lane);
@@ -200,23 +200,9 @@ __device__ __forceinline__ void prefetch(const F& format, const Params& p, const
   const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
   if (static_cast<int>(blockIdx.x) >= w.splits) return;
 #pragma unroll
-  for (int s = 0; s < F::Tuning::kStages; ++s) {
+  for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
     const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
     if (i < w.tiles) format.prefetch(w.first_tile + i, lane);
-  }
-}
-
-// This CTA's part to the scratch.
-template <typename F>
-__device__ __forceinline__ void store_part(const Params& p, const Place& place) {
-  using Part = CtaPart<F::kPadded>;
-  Part* const to = reinterpret_cast<Part*>(p.a.scratch) + place.part;
-  const Part* const from = Shared<F>::part();
-  const int quads = p.a.dim / 4;
-  for (int i = threadIdx.x; i < place.head_count * quads; i += 32 * F::Tuning::kWarps) {
-    const int head = i / quads, quad = i % quads;
-    to->out[head][quad] = from->out[head][quad];
-    if (quad == 0) to->statistics[head] = from->statistics[head];
   }
 }
 
@@ -229,75 +215,46 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   wait_for_previous_kernel();
   let_next_kernel_begin();
   const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
-  const bool has_part = static_cast<int>(blockIdx.x) < w.splits;
-  if (has_part) {
-    typename F::State state;
-    attend(state, format, p, place, w, warp, lane);
-    share_warp_part<F>(state, format, place.head_count, warp, lane);
-    __syncthreads();
-    add_warp_parts<F>(place.head_count, p.a.dim);
-  }
-  CtaPart<F::kPadded>* const own = Shared<F>::part();
-  constexpr int kThreads = 32 * F::Tuning::kWarps;
-  if (p.splits == 1) {
-    __syncthreads();
-    add_cta_parts<typename F::T>(
-        p, place.first_head, place.head_count, 1, 0, 1, kThreads,
-        [&](int, int head) { return own->statistics[head]; },
-        [&](int, int head, int quad) { return own->out[head][quad]; });
-    return;
-  }
-#if defined(HF_FASTPATH_EMULATED) || __CUDA_ARCH__ >= 900
-  if (p.in_cluster) {
-    cluster_barrier();
-    add_cta_parts<typename F::T>(
-        p, place.first_head, place.head_count, w.splits, blockIdx.x, p.splits, kThreads,
-        [&](int split, int head) { return load_from_cluster(&own->statistics[head], split); },
-        [&](int split, int head, int quad) { return load_from_cluster(&own->out[head][quad], split); });
-    cluster_barrier();  // others read this CTA's memory until then
-    return;
-  }
-#endif
+  const int split = blockIdx.x;
+  if (split >= w.splits) return;
+  typename F::State state;
+  attend(state, format, p, place, w, warp, lane);
+  share_warp_part<F>(state, format, place.head_count, warp, lane);
   __syncthreads();
-  if (has_part) store_part<F>(p, place);
+  CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
+  add_warp_parts<F>(p, place.first_head, place.head_count, p.splits == 1 ? nullptr : parts + place.parts + split);
 }
 
-// Adds the parts in the scratch: some CTAs for up to 8 query heads of a row, with the same grid but for its x.
+// Adds the parts: some CTAs for up to 8 query heads of a row, with the same grid but for its x.
 template <typename F>
 __global__ void __launch_bounds__(256) attn_combine_kernel(const Params p) {
-  using Part = CtaPart<F::kPadded>;
   const Place place(p);
   wait_for_previous_kernel();
   let_next_kernel_begin();
   const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
-  const Part* const parts =
-      reinterpret_cast<const Part*>(p.a.scratch) + (place.batch * gridDim.y + blockIdx.y) * p.splits;
-  add_cta_parts<typename F::T>(
-      p, place.first_head, place.head_count, w.splits, blockIdx.x, gridDim.x, blockDim.x,
-      [&](int split, int head) { return parts[split].statistics[head]; },
-      [&](int split, int head, int quad) { return parts[split].out[head][quad]; });
+  const CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
+  add_cta_parts<F>(p, place.first_head, place.head_count, parts + place.parts, w.splits, blockIdx.x, gridDim.x,
+                   blockDim.x);
 }
 
 // What has_sm90_code() has found out: of a kernel on a GPU.
 inline std::mutex known_sm90_code_lock;
 inline std::map<std::pair<const void*, int>, bool> known_sm90_code;
 
-// Whether the current GPU has clusters of kMaxCluster CTAs and programmatic dependent launch, and the kernels were
-// compiled for them. Remembered, since the runtime takes microseconds to answer.
+// Whether the current GPU has programmatic dependent launch, and the kernels were compiled for it. Remembered, since
+// the runtime takes microseconds to answer.
 template <typename F>
 bool has_sm90_code() {
   const auto kernel = attn_decode_kernel<F>;
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   const std::lock_guard<std::mutex> guard(known_sm90_code_lock);
-  const auto [answer, is_new] = known_sm90_code.emplace(std::pair(reinterpret_cast<const void*>(kernel), device), false);
+  const auto [answer, is_new] =
+      known_sm90_code.emplace(std::pair(reinterpret_cast<const void*>(kernel), device), false);
   if (is_new) {
-    int major = 0;
     cudaFuncAttributes attributes = {};
-    answer->second = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     (major == 9 || major == 10) && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                     attributes.ptxVersion >= 90 &&
-                     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+    answer->second =
+        has_early_launch() && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
   }
   return answer->second;
 }
@@ -308,14 +265,13 @@ Params make_params(const AttnDecodeArgs& a) {
   p.a = a;
   p.splits = max_splits<F>(a);
   p.groups = (a.heads / a.kv_heads + kHeadsPerCta - 1) / kHeadsPerCta;
-  p.in_cluster = a.clusters && p.splits > 1 && p.splits <= kMaxCluster && has_sm90_code<F>();
   return p;
 }
 
 template <typename F>
 int64_t scratch_floats(const AttnDecodeArgs& a) {
   const Params p = make_params<F>(a);
-  if (p.splits == 1 || p.in_cluster) return 0;
+  if (p.splits == 1) return 0;
   return int64_t{a.batch} * a.kv_heads * p.groups * p.splits * (sizeof(CtaPart<F::kPadded>) / sizeof(float));
 }
 
@@ -325,11 +281,9 @@ cudaError_t launch(const AttnDecodeArgs& a, cudaStream_t stream) {
   const dim3 grid(p.splits, a.kv_heads * p.groups, a.batch);
   constexpr int kThreads = 32 * F::Tuning::kWarps, kBytes = Shared<F>::kBytes;
   const bool early = has_sm90_code<F>();
-  const cudaError_t error =
-      early ? launch_kernel_in_clusters(attn_decode_kernel<F>, grid, kThreads, p.in_cluster ? p.splits : 1, kBytes,
-                                        stream, p)
-            : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
-  if (error != cudaSuccess || p.splits == 1 || p.in_cluster) return error;
+  const cudaError_t error = early ? launch_kernel_early(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p)
+                                  : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
+  if (error != cudaSuccess || p.splits == 1) return error;
   // Of the 16 threads that a quad of channels takes, 256 a CTA.
   const int quads = std::min(a.heads / a.kv_heads, kHeadsPerCta) * a.dim / 4;
   const dim3 combine_grid((quads + 15) / 16, grid.y, grid.z);

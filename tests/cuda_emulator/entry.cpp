@@ -119,7 +119,7 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
                                 const uint8_t* mask, int64_t mask_row_stride, int64_t mask_columns, const float* sinks,
                                 void* out, float* scratch, int batch, int heads, int kv_heads, int dim, int capacity,
                                 int group_tokens, int front_tokens, int window, float scaling, float softcap,
-                                int clusters, const int* positions, float* slot_scores, float2* totals, int bfloat16,
+                                const int* positions, float* slot_scores, float2* totals, int bfloat16,
                                 int64_t* scratch_floats) {
   const AttnDecodeArgs args{query,
                             {k_data, k_scale, k_tail, k_front},
@@ -142,7 +142,6 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
                             window,
                             scaling,
                             softcap,
-                            clusters != 0,
                             positions,
                             slot_scores,
                             totals};
@@ -160,9 +159,9 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
 EXPORT int emulated_h2o_count(const float* slot_scores, const float2* totals, const uint8_t* mask,
                               int64_t mask_row_stride, int64_t mask_columns, float* scores, int* counts, int batch,
                               int heads, int kv_heads, int capacity) {
-  return launch_h2o_count({slot_scores, totals, mask, mask_row_stride, mask_columns, scores, counts, batch, heads,
-                           kv_heads, capacity},
-                          nullptr);
+  return launch_h2o_count(
+      {slot_scores, totals, mask, mask_row_stride, mask_columns, scores, counts, batch, heads, kv_heads, capacity},
+      nullptr);
 }
 
 EXPORT int emulated_attn_received(const void* query, const void* key, const float* lse, int64_t lse_stride,
