@@ -87,6 +87,11 @@ struct Int4Format {
     }
   };
 
+  // Keys' parameters: lanes t read chunks that are kPadded / 32 apart.
+  struct ParamSwizzle {
+    static __device__ __forceinline__ int of(int chunk) { return chunk ^ (chunk >> 3 & 3); }
+  };
+
   static __device__ __forceinline__ int token(int m, int g, int h) { return 4 * g + 2 * m + h; }
   __device__ __forceinline__ int block_width(int) const { return part_width; }
   static __device__ __forceinline__ int quads(const AttnDecodeArgs& a) { return (kWhole ? kPadded : a.dim) / 4; }
@@ -127,8 +132,8 @@ struct Int4Format {
     stage += kSideBytes;
     const int first = tile * kTile, group = first / group_tokens;
     const unsigned char* of_group = key_params + int64_t{group} * 4 * dim;
-    copy_chunks<kPadded / 8>(stage, of_group, 2 * dim, lane);                          // scales
-    copy_chunks<kPadded / 8>(stage + 2 * kPadded, of_group + 2 * dim, 2 * dim, lane);  // minima
+    copy_chunks<kPadded / 8, ParamSwizzle>(stage, of_group, 2 * dim, lane);                          // scales
+    copy_chunks<kPadded / 8, ParamSwizzle>(stage + 2 * kPadded, of_group + 2 * dim, 2 * dim, lane);  // minima
     stage += kKeyParams;
     // Scales, then minima; of each part those of the tile's tokens.
     of_group = value_params + int64_t{group} * 4 * parts * group_tokens + 2 * (first % group_tokens);
@@ -140,14 +145,15 @@ struct Int4Format {
   __device__ __forceinline__ void scores(float (&s)[kTiles][4], const unsigned char* stage, const Query& q, uint32_t,
                                          int lane) const {
     const int g = lane / 4, t = lane % 4;
-    const unsigned char* const params = stage + 2 * kSideBytes + t * Query::kWords * 16;
+    const unsigned char* const params = stage + 2 * kSideBytes;
     uint32_t scaled[Query::kWords][4];
     float minimum[2][4] = {};
 #pragma unroll
     for (int word = 0; word < Query::kWords; ++word) {
       uint32_t scale[4], low[4];
-      pair_values(read16(params + 16 * word), scale);
-      pair_values(read16(params + 2 * kPadded + 16 * word), low);
+      const int at = 16 * ParamSwizzle::of(t * Query::kWords + word);
+      pair_values(read16(params + at), scale);
+      pair_values(read16(params + 2 * kPadded + at), low);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         scaled[word][i] = as_bits(__hmul2(as_pair<__half2>(q.b[word][i]), as_pair<__half2>(scale[i])));

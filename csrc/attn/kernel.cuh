@@ -81,26 +81,44 @@ struct FullTile {
   static __device__ __forceinline__ int token(int, int g, int h) { return g + 8 * h; }
 };
 
-// An item in full precision, read straight from global memory: up to 16 tokens from `first` on, of which entry
-// `first - base` of a side's `tail` or `front` is the first.
+// An item in full precision: `there` tokens, the first of them number `first` of the row.
+template <typename T>
+struct FullItem {
+  const T *keys, *values;
+  int first, there;
+
+  __device__ __forceinline__ FullItem(const Params& p, const Place& place, const Work& w, int number) {
+    const bool front = number < w.front_items;
+    const int entry = (front ? number : number - w.front_items) * kFullTokens;
+    const int64_t at = (place.pair * (front ? p.a.front_tokens : p.a.group_tokens) + entry) * p.a.dim;
+    keys = static_cast<const T*>(front ? p.a.keys.front : p.a.keys.tail) + at;
+    values = static_cast<const T*>(front ? p.a.values.front : p.a.values.tail) + at;
+    first = front ? entry : w.front + w.coded + entry;
+    there = min((front ? w.front : w.length) - first, kFullTokens);
+  }
+
+  // The first one of the warp that is `number` of `step`: items are numbered behind the tiles.
+  static __device__ __forceinline__ int first_of(const Work& w, int number, int step) {
+    return (number - w.tiles % step + step) % step;
+  }
+};
+
+// Attends to an item in full precision, read straight from global memory.
 template <typename F>
-__device__ void attend_full(typename F::State& r, const F& format, const Params& p, const Place& place, const Work& w,
-                            const Mask<F>& mask, const void* keys, const void* values, int entries, int entry,
-                            int first, int stop, float to_score, int lane) {
+__device__ __forceinline__ void attend_full(typename F::State& r, const F& format, const Params& p, const Work& w,
+                                            const Mask<F>& mask, const FullItem<typename F::T>& item, float to_score,
+                                            int lane) {
   using T = typename F::T;
-  const int64_t offset = (place.pair * entries + entry) * p.a.dim;
-  const T* const k = static_cast<const T*>(keys) + offset;
-  const T* const v = static_cast<const T*>(values) + offset;
-  const int there = min(stop - first, kFullTokens);
   Query16<T, F::kPadded> query;
   query.load(*Shared<F>::raw_query(), to_score, lane);
   const auto read = [&](const T* from, int row, int channel, int end) {
-    if (row >= there || channel >= end) return make_uint4(0, 0, 0, 0);
-    return load_once16(from + row * p.a.dim + channel);
+    if (row >= item.there || channel >= end) return make_uint4(0, 0, 0, 0);
+    return load_8x16bit<true>(from + row * p.a.dim + channel);
   };
   float scores[1][4];
-  multiply_keys16(scores[0], query, [&](int row, int chunk) { return read(k, row, 8 * chunk, p.a.dim); }, lane);
-  const uint32_t present = present_tokens(first, first + there, w, mask, mask.at(first + lane), lane) & 0xffff;
+  multiply_keys16(scores[0], query, [&](int row, int chunk) { return read(item.keys, row, 8 * chunk, p.a.dim); }, lane);
+  const uint32_t present =
+      present_tokens(item.first, item.first + item.there, w, mask, mask.at(item.first + lane), lane) & 0xffff;
   finish_scores<FullTile>(scores, query.factor, p.a.softcap, present, lane / 4);
   float rescale[2];
   update_softmax(r, scores, rescale);
@@ -109,26 +127,9 @@ __device__ void attend_full(typename F::State& r, const F& format, const Params&
       r.out, weight_fragment<T>(scores[0], unit, unit),
       [&](int row, int block, int g) {
         const int width = format.block_width(block);
-        const bool there = 8 * g < width;
-        return read(v, row, block * width + 8 * g, there ? p.a.dim : 0);
+        return read(item.values, row, block * width + 8 * g, 8 * g < width ? p.a.dim : 0);
       },
       lane);
-}
-
-// The items of a warp in full precision.
-template <typename F>
-__device__ __forceinline__ void attend_full_items(typename F::State& r, const F& format, const Params& p,
-                                                  const Place& place, const Work& w, const Mask<F>& mask, int number,
-                                                  int step, float to_score, int lane) {
-  // Items are numbered behind the tiles.
-  for (int i = (number - w.tiles % step + step) % step; i < w.front_items + w.tail_items; i += step) {
-    const bool front = i < w.front_items;
-    const int entry = (front ? i : i - w.front_items) * kFullTokens;
-    const int base = front ? 0 : w.front + w.coded;
-    attend_full(r, format, p, place, w, mask, front ? p.a.keys.front : p.a.keys.tail,
-                front ? p.a.values.front : p.a.values.tail, front ? p.a.front_tokens : p.a.group_tokens, entry,
-                base + entry, front ? w.front : w.length, to_score, lane);
-  }
 }
 
 // For the weights of each slot, which are known when all scores are.
@@ -136,10 +137,10 @@ template <typename F>
 __device__ __forceinline__ void store_scores(const float (&scores)[F::kTiles][4], const Params& p, const Place& place,
                                              int first, int stop, int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int slot = first + F::token(0, lane / 4, i / 2), head = lane % 4 * 2 + i % 2;
+  for (int i = 0; i < 4 * F::kTiles; ++i) {
+    const int slot = first + F::token(i / 4, lane / 4, i % 4 / 2), head = lane % 4 * 2 + i % 2;
     if (slot < stop && head < place.head_count) {
-      p.a.slot_scores[(place.first_head + head) * p.a.capacity + slot] = scores[0][i];
+      p.a.slot_scores[(place.first_head + head) * p.a.capacity + slot] = scores[i / 4][i % 4];
     }
   }
 }
@@ -166,7 +167,12 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   __syncthreads();
   typename F::Query query;
   query.load(*Shared<F>::query(), to_score, lane);
-  if constexpr (F::kHasFull) attend_full_items(r, format, p, place, w, mask, number, step, to_score, lane);
+  if constexpr (F::kHasFull) {
+    using Item = FullItem<typename F::T>;
+    for (int i = Item::first_of(w, number, step); i < w.front_items + w.tail_items; i += step) {
+      attend_full(r, format, p, w, mask, Item(p, place, w, i), to_score, lane);
+    }
+  }
   const auto first_token = [&](int i) { return w.front + (w.first_tile + i) * F::kTile; };
   bool visible = number < w.tiles && mask.at(first_token(number) + lane);
   int stage = 0;
@@ -193,16 +199,26 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   __syncwarp();
 }
 
-// The first tiles on their way to the L2 before the kernel before this one is done. The length may still be the one
-// without the token that it appends: which tiles are asked for matters to nobody's result.
+// The first items of a warp on their way to the L2 before the kernel before this one is done. The length may still be
+// the one without the token that it appends: what is asked for matters to nobody's result.
 template <typename F>
 __device__ __forceinline__ void prefetch(const F& format, const Params& p, const Place& place, int warp, int lane) {
   const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
   if (static_cast<int>(blockIdx.x) >= w.splits) return;
+  const int number = warp * w.splits + static_cast<int>(blockIdx.x), step = w.splits * F::Tuning::kWarps;
 #pragma unroll
   for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
-    const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
-    if (i < w.tiles) format.prefetch(w.first_tile + i, lane);
+    if (number + s * step < w.tiles) format.prefetch(w.first_tile + number + s * step, lane);
+  }
+  if constexpr (F::kHasFull) {
+    using Item = FullItem<typename F::T>;
+    const int i = Item::first_of(w, number, step);
+    if (i >= w.front_items + w.tail_items) return;
+    const Item item(p, place, w, i);
+    for (int line = 64 * lane; line < item.there * p.a.dim; line += 64 * 32) {
+      prefetch_l2(item.keys + line);
+      prefetch_l2(item.values + line);
+    }
   }
 }
 
@@ -296,8 +312,6 @@ template <template <typename, int, bool> typename Of, typename T>
 cudaError_t launch_for_dim(const AttnDecodeArgs& a, cudaStream_t stream) {
   if (a.dim == 64) return launch<typename Of<T, 64, true>::Format>(a, stream);
   if (a.dim == 128) return launch<typename Of<T, 128, true>::Format>(a, stream);
-  if (a.dim == 256) return launch<typename Of<T, 256, true>::Format>(a, stream);
-  if (a.dim < 64) return launch<typename Of<T, 64, false>::Format>(a, stream);
   if (a.dim < 128) return launch<typename Of<T, 128, false>::Format>(a, stream);
   return launch<typename Of<T, 256, false>::Format>(a, stream);
 }
@@ -309,9 +323,9 @@ cudaError_t launch_for(const AttnDecodeArgs& a, Dtype dtype, cudaStream_t stream
 // The same for every dtype.
 template <template <typename, int, bool> typename Of>
 int64_t scratch_floats_for(const AttnDecodeArgs& a) {
-  if (a.dim <= 64) return scratch_floats<typename Of<__half, 64, true>::Format>(a);
+  if (a.dim == 64) return scratch_floats<typename Of<__half, 64, true>::Format>(a);
   if (a.dim <= 128) return scratch_floats<typename Of<__half, 128, true>::Format>(a);
-  return scratch_floats<typename Of<__half, 256, true>::Format>(a);
+  return scratch_floats<typename Of<__half, 256, false>::Format>(a);
 }
 
 }  // namespace hf_fastpath::attn

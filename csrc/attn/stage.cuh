@@ -52,12 +52,14 @@ __device__ __forceinline__ void copy_rows8(unsigned char* target, const unsigned
   }
 }
 // kChunks chunks of 16 bytes that stand behind one another; zeros for those that begin at `bytes` or beyond.
-template <int kChunks>
+template <int kChunks, typename Swizzle>
 __device__ __forceinline__ void copy_chunks(unsigned char* target, const unsigned char* source, int bytes, int lane) {
 #pragma unroll
   for (int i = 0; i < kChunks; i += 32) {
     const int offset = 16 * (i + lane);
-    if (i + lane < kChunks) cp_async16(target + offset, source + (offset < bytes ? offset : 0), offset < bytes);
+    if (i + lane < kChunks) {
+      cp_async16(target + 16 * Swizzle::of(i + lane), source + (offset < bytes ? offset : 0), offset < bytes);
+    }
   }
 }
 
