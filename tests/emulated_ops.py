@@ -271,6 +271,11 @@ class EmulatedOps:
             out=(out, OUTPUT),
         )
         return out
+
+    def assume_written_since(self, amount: int) -> None:
+        """What kernels read early (load_early()) is so much less than what they read in the end."""
+        self._library.entry("emulator_set_written_since")(amount)
+
     def attn_decode_static(
         self,
         query: torch.Tensor,

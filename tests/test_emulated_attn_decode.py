@@ -111,6 +111,20 @@ def test_a_rows_bits_depend_neither_on_its_batch_nor_on_the_capacity(form: str) 
     assert torch.equal(roomy.run(), full[:1])
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("length", [5, 64, 129, 300, 1100])
+def test_a_length_that_the_kernel_before_changes_late(form: str, length: int) -> None:
+    case = make_attention(generator(length), form, 4, 2, 64, [length, 1], torch.float16)
+    expected = case.run()
+    case.check(expected)
+    for amount in (1, 5, 17, 64, 200, 5000, -1, -40, -100000):
+        case.target.ops.assume_written_since(amount)
+        try:
+            assert torch.equal(case.run(), expected)
+        finally:
+            case.target.ops.assume_written_since(0)
+
+
 def test_scales_that_differ_widely() -> None:
     """An attention sink: the token with most of the weight has values a thousand times smaller than the others."""
     case = make_attention(generator(5), "int8", 8, 2, 64, [300], torch.bfloat16)

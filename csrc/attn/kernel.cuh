@@ -145,6 +145,36 @@ __device__ __forceinline__ void store_scores(const float (&scores)[F::kTiles][4]
   }
 }
 
+// Asks for the first tiles of a warp.
+template <typename F>
+__device__ __forceinline__ void fill_ring(const F& format, const Work& w, int warp, int lane) {
+  const int split = blockIdx.x;
+#pragma unroll
+  for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
+    const int i = (s * F::Tuning::kWarps + warp) * w.splits + split;
+    if (split < w.splits && i < w.tiles) {
+      format.copy(Shared<F>::ring(warp) + s * F::kStageBytes, w.first_tile + i, w.coded, lane);
+    }
+    cp_async_commit();
+  }
+}
+
+// Whether the tiles that a warp asked for when the row was as `before` are those that it needs.
+template <typename F>
+__device__ __forceinline__ bool is_ring_right(const Work& before, const Work& w, int warp) {
+  if (before.length == w.length) return true;
+  if (before.splits != w.splits || before.first_tile != w.first_tile) return false;
+  bool right = true;
+#pragma unroll
+  for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
+    const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
+    const bool whole = (w.first_tile + i + 1) * F::kTile <= min(before.coded, w.coded);
+    right &= whole || i >= max(before.tiles, w.tiles);
+  }
+  return right;
+}
+
+// Attends to a warp's items. Its ring is filled.
 template <typename F>
 __device__ __forceinline__ void attend(typename F::State& r, const F& format, const Params& p, const Place& place,
                                        const Work& w, int warp, int lane) {
@@ -155,12 +185,6 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   const Mask<F> mask(p.a, place);
   // Natural units over softcap, or log2 units.
   const float to_score = p.a.softcap > 0.0f ? p.a.scaling / p.a.softcap : p.a.scaling * kLog2E;
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    const int i = number + s * step;
-    if (i < w.tiles) format.copy(ring + s * F::kStageBytes, w.first_tile + i, w.coded, lane);
-    cp_async_commit();
-  }
   store_query<typename F::Order>(*Shared<F>::query(), Shared<F>::raw_query(),
                                  static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim,
                                  place.head_count, p.a.dim, warp, F::Tuning::kWarps, lane);
@@ -199,16 +223,16 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   __syncwarp();
 }
 
-// The first items of a warp on their way to the L2 before the kernel before this one is done. The length may still be
-// the one without the token that it appends: what is asked for matters to nobody's result.
+// The first items of a warp on their way to the L2, but for a tile that is not whole.
 template <typename F>
-__device__ __forceinline__ void prefetch(const F& format, const Params& p, const Place& place, int warp, int lane) {
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
+__device__ __forceinline__ void prefetch(const F& format, const Params& p, const Place& place, const Work& w, int warp,
+                                         int lane) {
   if (static_cast<int>(blockIdx.x) >= w.splits) return;
   const int number = warp * w.splits + static_cast<int>(blockIdx.x), step = w.splits * F::Tuning::kWarps;
 #pragma unroll
   for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
-    if (number + s * step < w.tiles) format.prefetch(w.first_tile + number + s * step, lane);
+    const int tile = w.first_tile + number + s * step;
+    if ((tile + 1) * F::kTile <= w.coded) format.prefetch(tile, lane);
   }
   if constexpr (F::kHasFull) {
     using Item = FullItem<typename F::T>;
@@ -222,17 +246,29 @@ __device__ __forceinline__ void prefetch(const F& format, const Params& p, const
   }
 }
 
+// The length is read twice: before the kernel before this one is done, when it may still be that without the token
+// which that one appends, and after. What is asked for by the first is checked against the second, so that the memory
+// is at work before the second is there.
 template <typename F>
 __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm) attn_decode_kernel(const Params p) {
-  const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = lane_number();
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = lane_number(), split = blockIdx.x;
   const Place place(p);
   const F format(p.a, place.pair, lane);
-  prefetch(format, p, place, warp, lane);
+  const int* const length = p.a.lengths + place.pair * p.a.length_stride;
+  const Work before = Work::of<F>(load_early(length), p.a);
+  prefetch(format, p, place, before, warp, lane);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
-  const int split = blockIdx.x;
-  if (split >= w.splits) return;
+  fill_ring(format, before, warp, lane);
+  const Work w = Work::of<F>(load_now(length), p.a);
+  if (!is_ring_right<F>(before, w, warp)) {
+    cp_async_wait<0>();
+    fill_ring(format, w, warp, lane);
+  }
+  if (split >= w.splits) {
+    cp_async_wait<0>();
+    return;
+  }
   typename F::State state;
   attend(state, format, p, place, w, warp, lane);
   share_warp_part<F>(state, format, place.head_count, warp, lane);
@@ -241,13 +277,14 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   add_warp_parts<F>(p, place.first_head, place.head_count, p.splits == 1 ? nullptr : parts + place.parts + split);
 }
 
-// Adds the parts: some CTAs for up to 8 query heads of a row, with the same grid but for its x.
+// Adds the parts: some CTAs for up to 8 query heads of a row, with the same grid but for its x. The lengths are what
+// they were for attn_decode_kernel, which let this kernel begin when the one before it was done.
 template <typename F>
 __global__ void __launch_bounds__(256) attn_combine_kernel(const Params p) {
   const Place place(p);
+  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
   const CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
   add_cta_parts<F>(p, place.first_head, place.head_count, parts + place.parts, w.splits, blockIdx.x, gridDim.x,
                    blockDim.x);
