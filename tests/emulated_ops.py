@@ -172,7 +172,9 @@ class EmulatedOps:
     def kv_int4_append(self, *args: Any) -> None:
         sides = [f"{side}_{name}" for side in "kv" for name in ("data", "params", "tail", "sinks")]
         sizes = args[12].shape[2], args[13].shape[2]
-        self._append("emulated_kv_int4_append", args[:10], dict(zip((*sides, "lengths"), args[10:], strict=True)), *sizes)
+        self._append(
+            "emulated_kv_int4_append", args[:10], dict(zip((*sides, "lengths"), args[10:], strict=True)), *sizes
+        )
 
     def kv_h2o_append(self, *args: Any) -> None:
         names = ("k_data", "k_scale", "v_data", "v_scale", "scores", "positions", "counts")
