@@ -7,7 +7,8 @@ namespace {
 
 template <typename T, int kPadded, bool kWhole>
 struct Fp8 {
-  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 3, 4, kPadded == 256 ? 2 : 4>, attn::Fp8Codec, attn::Scales::kOfGroup>;
+  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 1, 8, 32, kPadded == 256 ? 2 : 4>,
+                                  attn::Fp8Codec, attn::Scales::kOfGroup>;
 };
 
 }  // namespace

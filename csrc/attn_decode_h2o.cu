@@ -1,5 +1,6 @@
 // Attention of one new token a row over the slots of an H2O cache, fp8 with a scale each; see
-// attn/kernel.cuh. The attention that every slot gets is counted by a second kernel, when the sums of weights are known.
+// attn/kernel.cuh. The attention that every slot gets is counted by a second kernel, when the sums of weights are
+// known.
 #include "attn/format_bytes.cuh"
 #include "attn/kernel.cuh"
 
@@ -8,7 +9,8 @@ namespace {
 
 template <typename T, int kPadded, bool kWhole>
 struct H2O {
-  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 3, 4, kPadded == 256 ? 2 : 4>, attn::Fp8Codec, attn::Scales::kOfSlot>;
+  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 1, 8, 32, kPadded == 256 ? 2 : 4>,
+                                  attn::Fp8Codec, attn::Scales::kOfSlot>;
 };
 
 constexpr int kCountThreads = 128;

@@ -7,7 +7,7 @@ namespace {
 
 template <typename T, int kPadded, bool kWhole>
 struct Static {
-  using Format = attn::StaticFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 4, kPadded == 256 ? 1 : 3>>;
+  using Format = attn::StaticFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 2, 4, 32, kPadded == 256 ? 1 : 3>>;
 };
 
 }  // namespace

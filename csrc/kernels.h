@@ -233,7 +233,6 @@ struct AttnDecodeArgs {
   int group_tokens, front_tokens;  // fp8: 64 and 0, int4: 32 or 64 and any number; else 0
   int window;                      // only the last so many tokens are attended; 0: all
   float scaling, softcap;          // softcap: scores become softcap * tanh(score / softcap); 0: they do not
-  bool clusters;                   // CTAs may add their parts in clusters, where the GPU has them
   // Of h2o only, whose tokens are those of the first min(length, capacity) slots:
   const int* positions;  // (batch, kv_heads, capacity): the token that a slot holds, which is what the mask is of
   float* slot_scores;    // (batch, heads, capacity), written: scores in log2 units

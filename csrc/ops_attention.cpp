@@ -32,7 +32,6 @@ struct Decode {
     args.batch = static_cast<int>(batch), args.heads = static_cast<int>(heads);
     args.kv_heads = static_cast<int>(kv_heads), args.dim = static_cast<int>(dim);
     args.capacity = static_cast<int>(capacity);
-    args.clusters = true;
   }
 
   // A tensor of the storage: its dtype, shape (B, H_kv, ...) and place.

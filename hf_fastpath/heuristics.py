@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from hf_fastpath.ops import WITHOUT_KERNEL
+from hf_fastpath.ops.kv_int4_append import value_groups
 from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS, GemmVariant
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
@@ -124,3 +125,8 @@ def kv_append_supports(head_dim: int) -> bool:
 def attn_decode_supports(head_dim: int) -> bool:
     """Whether the CUDA kernels of decode attention take this head size (the CPU implementation takes any)."""
     return head_dim % 16 == 0 and 16 <= head_dim <= 256
+
+
+def attn_decode_int4_supports(head_dim: int) -> bool:
+    """As :func:`attn_decode_supports`, for int4: the parts of a value that share a scale must be whole octets."""
+    return attn_decode_supports(head_dim) and head_dim // value_groups(head_dim) % 8 == 0

@@ -13,9 +13,8 @@ from emulator import IN_OUT, INPUT, OUTPUT, library
 class EmulatedOps:
     """Each op under its name, with its arguments; see :class:`emulator.KernelFault` for what they raise."""
 
-    def __init__(self, sm_count: int = 3, clusters: bool = True) -> None:
+    def __init__(self, sm_count: int = 3) -> None:
         self._library = library()
-        self.clusters = clusters  # of decode attention
         self.sm_count = sm_count  # few: so that a CTA takes several row blocks of a small shape
 
     def w4a16_linear(
@@ -284,6 +283,10 @@ class EmulatedOps:
         )
         return out
 
+    def assume_written_since(self, amount: int) -> None:
+        """What kernels read early (load_early()) is so much less than what they read in the end."""
+        self._library.entry("emulator_set_written_since")(amount)
+
     def attn_decode_static(
         self,
         query: torch.Tensor,
@@ -387,7 +390,7 @@ class EmulatedOps:
                     scratch,
                 ),
                 *(batch, heads, kv_heads, dim, capacity, group, front, window, float(scaling), float(softcap)),
-                *(self.clusters, *extra, query.dtype is torch.bfloat16, floats),
+                *(*extra, query.dtype is torch.bfloat16, floats),
                 **_inputs(query=query, lengths=lengths, mask=mask, sinks=sinks, positions=extra[0], **inputs),
                 **(buffers or {}),
                 out=(out, OUTPUT),

@@ -16,12 +16,12 @@ from hf_fastpath import ops
 
 pytestmark = needs_emulator
 
-# From 65 (int4: 129) on there are several CTAs, from 4097 (int4: 8193) on more than a cluster has.
+# From 129 on there are several CTAs.
 LENGTHS = [0, 1, 15, 63, 64, 65, 255, 300, 1100]
 
 
-def make_attention(*args: object, clusters: bool = True, **options: object) -> Attention:
-    return partial(attention_cases.make_attention, Target("cpu", EmulatedOps(clusters=clusters)))(*args, **options)  # type: ignore[arg-type]
+def make_attention(*args: object, **options: object) -> Attention:
+    return partial(attention_cases.make_attention, Target("cpu", EmulatedOps()))(*args, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -98,19 +98,31 @@ def test_windows_softcap_and_sinks(form: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_rows_bits_depend_neither_on_its_batch_nor_on_the_capacity_nor_on_clusters(form: str) -> None:
+def test_a_rows_bits_depend_neither_on_its_batch_nor_on_the_capacity(form: str) -> None:
     case = make_attention(generator(4), form, 6, 2, 64, [300, 1, 1100, 300], torch.bfloat16)
     full = case.run()
     for rows in (slice(0, 1), slice(2, 3), slice(1, 4)):
         assert torch.equal(case.rows(rows).run(), full[rows])
-    case.target = Target("cpu", EmulatedOps(clusters=False))
-    assert torch.equal(case.run(), full)
     small = case.rows(slice(0, 1))
     roomy = make_attention(generator(4), form, 6, 2, 64, [300], torch.bfloat16, capacity=2048)
     for to, source in zip(roomy.storage[:-1], small.storage[:-1], strict=True):
         to[:, :, : source.shape[2]] = source
     roomy.query = small.query
     assert torch.equal(roomy.run(), full[:1])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("length", [5, 64, 129, 300, 1100])
+def test_a_length_that_the_kernel_before_changes_late(form: str, length: int) -> None:
+    case = make_attention(generator(length), form, 4, 2, 64, [length, 1], torch.float16)
+    expected = case.run()
+    case.check(expected)
+    for amount in (1, 5, 17, 64, 200, 5000, -1, -40, -100000):
+        case.target.ops.assume_written_since(amount)
+        try:
+            assert torch.equal(case.run(), expected)
+        finally:
+            case.target.ops.assume_written_since(0)
 
 
 def test_scales_that_differ_widely() -> None:

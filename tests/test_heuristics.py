@@ -7,7 +7,14 @@ import re
 import pytest
 
 from hf_fastpath.build import source_dir
-from hf_fastpath.heuristics import W4A16Variant, w4a16_gemm_runs_on, w4a16_gemm_variant, w4a16_variant
+from hf_fastpath.heuristics import (
+    W4A16Variant,
+    attn_decode_int4_supports,
+    attn_decode_supports,
+    w4a16_gemm_runs_on,
+    w4a16_gemm_variant,
+    w4a16_variant,
+)
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
 
 H200, A100, RTX4090 = ((9, 0), 132), ((8, 0), 108), ((8, 9), 128)
@@ -74,3 +81,10 @@ def test_wgmma_is_only_for_its_architecture() -> None:
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
         fitting = [form.instruction for i, form in enumerate(VARIANTS) if w4a16_gemm_runs_on(i, capability)]
         assert fitting == ["mma", "mma"]
+
+
+def test_head_sizes_of_decode_attention() -> None:
+    sizes = range(1, 300)
+    assert [size for size in sizes if attn_decode_supports(size)] == list(range(16, 257, 16))
+    # 176, 208 and 240 channels are four parts of 44, 52 and 60.
+    assert {size for size in sizes if attn_decode_int4_supports(size)} == set(range(16, 257, 16)) - {176, 208, 240}

@@ -5,7 +5,6 @@
 // 16th one after the other, and the 16 sums by halves, where a CTA that does not exist counts as nothing.
 #pragma once
 
-#include "../common/ptx_sm90.cuh"
 #include "softmax.cuh"
 #include "stage.cuh"
 
@@ -17,13 +16,12 @@ struct WarpPart {
   static constexpr int kPitch = kPadded + 4;
   float out[kHeadsPerCta][kPitch];
 };
-// A CTA's.
+// A CTA's, in the scratch.
 template <int kPadded>
 struct CtaPart {
-  float4 statistics[kHeadsPerCta];  // maximum, sum
+  float2 statistics[kHeadsPerCta];  // maximum, sum
   float4 out[kHeadsPerCta][kPadded / 4];
 };
-constexpr int kStatisticsFloats = 4 * kHeadsPerCta;
 
 template <typename F>
 struct Shared {
@@ -31,18 +29,15 @@ struct Shared {
   static constexpr int kRingBytes = F::Tuning::kStages * F::kStageBytes;
   static_assert(kRingBytes >= sizeof(WarpPart<F::kPadded>) && kRingBytes % 16 == 0);
   using Query = SharedQuery<F::kPadded>;
-  static constexpr int kBytes = kWarps * kRingBytes + sizeof(CtaPart<F::kPadded>) + kWarps * kHeadsPerCta * 8 +
-                                (F::kHasFull ? 2 : 1) * sizeof(Query);
+  static constexpr int kBytes =
+      kWarps * kRingBytes + kWarps * kHeadsPerCta * sizeof(float2) + (F::kHasFull ? 2 : 1) * sizeof(Query);
 
   static __device__ __forceinline__ unsigned char* ring(int warp) { return dynamic_shared() + warp * kRingBytes; }
   static __device__ __forceinline__ WarpPart<F::kPadded>* warp_part(int warp) {
     return reinterpret_cast<WarpPart<F::kPadded>*>(ring(warp));
   }
-  static __device__ __forceinline__ CtaPart<F::kPadded>* part() {
-    return reinterpret_cast<CtaPart<F::kPadded>*>(ring(kWarps));
-  }
   // Maximum and sum of [warp][head].
-  static __device__ __forceinline__ float2* statistics() { return reinterpret_cast<float2*>(part() + 1); }
+  static __device__ __forceinline__ float2* statistics() { return reinterpret_cast<float2*>(ring(kWarps)); }
   // As the format wants it, and as it is where the format has tokens in full precision.
   static __device__ __forceinline__ Query* query() {
     return reinterpret_cast<Query*>(statistics() + kWarps * kHeadsPerCta);
@@ -81,10 +76,27 @@ __device__ __forceinline__ void share_warp_part(typename F::State& r, const F& f
   }
 }
 
+// Stores what the heads from `first_head` (of the whole batch) on come to, `out` being a quad of channels.
+template <typename T>
+__device__ __forceinline__ void store_result(const Params& p, int64_t row, int quad, float largest, float sum,
+                                             const float (&out)[4]) {
+  const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
+  if (p.a.totals && quad == 0) p.a.totals[row] = make_float2(largest, inverse);
+  T* to = static_cast<T*>(p.a.out) + row * p.a.dim + quad * 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = from_float<T>(out[i] * inverse);
+}
+// A head's sink in log2 units.
+__device__ __forceinline__ float sink_of(const Params& p, int64_t row) {
+  return p.a.sinks ? p.a.sinks[row % p.a.heads] * kLog2E : kMinusInfinity;
+}
+
+// Adds the warps' parts: the result when the row has but one CTA, else the CTA's part. `part` is its place.
 template <typename F>
-__device__ __forceinline__ void add_warp_parts(int head_count, int dim) {
+__device__ __forceinline__ void add_warp_parts(const Params& p, int64_t first_head, int head_count,
+                                               CtaPart<F::kPadded>* part) {
   constexpr int kWarps = Shared<F>::kWarps;
-  const int quads = dim / 4;
+  const int quads = F::quads(p.a);
   for (int i = threadIdx.x; i < head_count * quads; i += 32 * kWarps) {
     const int head = i / quads, quad = i % quads;
     float2 statistics[kWarps];
@@ -94,17 +106,22 @@ __device__ __forceinline__ void add_warp_parts(int head_count, int dim) {
       statistics[w] = Shared<F>::statistics()[w * kHeadsPerCta + head];
       largest = fmaxf(largest, statistics[w].x);
     }
-    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float sum = 0.0f;
+    const float sink = part ? kMinusInfinity : sink_of(p, first_head + head);
+    largest = fmaxf(largest, sink);
+    float out[4] = {}, sum = part_factor(sink, largest);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float factor = part_factor(statistics[w].x, largest);
       const float4 v = *reinterpret_cast<const float4*>(&Shared<F>::warp_part(w)->out[head][4 * quad]);
-      out.x += v.x * factor, out.y += v.y * factor, out.z += v.z * factor, out.w += v.w * factor;
+      out[0] += v.x * factor, out[1] += v.y * factor, out[2] += v.z * factor, out[3] += v.w * factor;
       sum += statistics[w].y * factor;
     }
-    Shared<F>::part()->out[head][quad] = out;
-    if (quad == 0) Shared<F>::part()->statistics[head] = make_float4(largest, sum, 0.0f, 0.0f);
+    if (part) {
+      part->out[head][quad] = make_float4(out[0], out[1], out[2], out[3]);
+      if (quad == 0) part->statistics[head] = make_float2(largest, sum);
+    } else {
+      store_result<typename F::T>(p, first_head + head, quad, largest, sum, out);
+    }
   }
 }
 
@@ -115,55 +132,45 @@ __device__ __forceinline__ float sum_of_16(float v) {
   return v;
 }
 
-// Adds the parts of all `splits` CTAs and stores the heads from `first_head` (of the whole batch) on. This CTA does every
-// ctas-th of the quads of channels, from number `rank` on; lanes 0 .. 15 and 16 .. 31 of a warp take one each.
-// statistics(split, head) and out(split, head, quad) read a part.
-template <typename T, typename Statistics, typename Out>
-__device__ __forceinline__ void add_cta_parts(const Params& p, int64_t first_head, int head_count, int splits, int rank,
-                                              int ctas, int threads, Statistics statistics, Out out) {
+// Adds the parts of all `splits` CTAs and stores the heads from `first_head` (of the whole batch) on. This CTA does
+// every ctas-th of the quads of channels, from number `rank` on; lanes 0 .. 15 and 16 .. 31 of a warp take one each.
+template <typename F>
+__device__ __forceinline__ void add_cta_parts(const Params& p, int64_t first_head, int head_count,
+                                              const CtaPart<F::kPadded>* parts, int splits, int rank, int ctas,
+                                              int threads) {
   constexpr int kLanes = 16, kEach = kMaxSplits / kLanes;
-  const int lane = threadIdx.x % kLanes, quads = p.a.dim / 4, all = head_count * quads;
+  const int lane = threadIdx.x % kLanes, quads = F::quads(p.a), all = head_count * quads;
   for (int first = rank; first < all; first += threads / kLanes * ctas) {
     const int number = first + static_cast<int>(threadIdx.x) / kLanes * ctas;
     const bool there = number < all;
-    const int head = there ? number / quads : 0, quad = number % quads;
-    float4 s[kEach], v[kEach];
-    float largest = kMinusInfinity;
+    const int head = there ? number / quads : 0, quad = there ? number % quads : 0;
+    float2 s[kEach];
+    float4 v[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int split = lane + i * kLanes;
-      s[i] = make_float4(kMinusInfinity, 0.0f, 0.0f, 0.0f), v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (there && split < splits) s[i] = statistics(split, head), v[i] = out(split, head, quad);
+      s[i] = make_float2(kMinusInfinity, 0.0f), v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (split < splits) s[i] = parts[split].statistics[head], v[i] = parts[split].out[head][quad];
     }
+    const float sink = sink_of(p, first_head + head);
+    float largest = sink;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, s[i].x);
 #pragma unroll
     for (int offset = kLanes / 2; offset; offset /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, offset));
     }
-    float sink = kMinusInfinity;
-    if (there && p.a.sinks) {
-      sink = p.a.sinks[(first_head + head) % p.a.heads] * kLog2E;
-      largest = fmaxf(largest, sink);
-    }
-    float sum = 0.0f, total[4] = {};
+    float sum = 0.0f, out[4] = {};
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const float factor = part_factor(s[i].x, largest);
       sum += s[i].y * factor;
-      total[0] += v[i].x * factor, total[1] += v[i].y * factor;
-      total[2] += v[i].z * factor, total[3] += v[i].w * factor;
+      out[0] += v[i].x * factor, out[1] += v[i].y * factor, out[2] += v[i].z * factor, out[3] += v[i].w * factor;
     }
     sum = sum_of_16(sum) + part_factor(sink, largest);
 #pragma unroll
-    for (float& x : total) x = sum_of_16(x);
-    if (!there || lane) continue;
-    const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
-    const int64_t row = first_head + head;
-    if (p.a.totals && quad == 0) p.a.totals[row] = make_float2(largest, inverse);
-    T* to = static_cast<T*>(p.a.out) + row * p.a.dim + quad * 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = from_float<T>(total[i] * inverse);
+    for (float& x : out) x = sum_of_16(x);
+    if (there && lane == 0) store_result<typename F::T>(p, first_head + head, quad, largest, sum, out);
   }
 }
 

@@ -82,6 +82,7 @@ struct StaticFormat {
 
   static __device__ __forceinline__ int token(int, int g, int h) { return g + 8 * h; }
   static __device__ __forceinline__ int block_width(int) { return 64; }
+  static __device__ __forceinline__ int quads(const AttnDecodeArgs& a) { return (kWhole ? kPadded : a.dim) / 4; }
 
   const unsigned char *keys, *values;
   int row_bytes;
@@ -95,12 +96,11 @@ struct StaticFormat {
     keys = static_cast<const unsigned char*>(a.keys.data) + offset;
     values = static_cast<const unsigned char*>(a.values.data) + offset;
   }
+  // Nothing but time depends on it, so heads of other sizes go without.
   __device__ __forceinline__ void prefetch(int tile, int lane) const {
+    constexpr int kLines = kTile * kPadded * 2 / 128;
     const int64_t offset = int64_t{tile} * kTile * row_bytes;
-    for (int i = lane; i < kTile * row_bytes / 128; i += 32) {
-      prefetch_l2(keys + offset + 128 * i);
-      prefetch_l2(values + offset + 128 * i);
-    }
+    if constexpr (kWhole && kLines % 16 == 0) prefetch_lines<kLines>(keys + offset, values + offset, lane);
   }
   __device__ __forceinline__ void copy(unsigned char* stage, int tile, int coded, int lane) const {
     const int64_t offset = int64_t{tile} * kTile * row_bytes;

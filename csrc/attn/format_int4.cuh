@@ -37,8 +37,8 @@ struct Int4Query {
   uint32_t b[kWords][4];
   float factor[2];
 
-  // Eight channels in the order of unpack_codes(). Times a scale, which is at most 2 * 65504 / 15, a channel stays below
-  // fp16's largest.
+  // Eight channels in the order of unpack_codes(). Times a scale, which is at most 2 * 65504 / 15, a channel stays
+  // below fp16's largest.
   struct Order {
     static constexpr bool kScaled = true;
     static constexpr int kExponent = 1;
@@ -82,11 +82,19 @@ struct Int4Format {
   };
   // Values: lanes t read rows t, of 8 tokens, lanes g and g + 1 chunks 2g and 2g + 2.
   struct WordSwizzle {
-    static constexpr __device__ __forceinline__ int of(int chunk, int row) { return chunk ^ (row & 1) ^ (row & 2) << 1; }
+    static constexpr __device__ __forceinline__ int of(int chunk, int row) {
+      return chunk ^ (row & 1) ^ (row & 2) << 1;
+    }
+  };
+
+  // Keys' parameters: lanes t read chunks that are kPadded / 32 apart.
+  struct ParamSwizzle {
+    static __device__ __forceinline__ int of(int chunk) { return chunk ^ (chunk >> 3 & 3); }
   };
 
   static __device__ __forceinline__ int token(int m, int g, int h) { return 4 * g + 2 * m + h; }
   __device__ __forceinline__ int block_width(int) const { return part_width; }
+  static __device__ __forceinline__ int quads(const AttnDecodeArgs& a) { return (kWhole ? kPadded : a.dim) / 4; }
 
   const unsigned char *keys, *values, *key_params, *value_params;
   int dim, group_tokens, parts, part_width;
@@ -106,12 +114,11 @@ struct Int4Format {
     key_params = static_cast<const unsigned char*>(a.keys.scale) + groups * 4 * dim;
     value_params = static_cast<const unsigned char*>(a.values.scale) + groups * 4 * parts * group_tokens;
   }
+  // Nothing but time depends on it, so heads of other sizes go without.
   __device__ __forceinline__ void prefetch(int tile, int lane) const {
+    constexpr int kLines = kTile * kPadded / 2 / 128;
     const int64_t offset = int64_t{tile} * kTile * dim / 2;
-    for (int i = lane; i < kTile * dim / 256; i += 32) {
-      prefetch_l2(keys + offset + 128 * i);
-      prefetch_l2(values + offset + 128 * i);
-    }
+    if constexpr (kWhole && kLines % 16 == 0) prefetch_lines<kLines>(keys + offset, values + offset, lane);
   }
   __device__ __forceinline__ void copy(unsigned char* stage, int tile, int, int lane) const {  // groups are whole
     const int64_t offset = int64_t{tile} * kTile * dim / 2;
@@ -125,8 +132,8 @@ struct Int4Format {
     stage += kSideBytes;
     const int first = tile * kTile, group = first / group_tokens;
     const unsigned char* of_group = key_params + int64_t{group} * 4 * dim;
-    copy_chunks<kPadded / 8>(stage, of_group, 2 * dim, lane);                            // scales
-    copy_chunks<kPadded / 8>(stage + 2 * kPadded, of_group + 2 * dim, 2 * dim, lane);  // minima
+    copy_chunks<kPadded / 8, ParamSwizzle>(stage, of_group, 2 * dim, lane);                          // scales
+    copy_chunks<kPadded / 8, ParamSwizzle>(stage + 2 * kPadded, of_group + 2 * dim, 2 * dim, lane);  // minima
     stage += kKeyParams;
     // Scales, then minima; of each part those of the tile's tokens.
     of_group = value_params + int64_t{group} * 4 * parts * group_tokens + 2 * (first % group_tokens);
@@ -138,14 +145,15 @@ struct Int4Format {
   __device__ __forceinline__ void scores(float (&s)[kTiles][4], const unsigned char* stage, const Query& q, uint32_t,
                                          int lane) const {
     const int g = lane / 4, t = lane % 4;
-    const unsigned char* const params = stage + 2 * kSideBytes + t * Query::kWords * 16;
+    const unsigned char* const params = stage + 2 * kSideBytes;
     uint32_t scaled[Query::kWords][4];
     float minimum[2][4] = {};
 #pragma unroll
     for (int word = 0; word < Query::kWords; ++word) {
       uint32_t scale[4], low[4];
-      pair_values(read16(params + 16 * word), scale);
-      pair_values(read16(params + 2 * kPadded + 16 * word), low);
+      const int at = 16 * ParamSwizzle::of(t * Query::kWords + word);
+      pair_values(read16(params + at), scale);
+      pair_values(read16(params + 2 * kPadded + at), low);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         scaled[word][i] = as_bits(__hmul2(as_pair<__half2>(q.b[word][i]), as_pair<__half2>(scale[i])));
@@ -193,8 +201,8 @@ struct Int4Format {
         for (int i = 0; i < 4; ++i) r.minima[block][j] += weights[i / 2][2 * (i % 2) + j] * low[i];
       }
     }
-    const float unit =
-        rescale_output(r, rescale, exponent_of(__uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)))));
+    const float unit = rescale_output(
+        r, rescale, exponent_of(__uint_as_float(__reduce_max_sync(kFullWarp, __float_as_uint(largest)))));
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       if (block >= parts) break;
@@ -228,8 +236,8 @@ struct Int4Format {
 
  private:
   // This lane's words of a token's key.
-  static __device__ __forceinline__ void read_keys(uint32_t (&words)[Query::kWords], const unsigned char* stage, int row,
-                                                   int t) {
+  static __device__ __forceinline__ void read_keys(uint32_t (&words)[Query::kWords], const unsigned char* stage,
+                                                   int row, int t) {
     if constexpr (Query::kWords == 2) {
       const uint2 v = read8(stage + 16 * RowSwizzle::of(row * kKeyChunks + t / 2, row) + 8 * (t % 2));
       words[0] = v.x, words[1] = v.y;

@@ -1,17 +1,18 @@
-// Decode attention: one new token a row over a KV cache. "Flash-Decoding" (Dao et al., 2023): a row's tokens are divided
-// among CTAs, which keep maximum and sum of the scores of their part, and the parts are added.
+// Decode attention: one new token a row over a KV cache. "Flash-Decoding" (Dao et al., 2023): a row's tokens are
+// divided among CTAs, which keep maximum and sum of the scores of their part, and the parts are added.
 //
 // A CTA has one KV head of a row for up to 8 of its query heads, and a part of the tokens (work.cuh). Both products run
 // on tensor cores: S = K q^T with tokens as rows, O^T = V^T p^T with channels as rows, query heads as the 8 columns of
 // both, so that the heads of a group share every byte read. Where a lane's columns of a fragment come from is free as
-// long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles in
-// shared memory of its own, which it fills and empties without meeting the other warps.
+// long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles
+// in shared memory of its own, which it fills and empties without meeting the other warps.
 //
-// With clusters (compute capability 9.0) the CTAs of a row add their parts through each other's shared memory; else they
-// go through the scratch, and a second kernel adds them, in the same order, to the same bits.
+// The CTAs' parts go through the scratch, and a second kernel adds them. From compute capability 9.0 on it is there
+// when they are done (programmatic dependent launch); clusters that add their parts themselves were no faster, and much
+// slower in batches: CTAs that wait for each other take room.
 //
-// A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it to
-// the L2, scores(), add_values().
+// A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it
+// to the L2, scores(), add_values().
 #pragma once
 
 #include <map>
@@ -26,7 +27,8 @@ namespace hf_fastpath::attn {
 // The CTA's place: which heads of which row.
 struct Place {
   int kv_head, head_count;
-  int64_t batch, pair, first_head, part;  // pair: row and KV head; first_head: of the whole batch
+  int64_t batch, pair, first_head,
+      parts;  // pair: row and KV head; first_head: of the whole batch; parts: the first one
 
   __device__ __forceinline__ explicit Place(const Params& p) {
     const int group = static_cast<int>(blockIdx.y) % p.groups, ratio = p.a.heads / p.a.kv_heads;
@@ -35,7 +37,7 @@ struct Place {
     pair = batch * p.a.kv_heads + kv_head;
     head_count = min(kHeadsPerCta, ratio - group * kHeadsPerCta);
     first_head = batch * p.a.heads + kv_head * ratio + group * kHeadsPerCta;
-    part = (batch * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    parts = (batch * gridDim.y + blockIdx.y) * p.splits;
   }
 };
 
@@ -65,8 +67,8 @@ struct Mask {
 // A bit for each of the 32 tokens from `first` on that is before `stop` and attended. `visible`: Mask::at() of the
 // lane's token, which is read early.
 template <typename F>
-__device__ __forceinline__ uint32_t present_tokens(int first, int stop, const Work& w, const Mask<F>& mask, bool visible,
-                                                   int lane) {
+__device__ __forceinline__ uint32_t present_tokens(int first, int stop, const Work& w, const Mask<F>& mask,
+                                                   bool visible, int lane) {
   if (!mask.row && first >= w.visible_from && first + 32 <= stop) return 0xffffffffu;
   const int token = first + lane;
   return __ballot_sync(kFullWarp, token >= w.visible_from && token < stop && visible);
@@ -79,27 +81,44 @@ struct FullTile {
   static __device__ __forceinline__ int token(int, int g, int h) { return g + 8 * h; }
 };
 
-// An item in full precision, read straight from global memory: up to 16 tokens from `first` on, of which entry
-// `first - base` of a side's `tail` or `front` is the first.
+// An item in full precision: `there` tokens, the first of them number `first` of the row.
+template <typename T>
+struct FullItem {
+  const T *keys, *values;
+  int first, there;
+
+  __device__ __forceinline__ FullItem(const Params& p, const Place& place, const Work& w, int number) {
+    const bool front = number < w.front_items;
+    const int entry = (front ? number : number - w.front_items) * kFullTokens;
+    const int64_t at = (place.pair * (front ? p.a.front_tokens : p.a.group_tokens) + entry) * p.a.dim;
+    keys = static_cast<const T*>(front ? p.a.keys.front : p.a.keys.tail) + at;
+    values = static_cast<const T*>(front ? p.a.values.front : p.a.values.tail) + at;
+    first = front ? entry : w.front + w.coded + entry;
+    there = min((front ? w.front : w.length) - first, kFullTokens);
+  }
+
+  // The first one of the warp that is `number` of `step`: items are numbered behind the tiles.
+  static __device__ __forceinline__ int first_of(const Work& w, int number, int step) {
+    return (number - w.tiles % step + step) % step;
+  }
+};
+
+// Attends to an item in full precision, read straight from global memory.
 template <typename F>
-__device__ void attend_full(typename F::State& r, const F& format, const Params& p, const Place& place, const Work& w,
-                            const Mask<F>& mask, const void* keys, const void* values, int entries, int entry, int first,
-                            int stop, float to_score, int lane) {
+__device__ __forceinline__ void attend_full(typename F::State& r, const F& format, const Params& p, const Work& w,
+                                            const Mask<F>& mask, const FullItem<typename F::T>& item, float to_score,
+                                            int lane) {
   using T = typename F::T;
-  const int64_t offset = (place.pair * entries + entry) * p.a.dim;
-  const T* const k = static_cast<const T*>(keys) + offset;
-  const T* const v = static_cast<const T*>(values) + offset;
-  const int there = min(stop - first, kFullTokens);
   Query16<T, F::kPadded> query;
   query.load(*Shared<F>::raw_query(), to_score, lane);
   const auto read = [&](const T* from, int row, int channel, int end) {
-    if (row >= there || channel >= end) return make_uint4(0, 0, 0, 0);
-    return load_once16(from + row * p.a.dim + channel);
+    if (row >= item.there || channel >= end) return make_uint4(0, 0, 0, 0);
+    return load_8x16bit<true>(from + row * p.a.dim + channel);
   };
   float scores[1][4];
-  multiply_keys16(
-      scores[0], query, [&](int row, int chunk) { return read(k, row, 8 * chunk, p.a.dim); }, lane);
-  const uint32_t present = present_tokens(first, first + there, w, mask, mask.at(first + lane), lane) & 0xffff;
+  multiply_keys16(scores[0], query, [&](int row, int chunk) { return read(item.keys, row, 8 * chunk, p.a.dim); }, lane);
+  const uint32_t present =
+      present_tokens(item.first, item.first + item.there, w, mask, mask.at(item.first + lane), lane) & 0xffff;
   finish_scores<FullTile>(scores, query.factor, p.a.softcap, present, lane / 4);
   float rescale[2];
   update_softmax(r, scores, rescale);
@@ -108,26 +127,9 @@ __device__ void attend_full(typename F::State& r, const F& format, const Params&
       r.out, weight_fragment<T>(scores[0], unit, unit),
       [&](int row, int block, int g) {
         const int width = format.block_width(block);
-        const bool there = 8 * g < width;
-        return read(v, row, block * width + 8 * g, there ? p.a.dim : 0);
+        return read(item.values, row, block * width + 8 * g, 8 * g < width ? p.a.dim : 0);
       },
       lane);
-}
-
-// The items of a warp in full precision.
-template <typename F>
-__device__ __forceinline__ void attend_full_items(typename F::State& r, const F& format, const Params& p,
-                                                  const Place& place, const Work& w, const Mask<F>& mask, int number,
-                                                  int step, float to_score, int lane) {
-  // Items are numbered behind the tiles.
-  for (int i = (number - w.tiles % step + step) % step; i < w.front_items + w.tail_items; i += step) {
-    const bool front = i < w.front_items;
-    const int entry = (front ? i : i - w.front_items) * kFullTokens;
-    const int base = front ? 0 : w.front + w.coded;
-    attend_full(r, format, p, place, w, mask, front ? p.a.keys.front : p.a.keys.tail,
-                front ? p.a.values.front : p.a.values.tail, front ? p.a.front_tokens : p.a.group_tokens, entry,
-                base + entry, front ? w.front : w.length, to_score, lane);
-  }
 }
 
 // For the weights of each slot, which are known when all scores are.
@@ -135,14 +137,44 @@ template <typename F>
 __device__ __forceinline__ void store_scores(const float (&scores)[F::kTiles][4], const Params& p, const Place& place,
                                              int first, int stop, int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int slot = first + F::token(0, lane / 4, i / 2), head = lane % 4 * 2 + i % 2;
+  for (int i = 0; i < 4 * F::kTiles; ++i) {
+    const int slot = first + F::token(i / 4, lane / 4, i % 4 / 2), head = lane % 4 * 2 + i % 2;
     if (slot < stop && head < place.head_count) {
-      p.a.slot_scores[(place.first_head + head) * p.a.capacity + slot] = scores[0][i];
+      p.a.slot_scores[(place.first_head + head) * p.a.capacity + slot] = scores[i / 4][i % 4];
     }
   }
 }
 
+// Asks for the first tiles of a warp.
+template <typename F>
+__device__ __forceinline__ void fill_ring(const F& format, const Work& w, int warp, int lane) {
+  const int split = blockIdx.x;
+#pragma unroll
+  for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
+    const int i = (s * F::Tuning::kWarps + warp) * w.splits + split;
+    if (split < w.splits && i < w.tiles) {
+      format.copy(Shared<F>::ring(warp) + s * F::kStageBytes, w.first_tile + i, w.coded, lane);
+    }
+    cp_async_commit();
+  }
+}
+
+// Whether the tiles that a warp asked for when the row was as `before` are those that it needs.
+template <typename F>
+__device__ __forceinline__ bool is_ring_right(const Work& before, const Work& w, int warp) {
+  if (before.length == w.length) return true;
+  if (before.splits != w.splits || before.first_tile != w.first_tile) return false;
+  bool right = true;
+#pragma unroll
+  for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
+    const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
+    const bool whole = (w.first_tile + i + 1) * F::kTile <= min(before.coded, w.coded);
+    right &= whole || i >= max(before.tiles, w.tiles);
+  }
+  return right;
+}
+
+// Attends to a warp's items. Its ring is filled.
 template <typename F>
 __device__ __forceinline__ void attend(typename F::State& r, const F& format, const Params& p, const Place& place,
                                        const Work& w, int warp, int lane) {
@@ -153,19 +185,18 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   const Mask<F> mask(p.a, place);
   // Natural units over softcap, or log2 units.
   const float to_score = p.a.softcap > 0.0f ? p.a.scaling / p.a.softcap : p.a.scaling * kLog2E;
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    const int i = number + s * step;
-    if (i < w.tiles) format.copy(ring + s * F::kStageBytes, w.first_tile + i, w.coded, lane);
-    cp_async_commit();
-  }
   store_query<typename F::Order>(*Shared<F>::query(), Shared<F>::raw_query(),
                                  static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim,
                                  place.head_count, p.a.dim, warp, F::Tuning::kWarps, lane);
   __syncthreads();
   typename F::Query query;
   query.load(*Shared<F>::query(), to_score, lane);
-  if constexpr (F::kHasFull) attend_full_items(r, format, p, place, w, mask, number, step, to_score, lane);
+  if constexpr (F::kHasFull) {
+    using Item = FullItem<typename F::T>;
+    for (int i = Item::first_of(w, number, step); i < w.front_items + w.tail_items; i += step) {
+      attend_full(r, format, p, w, mask, Item(p, place, w, i), to_score, lane);
+    }
+  }
   const auto first_token = [&](int i) { return w.front + (w.first_tile + i) * F::kTile; };
   bool visible = number < w.tiles && mask.at(first_token(number) + lane);
   int stage = 0;
@@ -179,8 +210,7 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
     }
     cp_async_commit();
     stage = stage == kStages - 1 ? 0 : stage + 1;
-    const uint32_t present =
-        present_tokens(first_token(i), w.front + w.coded, w, mask, visible, lane) & F::kAllPresent;
+    const uint32_t present = present_tokens(first_token(i), w.front + w.coded, w, mask, visible, lane) & F::kAllPresent;
     if (i + step < w.tiles) visible = mask.at(first_token(i + step) + lane);
     float scores[F::kTiles][4], rescale[2];
     format.scores(scores, now, query, present, lane);
@@ -193,111 +223,91 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   __syncwarp();
 }
 
-// The first tiles on their way to the L2 before the kernel before this one is done. The length may still be the one
-// without the token that it appends: which tiles are asked for matters to nobody's result.
+// The first items of a warp on their way to the L2, but for a tile that is not whole.
 template <typename F>
-__device__ __forceinline__ void prefetch(const F& format, const Params& p, const Place& place, int warp, int lane) {
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
+__device__ __forceinline__ void prefetch(const F& format, const Params& p, const Place& place, const Work& w, int warp,
+                                         int lane) {
   if (static_cast<int>(blockIdx.x) >= w.splits) return;
+  const int number = warp * w.splits + static_cast<int>(blockIdx.x), step = w.splits * F::Tuning::kWarps;
 #pragma unroll
-  for (int s = 0; s < F::Tuning::kStages; ++s) {
-    const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
-    if (i < w.tiles) format.prefetch(w.first_tile + i, lane);
+  for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
+    const int tile = w.first_tile + number + s * step;
+    if ((tile + 1) * F::kTile <= w.coded) format.prefetch(tile, lane);
+  }
+  if constexpr (F::kHasFull) {
+    using Item = FullItem<typename F::T>;
+    const int i = Item::first_of(w, number, step);
+    if (i >= w.front_items + w.tail_items) return;
+    const Item item(p, place, w, i);
+    for (int line = 64 * lane; line < item.there * p.a.dim; line += 64 * 32) {
+      prefetch_l2(item.keys + line);
+      prefetch_l2(item.values + line);
+    }
   }
 }
 
-// This CTA's part to the scratch.
-template <typename F>
-__device__ __forceinline__ void store_part(const Params& p, const Place& place) {
-  using Part = CtaPart<F::kPadded>;
-  Part* const to = reinterpret_cast<Part*>(p.a.scratch) + place.part;
-  const Part* const from = Shared<F>::part();
-  const int quads = p.a.dim / 4;
-  for (int i = threadIdx.x; i < place.head_count * quads; i += 32 * F::Tuning::kWarps) {
-    const int head = i / quads, quad = i % quads;
-    to->out[head][quad] = from->out[head][quad];
-    if (quad == 0) to->statistics[head] = from->statistics[head];
-  }
-}
-
+// The length is read twice: before the kernel before this one is done, when it may still be that without the token
+// which that one appends, and after. What is asked for by the first is checked against the second, so that the memory
+// is at work before the second is there.
 template <typename F>
 __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm) attn_decode_kernel(const Params p) {
-  const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = lane_number();
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = lane_number(), split = blockIdx.x;
   const Place place(p);
   const F format(p.a, place.pair, lane);
-  prefetch(format, p, place, warp, lane);
+  const int* const length = p.a.lengths + place.pair * p.a.length_stride;
+  const Work before = Work::of<F>(load_early(length), p.a);
+  prefetch(format, p, place, before, warp, lane);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
-  const bool has_part = static_cast<int>(blockIdx.x) < w.splits;
-  if (has_part) {
-    typename F::State state;
-    attend(state, format, p, place, w, warp, lane);
-    share_warp_part<F>(state, format, place.head_count, warp, lane);
-    __syncthreads();
-    add_warp_parts<F>(place.head_count, p.a.dim);
+  fill_ring(format, before, warp, lane);
+  const Work w = Work::of<F>(load_now(length), p.a);
+  if (!is_ring_right<F>(before, w, warp)) {
+    cp_async_wait<0>();
+    fill_ring(format, w, warp, lane);
   }
-  CtaPart<F::kPadded>* const own = Shared<F>::part();
-  constexpr int kThreads = 32 * F::Tuning::kWarps;
-  if (p.splits == 1) {
-    __syncthreads();
-    add_cta_parts<typename F::T>(
-        p, place.first_head, place.head_count, 1, 0, 1, kThreads,
-        [&](int, int head) { return own->statistics[head]; },
-        [&](int, int head, int quad) { return own->out[head][quad]; });
+  if (split >= w.splits) {
+    cp_async_wait<0>();
     return;
   }
-#if defined(HF_FASTPATH_EMULATED) || __CUDA_ARCH__ >= 900
-  if (p.in_cluster) {
-    cluster_barrier();
-    add_cta_parts<typename F::T>(
-        p, place.first_head, place.head_count, w.splits, blockIdx.x, p.splits, kThreads,
-        [&](int split, int head) { return load_from_cluster(&own->statistics[head], split); },
-        [&](int split, int head, int quad) { return load_from_cluster(&own->out[head][quad], split); });
-    cluster_barrier();  // others read this CTA's memory until then
-    return;
-  }
-#endif
+  typename F::State state;
+  attend(state, format, p, place, w, warp, lane);
+  share_warp_part<F>(state, format, place.head_count, warp, lane);
   __syncthreads();
-  if (has_part) store_part<F>(p, place);
+  CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
+  add_warp_parts<F>(p, place.first_head, place.head_count, p.splits == 1 ? nullptr : parts + place.parts + split);
 }
 
-// Adds the parts in the scratch: some CTAs for up to 8 query heads of a row, with the same grid but for its x.
+// Adds the parts: some CTAs for up to 8 query heads of a row, with the same grid but for its x. The lengths are what
+// they were for attn_decode_kernel, which let this kernel begin when the one before it was done.
 template <typename F>
 __global__ void __launch_bounds__(256) attn_combine_kernel(const Params p) {
-  using Part = CtaPart<F::kPadded>;
   const Place place(p);
+  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
-  const Part* const parts =
-      reinterpret_cast<const Part*>(p.a.scratch) + (place.batch * gridDim.y + blockIdx.y) * p.splits;
-  add_cta_parts<typename F::T>(
-      p, place.first_head, place.head_count, w.splits, blockIdx.x, gridDim.x, blockDim.x,
-      [&](int split, int head) { return parts[split].statistics[head]; },
-      [&](int split, int head, int quad) { return parts[split].out[head][quad]; });
+  const CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
+  add_cta_parts<F>(p, place.first_head, place.head_count, parts + place.parts, w.splits, blockIdx.x, gridDim.x,
+                   blockDim.x);
 }
 
 // What has_sm90_code() has found out: of a kernel on a GPU.
 inline std::mutex known_sm90_code_lock;
 inline std::map<std::pair<const void*, int>, bool> known_sm90_code;
 
-// Whether the current GPU has clusters of kMaxCluster CTAs and programmatic dependent launch, and the kernels were
-// compiled for them. Remembered, since the runtime takes microseconds to answer.
+// Whether the current GPU has programmatic dependent launch, and the kernels were compiled for it. Remembered, since
+// the runtime takes microseconds to answer.
 template <typename F>
 bool has_sm90_code() {
   const auto kernel = attn_decode_kernel<F>;
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   const std::lock_guard<std::mutex> guard(known_sm90_code_lock);
-  const auto [answer, is_new] = known_sm90_code.emplace(std::pair(reinterpret_cast<const void*>(kernel), device), false);
+  const auto [answer, is_new] =
+      known_sm90_code.emplace(std::pair(reinterpret_cast<const void*>(kernel), device), false);
   if (is_new) {
-    int major = 0;
     cudaFuncAttributes attributes = {};
-    answer->second = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     (major == 9 || major == 10) && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                     attributes.ptxVersion >= 90 &&
-                     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+    answer->second =
+        has_early_launch() && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
   }
   return answer->second;
 }
@@ -308,14 +318,13 @@ Params make_params(const AttnDecodeArgs& a) {
   p.a = a;
   p.splits = max_splits<F>(a);
   p.groups = (a.heads / a.kv_heads + kHeadsPerCta - 1) / kHeadsPerCta;
-  p.in_cluster = a.clusters && p.splits > 1 && p.splits <= kMaxCluster && has_sm90_code<F>();
   return p;
 }
 
 template <typename F>
 int64_t scratch_floats(const AttnDecodeArgs& a) {
   const Params p = make_params<F>(a);
-  if (p.splits == 1 || p.in_cluster) return 0;
+  if (p.splits == 1) return 0;
   return int64_t{a.batch} * a.kv_heads * p.groups * p.splits * (sizeof(CtaPart<F::kPadded>) / sizeof(float));
 }
 
@@ -325,11 +334,9 @@ cudaError_t launch(const AttnDecodeArgs& a, cudaStream_t stream) {
   const dim3 grid(p.splits, a.kv_heads * p.groups, a.batch);
   constexpr int kThreads = 32 * F::Tuning::kWarps, kBytes = Shared<F>::kBytes;
   const bool early = has_sm90_code<F>();
-  const cudaError_t error =
-      early ? launch_kernel_in_clusters(attn_decode_kernel<F>, grid, kThreads, p.in_cluster ? p.splits : 1, kBytes,
-                                        stream, p)
-            : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
-  if (error != cudaSuccess || p.splits == 1 || p.in_cluster) return error;
+  const cudaError_t error = early ? launch_kernel_early(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p)
+                                  : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
+  if (error != cudaSuccess || p.splits == 1) return error;
   // Of the 16 threads that a quad of channels takes, 256 a CTA.
   const int quads = std::min(a.heads / a.kv_heads, kHeadsPerCta) * a.dim / 4;
   const dim3 combine_grid((quads + 15) / 16, grid.y, grid.z);
@@ -342,8 +349,6 @@ template <template <typename, int, bool> typename Of, typename T>
 cudaError_t launch_for_dim(const AttnDecodeArgs& a, cudaStream_t stream) {
   if (a.dim == 64) return launch<typename Of<T, 64, true>::Format>(a, stream);
   if (a.dim == 128) return launch<typename Of<T, 128, true>::Format>(a, stream);
-  if (a.dim == 256) return launch<typename Of<T, 256, true>::Format>(a, stream);
-  if (a.dim < 64) return launch<typename Of<T, 64, false>::Format>(a, stream);
   if (a.dim < 128) return launch<typename Of<T, 128, false>::Format>(a, stream);
   return launch<typename Of<T, 256, false>::Format>(a, stream);
 }
@@ -355,9 +360,9 @@ cudaError_t launch_for(const AttnDecodeArgs& a, Dtype dtype, cudaStream_t stream
 // The same for every dtype.
 template <template <typename, int, bool> typename Of>
 int64_t scratch_floats_for(const AttnDecodeArgs& a) {
-  if (a.dim <= 64) return scratch_floats<typename Of<__half, 64, true>::Format>(a);
+  if (a.dim == 64) return scratch_floats<typename Of<__half, 64, true>::Format>(a);
   if (a.dim <= 128) return scratch_floats<typename Of<__half, 128, true>::Format>(a);
-  return scratch_floats<typename Of<__half, 256, true>::Format>(a);
+  return scratch_floats<typename Of<__half, 256, false>::Format>(a);
 }
 
 }  // namespace hf_fastpath::attn

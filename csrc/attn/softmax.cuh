@@ -1,7 +1,7 @@
 // Decode attention: a warp's running softmax and output.
 //
-// A lane l = 4 * g + t has scores of the query heads 2t and 2t + 1. Weights are rounded to 16 bits for the tensor cores:
-// a token's is multiplied by the scale of its value and by 2^14 over a power of two not below any scale so far
+// A lane l = 4 * g + t has scores of the query heads 2t and 2t + 1. Weights are rounded to 16 bits for the tensor
+// cores: a token's is multiplied by the scale of its value and by 2^14 over a power of two not below any scale so far
 // (`exponent`), so that it is below 2^15, and fp16 keeps 11 bits of weights down to 2^-29 of the largest possible.
 #pragma once
 
@@ -37,8 +37,8 @@ struct Running {
   float max[2] = {kMinusInfinity, kMinusInfinity};  // of the scores so far, in log2 units
   float sum[2] = {};                                // of this lane's weights, relative to the maximum
   int exponent = kLeastExponent;
-  float out[kBlocks][4][4] = {};                        // in units of weight_unit()
-  float minima[kMinima ? kBlocks : 1][2] = {};          // int4: this lane's weights times the tokens' minima
+  float out[kBlocks][4][4] = {};                // in units of weight_unit()
+  float minima[kMinima ? kBlocks : 1][2] = {};  // int4: this lane's weights times the tokens' minima
 };
 
 // The maximum and sum with new scores in them, which become weights; `rescale` is what earlier weights are worth now.

@@ -52,12 +52,14 @@ __device__ __forceinline__ void copy_rows8(unsigned char* target, const unsigned
   }
 }
 // kChunks chunks of 16 bytes that stand behind one another; zeros for those that begin at `bytes` or beyond.
-template <int kChunks>
+template <int kChunks, typename Swizzle>
 __device__ __forceinline__ void copy_chunks(unsigned char* target, const unsigned char* source, int bytes, int lane) {
 #pragma unroll
   for (int i = 0; i < kChunks; i += 32) {
     const int offset = 16 * (i + lane);
-    if (i + lane < kChunks) cp_async16(target + offset, source + (offset < bytes ? offset : 0), offset < bytes);
+    if (i + lane < kChunks) {
+      cp_async16(target + 16 * Swizzle::of(i + lane), source + (offset < bytes ? offset : 0), offset < bytes);
+    }
   }
 }
 
@@ -94,8 +96,8 @@ struct SharedQuery {
 };
 
 // How a format wants its query: as it is, or in fp16, in the order of Order::of(channel), each head multiplied by a
-// power of two that makes the exponent of its largest channel kExponent: exact for all channels but those that are 2^-20
-// of it or less.
+// power of two that makes the exponent of its largest channel kExponent: exact for all channels but those that are
+// 2^-20 of it or less.
 struct PlainQuery {
   static constexpr bool kScaled = false;
   static constexpr int kExponent = 0;
@@ -108,13 +110,22 @@ __device__ __forceinline__ void store_query(SharedQuery<kPadded>& shared, Shared
                                             int head_count, int dim, int warp, int warps, int lane) {
   constexpr int kEach = kPadded / 32;
   for (int head = warp; head < kHeadsPerCta; head += warps) {
+    if (head >= head_count) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        shared.channel[head][32 * i + lane] = 0;
+        if (raw) raw->channel[head][32 * i + lane] = 0;
+      }
+      if (lane == 0) shared.added[head] = 0;
+      continue;
+    }
     uint16_t bits[kEach];
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int channel = 32 * i + lane;
       bits[i] = 0;
-      if (head < head_count && channel < dim) bits[i] = reinterpret_cast<const uint16_t*>(heads)[head * dim + channel];
+      if (channel < dim) bits[i] = reinterpret_cast<const uint16_t*>(heads)[head * dim + channel];
       largest = fmaxf(largest, fabsf(bits_to_float<T>(bits[i])));
     }
     float factor = 1.0f;
@@ -139,6 +150,21 @@ __device__ __forceinline__ void store_query(SharedQuery<kPadded>& shared, Shared
         bits[i] = *reinterpret_cast<const uint16_t*>(&scaled);
       }
       shared.channel[head][Order::of(channel)] = bits[i];
+    }
+  }
+}
+
+// Asks for kLines lines of 128 bytes of keys and values each.
+template <int kLines>
+__device__ __forceinline__ void prefetch_lines(const unsigned char* keys, const unsigned char* values, int lane) {
+  static_assert(kLines % 16 == 0);
+  if constexpr (kLines == 16) {
+    prefetch_l2((lane < 16 ? keys : values) + lane % 16 * 128);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLines / 32; ++i) {
+      prefetch_l2(keys + 128 * (32 * i + lane));
+      prefetch_l2(values + 128 * (32 * i + lane));
     }
   }
 }

@@ -1,33 +1,32 @@
 // Decode attention: how the tokens of a row are divided among CTAs and warps.
 //
 // An item is what a warp takes at a time: a tile of codes, or up to 16 tokens of those that a format keeps in full
-// precision. A row's items are dealt to the warps of `splits` CTAs in turn. That follows from the row's length alone, so
-// that its bits depend neither on its neighbours in a batch nor on the capacity of the cache.
+// precision. A row's items are dealt to the warps of `splits` CTAs in turn. That follows from the row's length alone,
+// so that its bits depend neither on its neighbours in a batch nor on the capacity of the cache.
 #pragma once
-
-#include <algorithm>
 
 #include "../kernels.h"
 
 namespace hf_fastpath::attn {
 
 constexpr int kHeadsPerCta = 8;  // query heads: the columns of an mma
-constexpr int kMaxCluster = 16;  // the largest cluster that there is
 constexpr int kMaxSplits = 64;
 constexpr int kFullTokens = 16;  // of an item in full precision
 
-// How a format is run: kWarps a CTA, each with a ring of kStages tiles; kCtasPerSm limits the registers. A row gets as
-// many CTAs as its items fill, up to kMaxCluster; more when there are kDepth items a warp.
-template <int kWarps_, int kStages_, int kDepth_, int kCtasPerSm_>
+// How a format is run: kWarps a CTA, each with a ring of kStages tiles; kCtasPerSm limits the registers. A row gets a
+// CTA for every kShort items a warp, up to 16, and more, up to kMost, when there are kDepth items a warp: every CTA
+// costs about as much as two items.
+template <int kWarps_, int kStages_, int kShort_, int kDepth_, int kMost_, int kCtasPerSm_>
 struct Tuning {
-  static constexpr int kWarps = kWarps_, kStages = kStages_, kDepth = kDepth_, kCtasPerSm = kCtasPerSm_;
+  static constexpr int kWarps = kWarps_, kStages = kStages_, kShort = kShort_, kDepth = kDepth_, kMost = kMost_,
+                       kCtasPerSm = kCtasPerSm_;
+  static_assert(kMost <= kMaxSplits);
 };
 
 struct Params {
   AttnDecodeArgs a;
-  int splits;          // CTAs of a row and KV head, at least those that any length up to the capacity asks for
-  int groups;          // of up to 8 query heads that read a KV head
-  bool in_cluster;     // they are a cluster and add their parts themselves; else attn_combine_kernel does
+  int splits;  // CTAs of a row and KV head, at least those that any length up to the capacity asks for
+  int groups;  // of up to 8 query heads that read a KV head
 };
 
 template <typename Tuning>
@@ -36,7 +35,8 @@ __host__ __device__ inline int splits_of(int items) {
     const int wanted = (items + each - 1) / each;
     return wanted < most ? wanted : most;
   };
-  const int few = splits(Tuning::kWarps, kMaxCluster), many = splits(Tuning::kWarps * Tuning::kDepth, kMaxSplits);
+  const int few = splits(Tuning::kWarps * Tuning::kShort, 16);
+  const int many = splits(Tuning::kWarps * Tuning::kDepth, Tuning::kMost);
   const int most = few > many ? few : many;
   return most > 1 ? most : 1;
 }
@@ -67,15 +67,13 @@ struct Work {
   }
 };
 
-// CTAs that a row and KV head can ask for: a power of two, as clusters are.
+// The most CTAs that a row and KV head can ask for.
 template <typename F>
 int max_splits(const AttnDecodeArgs& a) {
   const auto items = [](int tokens, int of) { return (tokens + of - 1) / of; };
   int most = items(a.capacity, F::kTile);
   if (F::kHasFull) most += items(a.group_tokens, kFullTokens) + items(a.front_tokens, kFullTokens);
-  int splits = 1;
-  while (splits < splits_of<typename F::Tuning>(most)) splits *= 2;
-  return splits;
+  return splits_of<typename F::Tuning>(most);
 }
 
 }  // namespace hf_fastpath::attn

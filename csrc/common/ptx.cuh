@@ -67,11 +67,15 @@ __device__ __forceinline__ uint4 load_early16(const void* p) {
   return v;
 }
 
-// What is in memory at this moment, for a word that a kernel under way may write.
+// What is in memory at this moment, for a word that a kernel before wait_for_previous_kernel() may still write; and
+// after.
 __device__ __forceinline__ int load_now(const int* p) {
   int v;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
+}
+__device__ __forceinline__ int load_early(const int* p) {
+  return load_now(p);
 }
 // Asks for 128 bytes to come to the L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) {

@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.heuristics import attn_decode_supports
+from hf_fastpath.heuristics import attn_decode_int4_supports, attn_decode_supports
 from hf_fastpath.ops._append import NOTHING, ROTATED
 from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
@@ -66,7 +66,7 @@ class Int4KVLayer(GroupedLayer):
 
     def why_no_kernel(self, head_dim: int) -> str:
         part = head_dim // value_groups(head_dim)
-        if part % 8 == 0 or not attn_decode_supports(head_dim):
+        if attn_decode_int4_supports(head_dim) or not attn_decode_supports(head_dim):
             return super().why_no_kernel(head_dim)
         return (
             f"the int4 KV cache on CUDA needs a head size whose equal parts of at most 64 channels are multiples of 8 "

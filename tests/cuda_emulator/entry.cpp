@@ -120,7 +120,7 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
                                 const uint8_t* mask, int64_t mask_row_stride, int64_t mask_columns, const float* sinks,
                                 void* out, float* scratch, int batch, int heads, int kv_heads, int dim, int capacity,
                                 int group_tokens, int front_tokens, int window, float scaling, float softcap,
-                                int clusters, const int* positions, float* slot_scores, float2* totals, int bfloat16,
+                                const int* positions, float* slot_scores, float2* totals, int bfloat16,
                                 int64_t* scratch_floats) {
   const AttnDecodeArgs args{query,
                             {k_data, k_scale, k_tail, k_front},
@@ -143,7 +143,6 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
                             window,
                             scaling,
                             softcap,
-                            clusters != 0,
                             positions,
                             slot_scores,
                             totals};

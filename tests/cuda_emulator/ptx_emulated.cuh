@@ -17,6 +17,7 @@ struct MmaLane {
   uint32_t b[2];
 };
 float half_to_float(uint32_t bits);
+extern int written_since;  // what the kernel before is assumed to add to a word that was read early
 float bf16_to_float(uint32_t bits);
 void combine_mma_fp16(Lanes& lanes);
 void combine_mma_bf16(Lanes& lanes);
@@ -57,6 +58,10 @@ inline uint4 load_early16(const void* p) {
 
 inline int load_now(const int* p) {
   return *p;
+}
+// The kernel before may have written since then.
+inline int load_early(const int* p) {
+  return *p - cuda_emulator::written_since;
 }
 inline void prefetch_l2(const void* p) {
   cuda_emulator::check(p, 1, false, 1, __builtin_return_address(0));

@@ -28,3 +28,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 }  // extern "C"
+
+namespace cuda_emulator {
+extern int written_since;
+int written_since = 0;
+}  // namespace cuda_emulator
+
+// See ptx_emulated.cuh.
+extern "C" __attribute__((visibility("default"))) void emulator_set_written_since(int amount) {
+  cuda_emulator::written_since = amount;
+}
