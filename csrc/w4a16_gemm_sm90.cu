@@ -42,7 +42,7 @@ struct Shared {
   static constexpr bool kHasOutput = kTokenTiles >= 16;
   Sm90Stage<kGroup, kTokenTiles> stages[kStages];
   std::conditional_t<kHasOutput, OutputBuffer<kTokenTiles>, NoBuffer> output;
-  uint64_t full[kStages], empty[kStages];
+  uint64_t full[kStages], empty[kStages], drained;
 };
 
 template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm>
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
       mbarrier_init(shared.full + i, kFillArrivals);
       mbarrier_init(shared.empty + i, kGemmWarps);
     }
+    mbarrier_init(&shared.drained, kGemmWarps);
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -69,7 +70,6 @@ __global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
                                                thread - kGemmThreads);
     }
     if (whole) return;
-    wait_for_ring();
     wait_for_parts();
     wait_for_readers();
   } else {
@@ -85,7 +85,9 @@ __global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
     consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty, params, cta, thread,
                                              store_tile);
     if (Memory::kHasOutput && thread % 128 == 0) tensor_stores_read();  // before the buffer is gone
-    if (!whole) store_sum_of_cluster(acc, reinterpret_cast<float4*>(shared.stages), params, cta, thread);
+    if (!whole) {
+      store_sum_of_cluster(acc, reinterpret_cast<float4*>(shared.stages), &shared.drained, params, cta, thread);
+    }
   }
 #else
   __trap();  // launch() refuses before

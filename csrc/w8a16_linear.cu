@@ -21,19 +21,19 @@ struct Int8Weights {
     uint4 tile[linear::kRowTiles][2][32];
   };
 
-  template <Epilogue kEpilogue, bool kWhole>
+  template <Epilogue kEpilogue, bool kWhole, int kWarps>
   class Source {
    public:
     __device__ __forceinline__ Source(const Params<T>& p, int first_row_tile, int padded_units, int lane)
         : tiles_(p, first_row_tile, padded_units, lane) {}
-    __device__ __forceinline__ void copy(Stage& stage, const Params<T>& p, const linear::Cursor<kEpilogue>& at,
+    __device__ __forceinline__ void copy(Stage& stage, const Params<T>& p, const linear::Cursor<kEpilogue, kWarps>& at,
                                          int lane) const {
       tiles_.copy(stage.tile, p, at, lane);
     }
     __device__ __forceinline__ void advance(bool wrapped) { tiles_.advance(wrapped); }
 
    private:
-    linear::TileSource<kEpilogue, kWhole> tiles_;
+    linear::TileSource<kEpilogue, kWhole, kWarps> tiles_;
   };
 
   // acc += the unit's products, for row tile r.

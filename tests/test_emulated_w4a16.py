@@ -43,12 +43,16 @@ def test_linear_for_every_number_of_rows(n: int, k: int, group: int, with_zeros:
     assert torch.equal(weight.linear(x[11:12], chosen_bias), full[11:12])
 
 
-def test_rows_of_x_that_shared_memory_does_not_hold() -> None:
-    weight, x, _ = make(20, 5120, 128, torch.bfloat16, False)
+@pytest.mark.parametrize("with_zeros", [False, True], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize(("k", "group"), [(2048, 64), (4096, 128), (4128, 32), (5120, 128)])
+def test_k_that_registers_hold_and_longer_ones(k: int, group: int, with_zeros: bool) -> None:
+    """Up to 4,096 columns 16 rows of x stay in registers, in all blocks of outputs; beyond there are more chains."""
+    weight, x, _ = make(130, k, group, torch.bfloat16, with_zeros)
     full = weight.linear(x)
     check_linear(x, weight, None, full)
-    assert torch.equal(weight.linear(x[:9]), full[:9])
-    assert torch.equal(weight.linear(x[:8]), full[:8])
+    for m in (1, 8, 9):
+        assert torch.equal(weight.linear(x[:m]), full[:m])
+    assert torch.equal(weight.linear(shifted(x[:9])), full[:9])
 
 
 @pytest.mark.parametrize("m", [1, 3, 9])

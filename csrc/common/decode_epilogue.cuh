@@ -13,22 +13,25 @@ __device__ __forceinline__ T swiglu(float gate, float up) {
   return from_float<T>(activated * to_float(from_float<T>(up)));
 }
 
-// Adds the warps' sums in their order, adds the bias and the residual, rounds once and stores the block's outputs.
-template <typename W, Epilogue kEpilogue, int kColTiles>
-__device__ __forceinline__ void finish_block(const float (&acc)[kRowTiles][kColTiles][4], float* partial,
+// Adds the chains' sums in their order, adds the bias and the residual, rounds once and stores the block's outputs. A
+// warp has the chains warp, warp + kWarps, ...
+template <typename W, Epilogue kEpilogue, int kWarps, int kOwnChains, int kColTiles>
+__device__ __forceinline__ void finish_block(const float (&acc)[kOwnChains][kRowTiles][kColTiles][4], float* partial,
                                              const Params<typename W::T>& p, int row_tile, int rows_left) {
   using T = typename W::T;
-  constexpr int kRows = 8 * kColTiles, kTileFloats = kRows * kPartialPitch, kWarpFloats = kRowTiles * kTileFloats;
+  constexpr int kThreads = 32 * kWarps, kRows = 8 * kColTiles, kTileFloats = kRows * kPartialPitch,
+                kChainFloats = kRowTiles * kTileFloats;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
+  for (int j = 0; j < kOwnChains * kRowTiles; ++j) {
+    const int chain = warp + j / kRowTiles * kWarps, r = j % kRowTiles;
 #pragma unroll
     for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 8 * c + 2 * t + i % 2, out = g + 8 * (i / 2);
         if (row >= p.m) continue;
-        partial[warp * kWarpFloats + r * kTileFloats + row * kPartialPitch + out] = acc[r][c][i];
+        partial[chain * kChainFloats + r * kTileFloats + row * kPartialPitch + out] = acc[j / kRowTiles][r][c][i];
       }
     }
   }
@@ -37,7 +40,7 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kRowTiles][kColT
     const float* source = partial + r * kTileFloats + row * kPartialPitch + out;
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += source[w * kWarpFloats];
+    for (int chain = 0; chain < kOwnChains * kWarps; ++chain) sum += source[chain * kChainFloats];
     const float bias = p.bias ? to_float(p.bias[column]) : 0.0f;
     // Written as one rounding: left to the compiler, the kernels for few and for many rows would not agree.
     if constexpr (W::kRowScales) return fmaf(sum, bits_to_float<T>(p.scales[column]), bias);
@@ -66,13 +69,15 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kRowTiles][kColT
       p.y[index] = from_float<T>(sum);
     }
   }
-  __syncthreads();  // the next block's partial sums go to the same place
 }
 
-template <int kColTiles>
-__device__ __forceinline__ void clear(float (&acc)[kRowTiles][kColTiles][4]) {
+template <int kCount, int kColTiles>
+__device__ __forceinline__ void clear(float (&acc)[kCount][kRowTiles][kColTiles][4]) {
 #pragma unroll
-  for (int i = 0; i < kRowTiles * kColTiles * 4; ++i) acc[i / (kColTiles * 4)][i / 4 % kColTiles][i % 4] = 0.0f;
+  for (int j = 0; j < kCount * kRowTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < kColTiles * 4; ++i) acc[j / kRowTiles][j % kRowTiles][i / 4][i % 4] = 0.0f;
+  }
 }
 
 }  // namespace hf_fastpath::linear

@@ -2,10 +2,12 @@
 //
 // The weights are the A operand of mma.m16n8k16, so a tile of 16 outputs meets 8 rows of x in one instruction and the
 // tensor core is no slower for 8 rows than for 1. A CTA takes blocks of kRowTiles tiles of 16 outputs; its warps split
-// K in units of W::kUnitCols columns, unit u going to warp u % kWarps, and the partial sums are added in the order of
-// the warps. Neither the split nor the order depends on the number of rows, so a row's bits do not either.
+// K in units of W::kUnitCols columns. Unit u belongs to chain u % chains, and the chains' sums are added in their
+// order; a warp has one chain or two. The number of chains depends on K alone, so a row's bits do not depend on the
+// others.
 //
-// More than 8 rows of x are a larger traffic than the weights, and stay in shared memory where they fit.
+// More than 8 rows of x are a larger traffic than the weights. A warp's units of them stay in registers where K has at
+// most kHeldCols columns for each warp; more memory is then left for weights that are under way.
 //
 // Weights come through shared memory: every warp has a ring of kStages units of its own, which it fills and empties
 // without meeting the other warps. The first units are asked for before the kernel waits for the one before it
@@ -98,70 +100,57 @@ struct GroupSums {
 template <int kColTiles>
 struct GroupSums<0, kColTiles> {};
 
-// The shared memory of a CTA: the rings of its warps, partial sums, the groups' sums of x of all units, and x itself.
-template <typename W, int kColTiles>
+// The shared memory of a CTA: the rings of its warps, partial sums, the groups' sums of x of all units.
+template <typename W, int kColTiles, int kWarps, int kChains, int kStages>
 struct Shared {
   using Stage = typename W::Stage;
-  static constexpr int kPartialFloats = kWarps * kRowTiles * 8 * kColTiles * kPartialPitch;
+  static constexpr int kPartialFloats = kChains * kRowTiles * 8 * kColTiles * kPartialPitch;
+  static constexpr int kPartials = kChains == 8 ? 2 : 1;  // as many as there is memory for, whatever K
   static constexpr int kUnitFloats = W::kGroups * 8 * kColTiles;
-  static constexpr int kUnitX = kColTiles * (W::kUnitCols / 32) * 32;  // 16 bytes each
-
-  static int bytes(int units, bool shared_x) {
-    const int padded = (units + kWarps - 1) / kWarps * kWarps;
-    const int floats = kPartialFloats + padded * kUnitFloats;
-    return static_cast<int>(kWarps * kStages * sizeof(Stage)) + 4 * floats + (shared_x ? padded * kUnitX * 16 : 0);
+  static int bytes(int units) {
+    return static_cast<int>(kWarps * kStages * sizeof(Stage)) +
+           4 * (kPartials * kPartialFloats + padded(units) * kUnitFloats);
   }
+  // Whole rounds of the chains.
+  static __host__ __device__ __forceinline__ int padded(int units) { return (units + kChains - 1) / kChains * kChains; }
   static __device__ __forceinline__ Stage* ring(int warp) {
     return reinterpret_cast<Stage*>(dynamic_shared()) + warp * kStages;
   }
-  static __device__ __forceinline__ float* partial() { return reinterpret_cast<float*>(ring(kWarps)); }
-  static __device__ __forceinline__ float* group_sums(int unit) {
-    return partial() + kPartialFloats + unit * kUnitFloats;
+  // With two, blocks take turns: while some warps still add, others have the next block's sums.
+  static __device__ __forceinline__ float* partial(int block) {
+    return reinterpret_cast<float*>(ring(kWarps)) + block % kPartials * kPartialFloats;
   }
-  // This lane's 16 bytes of the first half tile of a unit of x, the others 32 further each.
-  static __device__ __forceinline__ uint4* x(int padded_units, int unit, int lane) {
-    return reinterpret_cast<uint4*>(group_sums(padded_units)) + unit * kUnitX + lane;
+  static __device__ __forceinline__ float* group_sums(int unit) {
+    return partial(0) + kPartials * kPartialFloats + unit * kUnitFloats;
   }
 };
 
-// A unit of x to shared memory; each lane copies what it will read itself. An empty unit is the last one once more.
-// Rows that are not there become 0: read by every lane of every CTA, the last row alone would keep the L2 busy.
-template <int kUnitCols, typename T, int kColTiles>
-__device__ __forceinline__ void copy_activations(uint4* target, const Params<T>& p, const Rows<T, kColTiles>& rows,
-                                                 int unit, int lane) {
-  constexpr int kHalves = kUnitCols / 32;
-  const unsigned column = min(unit, p.units - 1) * kUnitCols;
-#pragma unroll
-  for (int i = 0; i < kColTiles * kHalves; ++i) {
-    const bool there = lane / 4 + 8 * (i / kHalves) < p.m;
-    cp_async16(target + 32 * i, rows.begin[i / kHalves] + column + i % kHalves * 32, there);
-  }
-}
+// With more than 8 rows of x a thread wants more than 128 registers.
+template <int kColTiles, int kWarps>
+constexpr int kCtasPerSm = kColTiles == 1 && kWarps == 8 ? 2 : 1;
+template <bool kHeldX>
+constexpr int kStages = kHeldX ? 6 : 3;  // of a warp's ring
+constexpr int kHeldCols = 512;           // columns of x that a warp can have in registers, of 16 rows
+constexpr int kShortK = 8 * kHeldCols;
 
-// With more than 8 rows of x a thread wants more than 128 registers, or the CTA all shared memory.
-template <int kColTiles>
-constexpr int kCtasPerSm = kColTiles == 1 ? 2 : 1;
-
-template <typename W, int kColTiles, bool kSharedX, bool kWhole, Epilogue kEpilogue, bool kNorm>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm<kColTiles>) linear_kernel(const Params<typename W::T> p) {
+template <typename W, int kColTiles, int kWarps, int kChains, bool kHeldX, bool kWhole, Epilogue kEpilogue, bool kNorm>
+__global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
+    linear_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
-  using Memory = Shared<W, kColTiles>;
+  constexpr int kStages = linear::kStages<kHeldX>;
+  using Memory = Shared<W, kColTiles, kWarps, kChains, kStages>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   typename Memory::Stage* const ring = Memory::ring(warp);
-  const int padded_units = (p.units + kWarps - 1) / kWarps * kWarps;
+  const int padded_units = Memory::padded(p.units);
   const RowRange<kEpilogue> range(p.row_tiles);
   int row_tile = range.first;
-  Cursor<kEpilogue> now{warp, range.count, false}, ahead = now;
-  typename W::template Source<kEpilogue, kWhole> source(p, row_tile, padded_units, lane);
+  Cursor<kEpilogue, kWarps> now{warp, range.count, false}, ahead = now;
+  typename W::template Source<kEpilogue, kWhole, kWarps> source(p, row_tile, padded_units, lane);
   const Rows<T, kColTiles> rows(p, lane);
-  int left = (range.count + kBlockRows<kEpilogue> - 1) / kBlockRows<kEpilogue> * (padded_units / kWarps);
-  int to_copy = left;
-  bool x_is_there = false;
+  const int blocks = (range.count + kBlockRows<kEpilogue> - 1) / kBlockRows<kEpilogue>;
+  int left = blocks * (padded_units / kWarps), to_copy = left;
   const auto copy = [&](typename Memory::Stage* stage) {
     if (to_copy > 0) source.copy(*stage, p, ahead, lane);
-    if (kSharedX && x_is_there && ahead.rows_left == range.count) {
-      copy_activations<W::kUnitCols>(Memory::x(padded_units, ahead.unit, lane), p, rows, ahead.unit, lane);
-    }
     cp_async_commit();
     --to_copy;
     ahead.advance(padded_units);
@@ -170,43 +159,49 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm<kColTiles>) linear_kernel
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) copy(ring + s);
   wait_for_previous_kernel();
-  x_is_there = true;
 
-  constexpr int kXs = kSharedX ? 1 : 2;
+  constexpr int kXs = kHeldX ? kHeldCols / W::kUnitCols : 2;
   Activations<kColTiles, W::kUnitCols> x[kXs];
-  if constexpr (kSharedX) {
+  if constexpr (kHeldX) {
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-      const int unit = warp + s * kWarps;
-      if (unit < padded_units) {
-        copy_activations<W::kUnitCols>(Memory::x(padded_units, unit, lane), p, rows, unit, lane);
-      }
-      cp_async_commit();
+    for (int d = 0; d < kXs; ++d) {
+      if (d * kWarps < padded_units) load_activations<kWhole>(x[d], p, rows, now.unit + d * kWarps);
     }
   } else {
     load_activations<kWhole>(x[0], p, rows, now.unit);
   }
   let_next_kernel_begin();
   [[maybe_unused]] float inverse[kColTiles];
-  if constexpr (kNorm) inverse_rms(inverse, p);
-  float acc[kRowTiles][kColTiles][4] = {};
+  if constexpr (kNorm) inverse_rms<kWarps>(inverse, p);
+  constexpr int kOwnChains = kChains / kWarps;
+  float acc[kOwnChains][kRowTiles][kColTiles][4] = {};
   typename Memory::Stage *stage = ring, *last_read = ring + kStages - 1;
+  int block = 0, block_rows_left = range.count;
+  const auto end_block = [&] {
+    finish_block<W, kEpilogue, kWarps>(acc, Memory::partial(block++), p, row_tile, block_rows_left);
+    if constexpr (Memory::kPartials == 1) __syncthreads();
+    row_tile += kBlockRows<kEpilogue>;
+    block_rows_left -= kBlockRows<kEpilogue>;
+    clear(acc);
+  };
   while (left > 0) {
 #pragma unroll
     for (int d = 0; d < kXs; ++d) {
-      if (left <= 0) continue;  // not `break`: a loop with a second exit is not unrolled around a barrier
-      const int unit = now.unit, rows_left = now.rows_left;
+      if (kHeldX ? d * kWarps >= padded_units : left <= 0) continue;  // a loop with two exits would not be unrolled
+      const int unit = now.unit;
+      const bool first_block = now.rows_left == range.count;
       now.advance(padded_units);
-      if constexpr (!kSharedX) load_activations<kWhole>(x[1 - d], p, rows, now.unit);
+      if constexpr (!kHeldX) load_activations<kWhole>(x[1 - d], p, rows, now.unit);
       cp_async_wait<kStages - 2>();
       __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled now
-      if constexpr (kSharedX) x[d].read(Memory::x(padded_units, unit, lane));
       copy(last_read);
-      if constexpr (kNorm) normalize(x[d], p, inverse, unit, lane);
+      if constexpr (kNorm) {
+        if (!kHeldX || first_block) normalize(x[d], p, inverse, unit, lane);
+      }
       GroupSums<W::kGroups, kColTiles> sums;
       if constexpr (W::kGroups > 0) {
         float* kept = Memory::group_sums(unit);
-        if (rows_left == range.count) {
+        if (first_block) {
           sums.template compute<T>(x[d], W::kSumFactor);
           sums.keep(kept, lane);
         } else {
@@ -216,30 +211,27 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm<kColTiles>) linear_kernel
       // The last unit once more is not counted: it was loaded with scales of 0, or has none.
       if (!kWhole || !W::kRowScales || unit < p.units) {
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) W::multiply(acc[r], *stage, r, x[d], sums, lane);
+        for (int r = 0; r < kRowTiles; ++r) W::multiply(acc[d % kOwnChains][r], *stage, r, x[d], sums, lane);
       }
       last_read = stage;
       stage = stage == ring + kStages - 1 ? ring : stage + 1;
-      if (now.wrapped) {
-        finish_block<W, kEpilogue>(acc, Memory::partial(), p, row_tile, rows_left);
-        row_tile += kBlockRows<kEpilogue>;
-        clear(acc);
-      }
+      if (!kHeldX && now.wrapped) end_block();
       --left;
     }
+    if constexpr (kHeldX) end_block();
   }
 }
 
 // kWhole: rows of x start at multiples of 16 bytes, and units are whole, so that nothing has to be checked for each
 // load of x.
-template <typename W, int kColTiles, bool kSharedX, bool kWhole, Epilogue kEpilogue, bool kNorm>
+template <typename W, int kColTiles, int kWarps, int kChains, bool kHeldX, bool kWhole, Epilogue kEpilogue, bool kNorm>
 cudaError_t launch(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   const int blocks = (p.row_tiles + kRowTiles - 1) / kRowTiles;
-  const int grid = std::min(blocks, kCtasPerSm<kColTiles> * sm_count);
-  const int bytes = Shared<W, kColTiles>::bytes(p.units, kSharedX);
-  const auto kernel = linear_kernel<W, kColTiles, kSharedX, kWhole, kEpilogue, kNorm>;
-  if (has_early_launch()) return launch_kernel_early(kernel, grid, kThreads, bytes, stream, p);
-  return launch_kernel_with_shared(kernel, grid, kThreads, bytes, stream, p);
+  const int grid = std::min(blocks, kCtasPerSm<kColTiles, kWarps> * sm_count), threads = 32 * kWarps;
+  const int bytes = Shared<W, kColTiles, kWarps, kChains, kStages<kHeldX>>::bytes(p.units);
+  const auto kernel = linear_kernel<W, kColTiles, kWarps, kChains, kHeldX, kWhole, kEpilogue, kNorm>;
+  if (has_early_launch()) return launch_kernel_early(kernel, grid, threads, bytes, stream, p);
+  return launch_kernel_with_shared(kernel, grid, threads, bytes, stream, p);
 }
 
 template <typename T>
@@ -247,31 +239,39 @@ bool aligned_rows(const Params<T>& p) {
   return aligned_to(p.x, 16) && (p.m == 1 || p.x_row_stride % 8 == 0);
 }
 
-template <typename W, Epilogue kEpilogue, bool kNorm>
+// A long K has 16 chains. With up to 8 rows each has a warp: there are few CTAs then (of a model's layers, those with a
+// long K have few outputs), and many warps keep more of the memory's work under way.
+template <typename W, bool kWhole, Epilogue kEpilogue, bool kNorm>
 cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  const bool whole = aligned_rows(p) && p.k % W::kUnitCols == 0;
-  if (p.m <= 8) {
-    return whole ? launch<W, 1, false, true, kEpilogue, kNorm>(p, sm_count, stream)
-                 : launch<W, 1, false, false, kEpilogue, kNorm>(p, sm_count, stream);
+  if (p.k > kShortK) {
+    return p.m <= 8 ? launch<W, 1, 16, 16, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream)
+                    : launch<W, 2, 8, 16, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
   }
-  if (!whole) return launch<W, 2, false, false, kEpilogue, kNorm>(p, sm_count, stream);
-  const bool fits = Shared<W, 2>::bytes(p.units, true) <= max_shared_bytes();
-  return fits ? launch<W, 2, true, true, kEpilogue, kNorm>(p, sm_count, stream)
-              : launch<W, 2, false, true, kEpilogue, kNorm>(p, sm_count, stream);
+  if (p.m <= 8) return launch<W, 1, 8, 8, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
+  // x in registers is there at once or not at all; where each CTA has one block, waiting for little of it is faster.
+  const bool hold = p.row_tiles > kRowTiles * sm_count || p.k <= kShortK / 2;
+  return kWhole && hold ? launch<W, 2, 8, 8, kWhole, kWhole, kEpilogue, kNorm>(p, sm_count, stream)
+                        : launch<W, 2, 8, 8, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
+}
+
+template <typename W, Epilogue kEpilogue, bool kNorm>
+cudaError_t launch_for_alignment(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
+  return aligned_rows(p) && p.k % W::kUnitCols == 0 ? launch_for_size<W, true, kEpilogue, kNorm>(p, sm_count, stream)
+                                                    : launch_for_size<W, false, kEpilogue, kNorm>(p, sm_count, stream);
 }
 
 // The plain product, of x as it is.
 template <typename W>
 cudaError_t launch_plain(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  return launch_for_size<W, Epilogue::kBias, false>(p, sm_count, stream);
+  return launch_for_alignment<W, Epilogue::kBias, false>(p, sm_count, stream);
 }
 
 // A fused product: of x's RMSNorm where there is a norm_weight.
 template <typename W, Epilogue kEpilogue>
 cudaError_t launch_fused(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   if (!aligned_rows(p) || (p.norm_weight && !aligned_to(p.norm_weight, 16))) return cudaErrorMisalignedAddress;
-  return p.norm_weight ? launch_for_size<W, kEpilogue, true>(p, sm_count, stream)
-                       : launch_for_size<W, kEpilogue, false>(p, sm_count, stream);
+  return p.norm_weight ? launch_for_alignment<W, kEpilogue, true>(p, sm_count, stream)
+                       : launch_for_alignment<W, kEpilogue, false>(p, sm_count, stream);
 }
 
 }  // namespace hf_fastpath::linear

@@ -5,15 +5,16 @@
 
 namespace hf_fastpath::linear {
 
-// 1 / rms of rows g (and g + 8) of x; 0 for rows that are not there. Every CTA computes it for itself, every thread
-// taking the same columns whatever the number of rows.
-template <typename T, int kColTiles>
+// 1 / rms of rows g (and g + 8) of x; 0 for rows that are not there. Every CTA computes it for itself, eight warps
+// sharing a row whatever the number of warps and rows.
+template <int kWarps, typename T, int kColTiles>
 __device__ __forceinline__ void inverse_rms(float (&inverse)[kColTiles], const Params<T>& p) {
-  __shared__ float squares[kMaxLinearRows][kWarps];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int row = 0; row < p.m; ++row) {
+  constexpr int kWarpsOfRow = 8;
+  __shared__ float squares[kMaxLinearRows][kWarpsOfRow];
+  const int warp = threadIdx.x / 32 % kWarpsOfRow, lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32 / kWarpsOfRow; row < p.m; row += kWarps / kWarpsOfRow) {
     float sum = 0.0f;
-    for (int col = threadIdx.x * 8; col < p.k; col += kThreads * 8) {
+    for (int col = (32 * warp + lane) * 8; col < p.k; col += 32 * kWarpsOfRow * 8) {
       const uint4 v = load_8x16bit<true>(p.x + row * p.x_row_stride + col);
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -32,7 +33,7 @@ __device__ __forceinline__ void inverse_rms(float (&inverse)[kColTiles], const P
     float sum = 0.0f;
     if (row < p.m) {
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += squares[row][w];
+      for (int w = 0; w < kWarpsOfRow; ++w) sum += squares[row][w];
     }
     inverse[c] = row < p.m ? rsqrtf(sum / p.k + p.eps) : 0.0f;
   }

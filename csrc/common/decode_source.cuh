@@ -23,7 +23,7 @@ struct RowRange {
 };
 
 // Where a warp is in its sequence of units: those of one block of row tiles, kWarps apart, then those of the next.
-template <Epilogue kEpilogue>
+template <Epilogue kEpilogue, int kWarps>
 struct Cursor {
   int unit;       // may lie beyond the last unit: an empty one, so that all warps meet at every barrier
   int rows_left;  // row tiles from the block's first to the CTA's last
@@ -39,7 +39,7 @@ struct Cursor {
 };
 
 // A pointer into something that has `block_bytes` for each block of row tiles and kUnitBytes for each unit.
-template <int kUnitBytes>
+template <int kUnitBytes, int kWarps>
 class Walk {
  public:
   __device__ __forceinline__ Walk(const void* base, int64_t block_bytes, int padded_units)
@@ -63,7 +63,7 @@ __device__ __forceinline__ int row_step(const Params<T>& p) {
 }
 
 // The tiles themselves: a unit is two tiles of 512 bytes, 16 bytes a lane of each.
-template <Epilogue kEpilogue, bool kWhole>
+template <Epilogue kEpilogue, bool kWhole, int kWarps>
 class TileSource {
  public:
   template <typename T>
@@ -75,7 +75,7 @@ class TileSource {
   // What is not there (a tail of K, an empty unit, a row tile beyond the last) becomes 0 and is not read.
   template <typename T>
   __device__ __forceinline__ void copy(uint4 (&tiles)[kRowTiles][2][32], const Params<T>& p,
-                                       const Cursor<kEpilogue>& at, int lane) const {
+                                       const Cursor<kEpilogue, kWarps>& at, int lane) const {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       const bool row_there = r % kBlockRows<kEpilogue> < at.rows_left;
@@ -91,11 +91,11 @@ class TileSource {
 
  private:
   int64_t row_step_;  // bytes from one row tile of a block to the next
-  Walk<1024> walk_;
+  Walk<1024, kWarps> walk_;
 };
 
 // Values of V, 16 for each group of a row tile: lane by lane four bytes, of all row tiles of a block in one go.
-template <typename V, int kGroups, Epilogue kEpilogue>
+template <typename V, int kGroups, Epilogue kEpilogue, int kWarps>
 class ValueSource {
  public:
   template <typename T>
@@ -110,7 +110,7 @@ class ValueSource {
     }
   }
 
-  __device__ __forceinline__ void copy(V* target, int groups, const Cursor<kEpilogue>& at, int lane) const {
+  __device__ __forceinline__ void copy(V* target, int groups, const Cursor<kEpilogue, kWarps>& at, int lane) const {
     const int groups_left = groups - at.unit * kGroups;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -130,7 +130,7 @@ class ValueSource {
   static __device__ __forceinline__ int row(int i, int lane) { return word(i, lane) / kRowWords; }
 
   const unsigned char* first_[kCopies];
-  Walk<kGroups * kGroupBytes> walk_;
+  Walk<kGroups * kGroupBytes, kWarps> walk_;
 };
 
 }  // namespace hf_fastpath::linear

@@ -11,9 +11,6 @@
 
 namespace hf_fastpath::linear {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kStages = 3;         // of a warp's ring
 constexpr int kRowTiles = 2;       // of a block
 constexpr int kPartialPitch = 20;  // floats from one row of x to the next in shared memory; 20 avoids bank conflicts
 
@@ -45,14 +42,6 @@ constexpr int kBlockRows = kEpilogue == Epilogue::kSwiGlu ? kRowTiles / 2 : kRow
 template <int kColTiles, int kUnitCols>
 struct Activations {
   uint4 half_tile[kColTiles][kUnitCols / 32];
-
-  // From shared memory, where a lane's parts lie 512 bytes apart.
-  __device__ __forceinline__ void read(const uint4* source) {
-#pragma unroll
-    for (int i = 0; i < kColTiles * (kUnitCols / 32); ++i) {
-      half_tile[i / (kUnitCols / 32)][i % (kUnitCols / 32)] = source[32 * i];
-    }
-  }
 };
 
 }  // namespace hf_fastpath::linear

@@ -25,7 +25,7 @@ struct Int4Weights {
     uint8_t zeros[kZeros ? kRowTiles : 1][kZeros ? kGroups : 1][16];
   };
 
-  template <Epilogue kEpilogue, bool kWhole>
+  template <Epilogue kEpilogue, bool kWhole, int kWarps>
   class Source {
    public:
     __device__ __forceinline__ Source(const Params<T>& p, int first_row_tile, int padded_units, int lane)
@@ -33,7 +33,7 @@ struct Int4Weights {
           tiles_(p, first_row_tile, padded_units, lane),
           scales_(p.scales, p, groups_, first_row_tile, padded_units, lane),
           zeros_(p.zeros, p, groups_, first_row_tile, padded_units, lane) {}
-    __device__ __forceinline__ void copy(Stage& stage, const Params<T>& p, const Cursor<kEpilogue>& at,
+    __device__ __forceinline__ void copy(Stage& stage, const Params<T>& p, const Cursor<kEpilogue, kWarps>& at,
                                          int lane) const {
       tiles_.copy(stage.tile, p, at, lane);
       scales_.copy(&stage.scales[0][0][0], groups_, at, lane);
@@ -47,9 +47,9 @@ struct Int4Weights {
 
    private:
     int groups_;
-    TileSource<kEpilogue, kWhole> tiles_;
-    ValueSource<uint16_t, kGroups, kEpilogue> scales_;
-    ValueSource<uint8_t, kGroups, kEpilogue> zeros_;
+    TileSource<kEpilogue, kWhole, kWarps> tiles_;
+    ValueSource<uint16_t, kGroups, kEpilogue, kWarps> scales_;
+    ValueSource<uint8_t, kGroups, kEpilogue, kWarps> zeros_;
   };
 
   // acc += scale * (the unit's products), for row tile r.

@@ -337,6 +337,10 @@ __device__ __forceinline__ void warpgroup_barrier(int number) {
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same after reads only: it makes no stores visible, which would be waiting for all of them.
+__device__ __forceinline__ void cluster_barrier_of_readers() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Reads the shared memory of another CTA of the cluster, where `own` is in this one's. That CTA must not have ended.
 __device__ __forceinline__ float4 load_from_cluster(const float4* own, int rank) {
   uint32_t address;

@@ -57,27 +57,27 @@ __device__ __forceinline__ void store_boxes(const float (&acc)[kTokenTiles][4], 
 
 constexpr int kMaxSplits = 8;  // the largest cluster that every GPU with clusters has
 
-// The barriers of a cluster that adds its parts, for all threads of its CTAs: one before parts are stored where the
-// ring was, one before they are read, and one before a CTA may end, whose memory others read until then.
-__device__ __forceinline__ void wait_for_ring() {
-  __syncthreads();
-}
+// The barriers of a cluster that adds its parts, for all threads of its CTAs: one before they are read, and one before
+// a CTA may end, whose memory others read until then.
 __device__ __forceinline__ void wait_for_parts() {
   cluster_barrier();
 }
 __device__ __forceinline__ void wait_for_readers() {
-  cluster_barrier();
+  cluster_barrier_of_readers();
 }
 
 // Adds the parts that the CTAs of a cluster have of a tile, in the order of K, and stores it; each CTA adds some of the
-// token tiles. `parts` is the ring's memory.
+// token tiles. `parts` is the ring's memory, and the warps that read the ring end the first phase of `drained`.
 template <typename T, int kTokenTiles>
 __device__ __forceinline__ void store_sum_of_cluster(const float (&acc)[kTokenTiles][4], float4* parts,
-                                                     const Sm90Params<T>& params, int cta, int thread) {
+                                                     uint64_t* drained, const Sm90Params<T>& params, int cta,
+                                                     int thread) {
   const ClusterSchedule& s = params.schedule;
   const GemmParams<T>& p = params.gemm;
   const Place place = s.place(cta / s.splits);
-  wait_for_ring();
+  __syncwarp();
+  if (thread % 32 == 0) mbarrier_arrive(drained);
+  mbarrier_wait(drained, 0);
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
     parts[c * kGemmThreads + thread] = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);

@@ -115,6 +115,9 @@ inline void warpgroup_barrier(int number, EMULATED_SITE) {
 inline void cluster_barrier(EMULATED_SITE) {
   cuda_emulator::cluster_barrier({file, line});
 }
+inline void cluster_barrier_of_readers(EMULATED_SITE) {
+  cuda_emulator::cluster_barrier({file, line});
+}
 inline float4 load_from_cluster(const float4* own, int rank, EMULATED_SITE) {
   return *static_cast<const float4*>(cuda_emulator::in_cluster(own, rank, {file, line}));
 }

@@ -21,7 +21,9 @@ SHAPES = [  # (N, K, group): odd numbers of rows, tails of K, fewer units of K t
     (100, 1152, 128),
     (257, 4096, 128),
     (9000, 256, 128),
-    (80, 14336, 128),  # 16 rows of x are more than shared memory holds
+    (9000, 2048, 128),  # several blocks a CTA, whose rows of x stay in registers
+    (9000, 4160, 32),  # too long for that
+    (80, 14336, 128),
 ]
 
 
