@@ -57,6 +57,11 @@ class PackedStack(nn.Module):
             torch.empty(per_group, dtype=torch.uint8, device="meta") if zeros else None,
         )
 
+    @property
+    def count(self) -> int:
+        """How many weights there are."""
+        return self.qweight.shape[0]
+
     def expanded(self, expert: int, *, reference: bool) -> torch.Tensor:
         """One float weight ``(N, K)`` in the dtype of ``scales``."""
         zeros = None if self.zeros is None else self.zeros[expert]
@@ -128,7 +133,7 @@ class PackedExperts(nn.Module):
         if self.gate_up.qweight.is_cuda and not self.reference:
             require_device(self.gate_up.qweight.device)
         gate_up, down = (
-            torch.stack([stack.expanded(expert, reference=self.reference) for expert in range(len(stack.qweight))])
+            torch.stack([stack.expanded(expert, reference=self.reference) for expert in range(stack.count)])
             for stack in (self.gate_up, self.down)
         )
         return gate_up, down
