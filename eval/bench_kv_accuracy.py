@@ -35,12 +35,12 @@ from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, Stat
 from hf_fastpath.caches import CompressedCache, FastLayer
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.caches.grouped import GroupedLayer
-from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.caches.static import StaticKVLayer
 from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.compare import bar
 from hf_fastpath.eval.loading import load
 from hf_fastpath.eval.perplexity import SLICE, Divergence, Perplexity, score
+from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.ops.kv_int4_append import VALUE_CHANNELS, quantize_int4
 
 COLUMNS = (
@@ -61,11 +61,11 @@ class NaiveInt4Layer(StaticKVLayer):
 
     rotates = False
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         parts = (rotate(key) if self.rotates else key).unflatten(3, (-1, min(VALUE_CHANNELS, key.shape[3])))
         q, scale, low = quantize_int4(parts)
         rounded = (q.float() * scale.float().unsqueeze(-1) + low.float().unsqueeze(-1)).flatten(3).to(key.dtype)
-        super().write(rotate(rounded) if self.rotates else rounded, value, start)
+        super().write(rotate(rounded) if self.rotates else rounded, value)
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.storage[0][:, :, : self.length], self.storage[1][:, :, : self.length]

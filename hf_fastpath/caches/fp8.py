@@ -6,10 +6,11 @@ import torch
 
 from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
-from hf_fastpath.ops import attn_decode_fp8, kv_fp8_append, kv_fp8_dequantize
 from hf_fastpath.ops._append import ROTATED
 from hf_fastpath.ops._rotation import rotate
-from hf_fastpath.ops.kv_fp8_append import FP8, GROUP_TOKENS
+from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
+from hf_fastpath.ops.kv_fp8_append import FP8, GROUP_TOKENS, kv_fp8_append
+from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
 
 
 class Fp8KVLayer(GroupedLayer):

@@ -8,10 +8,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.ops import attn_decode_int4, kv_int4_append, kv_int4_dequantize
 from hf_fastpath.ops._append import NOTHING, ROTATED
 from hf_fastpath.ops._rotation import rotate
-from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS, value_groups
+from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
+from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS, kv_int4_append, value_groups
+from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 
 GROUP_TOKENS = 64
 GROUP_SIZES = (32, 64)

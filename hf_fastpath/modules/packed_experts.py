@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_fastpath import packing
 from hf_fastpath.heuristics import MoEVariant, moe_variant
-from hf_fastpath.ops import moe_experts, w4a16_dequantize
-from hf_fastpath.ops.moe_experts import expert_by_expert
+from hf_fastpath.ops.moe_experts import expert_by_expert, moe_experts
+from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.quantize import GroupQuantized
 from hf_fastpath.runtime import require_device
 
