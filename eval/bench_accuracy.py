@@ -32,6 +32,7 @@ from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.loading import Loaded
 from hf_fastpath.eval.perplexity import Divergence, Perplexity
 from hf_fastpath.modules import W4A16Linear
+from hf_fastpath.modules.packed_experts import PackedStack
 
 COLUMNS = (
     *("model", "scale_search", "calibration", "group_size", "zero_points", "bits_per_weight", "patch_s"),
@@ -47,9 +48,14 @@ Row = dict[str, Any]
 def bits_per_weight(model: Any) -> float:
     """Bits stored for each weight of the layers that were quantized, in the documented layout."""
     stored = count = 0
-    for layer in (module for module in model.modules() if isinstance(module, W4A16Linear)):
+    for layer in model.modules():
+        if isinstance(layer, W4A16Linear):
+            count += layer.in_features * layer.out_features
+        elif isinstance(layer, PackedStack):
+            count += layer.count * layer.shape[0] * layer.shape[1]
+        else:
+            continue
         stored += sum(8 * tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias")
-        count += layer.in_features * layer.out_features
     return stored / count
 
 

@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 
 from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, StaticKVCache, info, register
-from hf_fastpath.caches import CompressedCache
+from hf_fastpath.caches import CompressedCache, FastLayer
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.caches.grouped import GroupedLayer
 from hf_fastpath.caches.static import StaticKVLayer
@@ -101,8 +101,9 @@ class Variant:
         cache: Any
         for cache in (self.make(config, tokens), StaticKVCache(config, max_cache_len=tokens)):
             token = torch.zeros(1, cache.kv_heads, 1, cache.head_dim, dtype=torch.float16)
-            cache.update(token, token, 0)
-            sizes.append(cache.layers[0].nbytes)
+            index, layer = attention_layer(cache)
+            cache.update(token, token, index)
+            sizes.append(layer.nbytes)
         return round(sizes[0] / sizes[1], 4)
 
     def __str__(self) -> str:
@@ -127,6 +128,11 @@ def variants(window: int) -> list[Variant]:
         Variant(Int4KIVICache, {"sinks": 0, "rotate_keys": False}),
         Variant(Int4KIVICache, {"group_tokens": 32}),
     ]
+
+
+def attention_layer(cache: Any) -> tuple[int, Any]:
+    """The first layer with keys and values, and its number."""
+    return next((index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, FastLayer))
 
 
 def chunk_sizes(layer: Any, tokens: int) -> list[int]:
@@ -159,7 +165,7 @@ def decode_perplexity(
         on_logits: called with the logits of one position ``(n, vocabulary)`` after the other.
     """
     nll, top1, start = [], [], 0
-    sizes = chunk_sizes(cache.layers[0], windows.shape[1] - 1)
+    sizes = chunk_sizes(attention_layer(cache)[1], windows.shape[1] - 1)
     for done, size in enumerate(sizes):
         stop = start + size
         logits = model(input_ids=windows[:, start:stop], past_key_values=cache, use_cache=True).logits

@@ -25,6 +25,7 @@ from hf_fastpath.patches import find_recipe
 # Up to this many, the perplexity is computed in float32 where that is possible: 4 GB.
 _FLOAT32_PARAMETERS = 1_000_000_000
 
+STORY_PROMPT = "Once upon a time, there was a little girl named"  # for the models of --family
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 

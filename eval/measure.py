@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from hf_fastpath.report import module_bytes
 
@@ -55,7 +56,7 @@ def cache_bytes_per_token(model: Any, cache: Any) -> int:
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     model(input_ids=ids, past_key_values=cache, use_cache=True)
     if isinstance(cache, DynamicCache):
-        layers: list[Any] = cache.layers
+        layers: list[Any] = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]  # no convolutions
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // ids.shape[1]
     return int(cache.bytes_per_token)
 

@@ -43,6 +43,9 @@ Text = Annotated[
 ]
 Window = Annotated[int, typer.Option("--window", help="Tokens in one forward pass of the perplexity.")]
 MaxWindows = Annotated[int, typer.Option("--max-windows", help="Windows to measure; 0 is all of the text.")]
+Family = Annotated[
+    str | None, typer.Option("--family", help="lfm2 or gpt2: a small story model that ships with the package.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
 
 
@@ -62,9 +65,21 @@ def _text_options(text: Path | None, window: int, max_windows: int) -> dict[str,
     return {**options, "text": text} if text else options
 
 
+def _shipped(family: str | None, model: str | None, text: Path | None) -> tuple[str | None, Path | None]:
+    """The model and the text of ``--family``, where it is given."""
+    from hf_fastpath.eval import story_models
+
+    if family is None:
+        return model, text
+    if model is not None:
+        raise ValueError("--family names a model that ships with the package: leave out --model")
+    return str(story_models.folder(family)), text or story_models.HELD_OUT
+
+
 @app.command()
 def demo(
     model: Model = None,
+    family: Family = None,
     prompt: Prompt = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=2, help="Tokens of a speed run.")] = 32,
     device: Device = "auto",
@@ -86,7 +101,9 @@ def demo(
     from hf_fastpath.eval import demo as job
 
     config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
-    speed: dict[str, Any] = {"prompt": prompt or job.PROMPT, "new_tokens": max_new_tokens}
+    model, text = _shipped(family, model, text)
+    prompt = prompt or (job.STORY_PROMPT if family else job.PROMPT)
+    speed: dict[str, Any] = {"prompt": prompt, "new_tokens": max_new_tokens}
     options = speed | _text_options(text, window, max_windows)
     request = job.Request(config, model, device, dtype, **options, json=json, calibration=calibration)
     job.run(request, Console())
@@ -116,6 +133,34 @@ def evaluate(
     config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
     options = _text_options(text, window, max_windows)
     request = job.Request(config, model, device, dtype, new_tokens=0, **options, json=json, calibration=calibration)
+    job.run(request, Console())
+
+
+@app.command()
+def verify(
+    model: Model = None,
+    family: Family = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Of the text, in one forward pass.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens of the greedy comparison.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    weights: Weights = "w4a16",
+    lm_head: Head = "none",
+    kv_cache: KVCache = "int8",
+    kv_budget: KVBudget = KV_BUDGET,
+    group_size: GroupSize = 128,
+    zero_points: ZeroPoints = True,
+    scale_search: Search = None,
+    json: Json = None,
+) -> None:
+    """A patched model against stock transformers in float32: every layer, the predictions, greedy generate()."""
+    from hf_fastpath.eval import verify as job
+    from hf_fastpath.eval.perplexity import SLICE
+
+    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
+    model, text = _shipped(family, model, text)
+    request = job.Request(config, model, text or SLICE, device, dtype, tokens, max_new_tokens, json)
     job.run(request, Console())
 
 

@@ -178,11 +178,20 @@ def placements() -> list[OpPlacement]:
         cuda = "CUDA kernel, once built"
 
     def on_cuda(name: str) -> str:
-        no_kernel = torch.cuda.is_available() and name in ops.WITHOUT_KERNEL
-        return "none yet: reference, if asked for" if no_kernel else cuda
+        if torch.cuda.is_available() and name in ops.WITHOUT_KERNEL:
+            return _WITHOUT_KERNEL_PATHS.get(name, "none yet: reference, if asked for")
+        return cuda
 
     return [OpPlacement(name, _CPU_PATHS.get(name, "reference"), on_cuda(name)) for name in ops.SCHEMAS]
 
+
+_PLAIN = "none yet: PyTorch's operations"
+_WITHOUT_KERNEL_PATHS = {
+    "moe_experts": "none yet: w4a16_dequantize kernel, then cuBLAS",
+    "moe_router": _PLAIN,
+    "short_conv_prefill": _PLAIN,
+    "short_conv_step": _PLAIN,
+}
 
 # W4A16Linear does not call the op on the CPU: torch's int4 product is many times faster than the reference.
 _CPU_PATHS = {"w4a16_linear": "torch's int4 product; the op itself: reference"}

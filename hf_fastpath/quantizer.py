@@ -73,6 +73,11 @@ class FastpathHfQuantizer(HfQuantizer):
         check_target(model, config, self.device)
         self.state = PatchState.new(model, config, recipe)
         packed = self.description.packed
+        if self.source is not None and expert_names(model, recipe):
+            raise Unsupported(
+                f"the experts of a mixture are not converted from {self.source.METHOD} checkpoints: load the float "
+                f"checkpoint of this {type(model).__name__} and quantize it here"
+            )
         if self.source is not None:
             self.plans = self._place_empty_layers(model, _source_layers(model, self.source))
         elif packed is not None:

@@ -19,7 +19,7 @@ from packed_checkpoints import (
     random_codes,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import logits, make_llama
+from tiny_models import logits, make_lfm2_moe, make_llama
 from transformers import AutoModelForCausalLM
 
 from hf_fastpath import FastpathConfig, Unsupported, fastpath_report, register
@@ -164,3 +164,12 @@ def test_what_cannot_be_converted_is_refused_before_loading(
     write(tmp_path, load_file(tmp_path / "model.safetensors"), quantization)
     with pytest.raises(Unsupported, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_mixtures_of_experts_are_refused(name: str, tmp_path: Path) -> None:
+    make_lfm2_moe(torch.float16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": FORMATS[name]}))
+    with pytest.raises(Unsupported, match="experts of a mixture are not converted"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ASK)

@@ -9,7 +9,7 @@ import torch
 from tiny_models import make_lfm2, make_lfm2_moe
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
-from hf_fastpath import Int8KVCache, StaticKVCache, Unsupported, fastpath_report, patch_model, unpatch_model
+from hf_fastpath import Int8KVCache, StaticKVCache, Unsupported, fastpath_report, patch_model, register, unpatch_model
 from hf_fastpath.caches.conv_state import ConvStateLayer, LeftPadding
 from hf_fastpath.generation import CACHES
 from hf_fastpath.modules import ShortConv
@@ -142,6 +142,22 @@ def test_every_cache_has_the_states_beside_it(kv_cache: Any, padded: Any) -> Non
     assert cache.bytes_per_token > 0
 
 
+@pytest.mark.parametrize("make", [make_lfm2, make_lfm2_moe])
+@pytest.mark.parametrize("kv_cache", CACHES)
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}, {"prefill_chunk_size": 4}], ids=str)
+def test_caches_alone_on_an_unpatched_model(make: Any, kv_cache: Any, mode: dict[str, Any], padded: Any) -> None:
+    register()
+    attention = {"attn_implementation": "fastpath"} if kv_cache.value == "h2o" else {}
+    outputs = []
+    for options in ({"cache_implementation": f"fastpath_{kv_cache.value}"}, {}):
+        torch.manual_seed(0)
+        flags = {"max_new_tokens": 8, "do_sample": False} | mode | options
+        outputs.append(make(**attention).generate(**padded, **flags))
+    assert outputs[0].shape[0] == 3
+    if kv_cache.value == "static":
+        assert torch.equal(*outputs)
+
+
 def test_the_state_stays_where_it_is() -> None:
     model = patch_model(make_lfm2(), weights=None, kv_cache="static")
     cache = StaticKVCache(model.config)
@@ -235,5 +251,5 @@ def test_another_cache_and_gradients_are_transformers_own(prompt: torch.Tensor) 
 
 
 def test_a_model_of_convolutions_alone_is_refused() -> None:
-    with pytest.raises(Unsupported, match="needs full-attention layers"):
+    with pytest.raises(Unsupported, match="needs layers of full_attention"):
         StaticKVCache(make_lfm2(num_hidden_layers=1, layer_types=["conv"]).config)

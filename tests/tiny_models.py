@@ -118,6 +118,7 @@ def _like_llama(kind: type[PreTrainedModel], config: type[Any], **fixed: Any) ->
 FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": make_llama,
     "mistral": _like_llama(MistralForCausalLM, MistralConfig, sliding_window=None),
+    "mistral, window": _like_llama(MistralForCausalLM, MistralConfig, sliding_window=6),
     "qwen2": _like_llama(Qwen2ForCausalLM, Qwen2Config),
     "qwen3": _like_llama(Qwen3ForCausalLM, Qwen3Config),
     "gemma": _like_llama(GemmaForCausalLM, GemmaConfig),

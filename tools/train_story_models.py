@@ -59,7 +59,8 @@ language: en
 
 Their {stories:,} training stories ({tokens:,} tokens of a byte-level BPE of {vocabulary:,} entries, trained on the same
 stories) were sampled at temperature {temperature} from a Llama of 15M parameters that was trained on TinyStories (Eldan
-and Li, 2023). `held_out.txt` holds stories sampled in the same run that neither was trained on.
+and Li, 2023). `held_out.txt` holds {held_out} stories of the same run that neither was
+trained on, `<eos><bos>` between them.
 
 Licence: the weights, the tokenizer and `held_out.txt` are Apache-2.0, like the rest of the repository. They contain
 neither weights nor tokenizer entries of the model that was sampled from, nor text of a data set.
@@ -281,7 +282,8 @@ def main() -> None:
     held_out, stories = stories[: args.held_out], stories[args.held_out :]
     if not stories:
         raise SystemExit(f"only {len(held_out)} stories were sampled: give --sample-seconds more time")
-    (args.out / "held_out.txt").write_text("\n\n".join(held_out) + "\n", encoding="utf-8")
+    # With the tokens that stand between stories, so that tokenizing the file gives what the models are trained on.
+    (args.out / "held_out.txt").write_text("<eos><bos>".join(held_out) + "<eos>", encoding="utf-8")
     tokenizer = train_tokenizer(stories)
     ids, test_ids = (encode(tokenizer, part).to(args.device) for part in (stories, held_out))
     print(f"{len(stories):,} stories, {len(ids):,} tokens, sampled in {sampled:.0f} s", flush=True)
@@ -310,7 +312,8 @@ def main() -> None:
         print(tokenizer.decode(model.generate(prompt, max_new_tokens=120, do_sample=False)[0]), flush=True)
     columns = "| `{name}` | {parameters:,} | {tokens_read:,} | {steps:,} | {perplexity} |"
     rows = "\n".join(columns.format(name=name, **report[name]) for name, *_ in plans)
-    card = CARD.format(rows=rows, stories=len(stories), tokens=len(ids), vocabulary=VOCABULARY, temperature=TEMPERATURE)
+    sizes = {"stories": len(stories), "tokens": len(ids), "held_out": len(held_out)}
+    card = CARD.format(rows=rows, vocabulary=VOCABULARY, temperature=TEMPERATURE, **sizes)
     (args.out / "README.md").write_text(card, encoding="utf-8")
     (args.out / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

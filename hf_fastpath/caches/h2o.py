@@ -8,10 +8,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
 from hf_fastpath.config import KV_BUDGET, KV_SINKS, check_budget
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.ops import attn_decode_h2o, attn_prefill_h2o, kv_h2o_append
 from hf_fastpath.ops._append import ROTATED
 from hf_fastpath.ops._rotation import rotate
+from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
+from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
 from hf_fastpath.ops.kv_fp8_append import FP8
+from hf_fastpath.ops.kv_h2o_append import kv_h2o_append
 
 
 class H2OKVLayer(CompressedLayer):
@@ -92,9 +94,11 @@ class H2OKVLayer(CompressedLayer):
         (key, value), self._fresh = self._fresh, None
         tokens = key.shape[2]
         if tokens > 1 and self.fresh_prefill:
-            start, rule = self.length - tokens, (self.window, self.sinks)
+            start = self.length - tokens
             q, k = rotate(query), rotate(key)  # as the stored keys are
-            return attn_prefill_h2o(q, k, value, self.storage, mask, start, scaling, *rule, reference=self.reference)
+            return attn_prefill_h2o(
+                q, k, value, self.storage, mask, start, scaling, self.window, self.sinks, reference=self.reference
+            )
         out = []
         for i in range(tokens):
             row = None if mask is None else mask[:, i]
@@ -165,9 +169,8 @@ class H2OKVCache(CompressedCache):
     """
 
     layer_class = H2OKVLayer
-    layer_kinds = frozenset(
-        {"conv", "full_attention"}
-    )  # a window forgets by itself, and its mask would look like padding
+    # A window forgets by itself, and its mask would look like padding.
+    layer_kinds = frozenset({"conv", "full_attention"})
 
     def __init__(
         self,

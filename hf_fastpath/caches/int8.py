@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
-from hf_fastpath.ops import attn_decode_int8, kv_int8_append, kv_int8_dequantize
 from hf_fastpath.ops._append import ROTATED
 from hf_fastpath.ops._rotation import rotate
+from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
+from hf_fastpath.ops.kv_int8_append import kv_int8_append
+from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 
 
 class Int8KVLayer(CompressedLayer):

@@ -6,7 +6,7 @@ import torch
 
 from hf_fastpath.caches.base import FastCache, FastLayer
 from hf_fastpath.heuristics import kv_append_supports
-from hf_fastpath.ops import kv_static_append
+from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.runtime import why_no_kernels
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_fastpath.ops import WITHOUT_KERNEL, moe_router
+from hf_fastpath.ops._library import WITHOUT_KERNEL
+from hf_fastpath.ops.moe_router import moe_router
 
 
 class MoERouter(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_fastpath import packing
 from hf_fastpath.heuristics import MoEVariant, moe_variant
-from hf_fastpath.ops import moe_experts, w4a16_dequantize
-from hf_fastpath.ops.moe_experts import expert_by_expert
+from hf_fastpath.ops.moe_experts import expert_by_expert, moe_experts
+from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.quantize import GroupQuantized
 from hf_fastpath.runtime import require_device
 
@@ -56,6 +56,11 @@ class PackedStack(nn.Module):
             torch.empty(per_group, dtype=dtype, device="meta"),
             torch.empty(per_group, dtype=torch.uint8, device="meta") if zeros else None,
         )
+
+    @property
+    def count(self) -> int:
+        """How many weights there are."""
+        return self.qweight.shape[0]
 
     def expanded(self, expert: int, *, reference: bool) -> torch.Tensor:
         """One float weight ``(N, K)`` in the dtype of ``scales``."""
@@ -128,7 +133,7 @@ class PackedExperts(nn.Module):
         if self.gate_up.qweight.is_cuda and not self.reference:
             require_device(self.gate_up.qweight.device)
         gate_up, down = (
-            torch.stack([stack.expanded(expert, reference=self.reference) for expert in range(len(stack.qweight))])
+            torch.stack([stack.expanded(expert, reference=self.reference) for expert in range(stack.count)])
             for stack in (self.gate_up, self.down)
         )
         return gate_up, down

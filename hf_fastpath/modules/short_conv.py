@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from hf_fastpath.caches.conv_state import ConvStateLayer
-from hf_fastpath.ops import WITHOUT_KERNEL, short_conv_prefill, short_conv_step
+from hf_fastpath.ops._library import WITHOUT_KERNEL
+from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
+from hf_fastpath.ops.short_conv_step import short_conv_step
 
 
 class ShortConv(nn.Module):

@@ -8,7 +8,9 @@ from torch import nn
 from hf_fastpath import heuristics, packing
 from hf_fastpath.heuristics import W4A16Variant
 from hf_fastpath.modules.packed_linear import PackedLinear
-from hf_fastpath.ops import w4a16_dequantize, w4a16_gemm, w4a16_linear
+from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
+from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
+from hf_fastpath.ops.w4a16_linear import w4a16_linear
 from hf_fastpath.quantize import GroupQuantized
 from hf_fastpath.runtime import gpu_properties, require_device
 

@@ -9,7 +9,8 @@ from torch import nn
 from hf_fastpath import heuristics, packing, packing_int8
 from hf_fastpath.heuristics import W8A16Variant
 from hf_fastpath.modules.packed_linear import PackedLinear
-from hf_fastpath.ops import w8a16_dequantize, w8a16_linear
+from hf_fastpath.ops.w8a16_dequantize import w8a16_dequantize
+from hf_fastpath.ops.w8a16_linear import w8a16_linear
 from hf_fastpath.runtime import require_device
 
 
