@@ -59,7 +59,7 @@ class Step:
         new = y.view(2, 2, 2, 64)  # (B, K or V, H, D)
         self.append(new[:, 0].unsqueeze(2), new[:, 1].unsqueeze(2), 599)
         out = self.attend(y.view(2, 4, 64))
-        keys = kv_int8_dequantize(self.k_data, self.k_scale, 600, torch.bfloat16)
+        keys = kv_int8_dequantize(self.k_data, self.k_scale, slice(0, 600), torch.bfloat16)
         packed = (self.qweight, self.scales, None, None, self.norm_weight, 1e-5)
         fused = w4a16_linear_fused(self.x, *packed, y, 256, 128)
         activated = w4a16_swiglu(self.x, *packed, 128, 128)
