@@ -49,8 +49,8 @@ cudaError_t launch_finish_chunk(const KvNewTokens& p, Dtype dtype, int count_str
   return for_row_shape(p, dtype, [&](auto type, auto lanes, auto vector) {
     const int tile = kChunkThreads / lanes * kChunkRows;
     const dim3 grid(p.query.data ? (p.tokens + tile - 1) / tile : 1, p.kv_heads, p.batch);
-    return launch_kernel_early(finish_chunk_kernel<decltype(type), lanes, vector>, grid, kChunkThreads, 0, stream, p,
-                               count_stride);
+    return launch_kernel_early_if_possible(finish_chunk_kernel<decltype(type), lanes, vector>, grid, kChunkThreads,
+                                           stream, p, count_stride);
   });
 }
 

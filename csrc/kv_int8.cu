@@ -78,7 +78,7 @@ cudaError_t launch_dequantize(const KvDequantizeArgs& a, cudaStream_t stream) {
   const int64_t chunks = a.length * (a.dim / kPer);
   const dim3 grid(static_cast<unsigned>((chunks + kThreads - 1) / kThreads),
                   static_cast<unsigned>(std::min<int64_t>(a.pairs, 65535)));
-  return launch_kernel_early(kv_int8_dequantize_kernel<T, kPer>, grid, kThreads, 0, stream, a);
+  return launch_kernel_early_if_possible(kv_int8_dequantize_kernel<T, kPer>, grid, kThreads, stream, a);
 }
 
 template <typename T>

@@ -102,4 +102,12 @@ cudaError_t launch_kernel_early(void (*kernel)(Params...), dim3 grid, dim3 block
   return launch_kernel_in_clusters(kernel, grid, block, 1, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
+// launch_kernel_early() where the GPU has it, else a plain launch, after which there is nothing to wait for.
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel_early_if_possible(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                                            Args&&... args) {
+  if (has_early_launch()) return launch_kernel_early(kernel, grid, block, 0, stream, std::forward<Args>(args)...);
+  return launch_kernel(kernel, grid, block, stream, std::forward<Args>(args)...);
+}
+
 }  // namespace hf_fastpath

@@ -148,7 +148,7 @@ cudaError_t launch_append_groups(const KvNewTokens& p, const KvGroupedStorage& s
     using T = decltype(type);
     const int groups = std::max((p.tokens + s.group - 1) / s.group, 1), threads = s.group / kTokensPerLane * lanes;
     const dim3 grid(groups, few ? p.kv_heads : 2 * p.kv_heads, p.batch);
-    return launch_kernel_early(append_groups_kernel<F, T, lanes, vector>, grid, threads, 0, stream, p, s, few);
+    return launch_kernel_early_if_possible(append_groups_kernel<F, T, lanes, vector>, grid, threads, stream, p, s, few);
   });
   return error != cudaSuccess || few ? error : launch_finish_chunk(p, dtype, 1, stream);
 }

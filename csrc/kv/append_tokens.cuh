@@ -106,8 +106,8 @@ cudaError_t launch_append_few(const KvNewTokens& p, const typename F::Storage& s
   return for_row_shape(p, dtype, [&](auto type, auto lanes, auto vector) {
     const int rows = p.tokens * (2 + (p.query.data ? p.heads / p.kv_heads : 0));
     const int threads = std::clamp((rows * lanes + 31) / 32 * 32, least_threads, 512);
-    return launch_kernel_early(append_few_kernel<F, decltype(type), lanes, vector>, dim3(p.kv_heads, p.batch), threads,
-                               0, stream, p, s);
+    return launch_kernel_early_if_possible(append_few_kernel<F, decltype(type), lanes, vector>,
+                                           dim3(p.kv_heads, p.batch), threads, stream, p, s);
   });
 }
 
@@ -117,8 +117,8 @@ cudaError_t launch_append_tokens(const KvNewTokens& p, const typename F::Storage
   const cudaError_t error = for_row_shape(p, dtype, [&](auto type, auto lanes, auto vector) {
     const int tile = kChunkThreads / lanes * kChunkRows;
     const dim3 grid((p.tokens + tile - 1) / tile, p.kv_heads, p.batch);
-    return launch_kernel_early(append_chunk_kernel<F, decltype(type), lanes, vector>, grid, kChunkThreads, 0, stream, p,
-                               s);
+    return launch_kernel_early_if_possible(append_chunk_kernel<F, decltype(type), lanes, vector>, grid, kChunkThreads,
+                                           stream, p, s);
   });
   return error != cudaSuccess ? error : launch_finish_chunk(p, dtype, F::kCountStride, stream);
 }

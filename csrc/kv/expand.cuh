@@ -69,7 +69,7 @@ cudaError_t launch_expand(Kernel* kernel, const KvExpandArgs& p, int tokens, cud
   const int64_t pairs = std::min<int64_t>(p.pairs, 65535);
   const dim3 grid(static_cast<unsigned>((threads + kExpandThreads - 1) / kExpandThreads), static_cast<unsigned>(pairs),
                   static_cast<unsigned>((p.pairs + pairs - 1) / pairs));
-  return launch_kernel_early(kernel, grid, kExpandThreads, 0, stream, p);
+  return launch_kernel_early_if_possible(kernel, grid, kExpandThreads, stream, p);
 }
 
 }  // namespace hf_fastpath::kv
