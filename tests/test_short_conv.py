@@ -235,5 +235,5 @@ def test_another_cache_and_gradients_are_transformers_own(prompt: torch.Tensor) 
 
 
 def test_a_model_of_convolutions_alone_is_refused() -> None:
-    with pytest.raises(Unsupported, match="needs full-attention layers"):
+    with pytest.raises(Unsupported, match="needs layers of full_attention"):
         StaticKVCache(make_lfm2(num_hidden_layers=1, layer_types=["conv"]).config)
