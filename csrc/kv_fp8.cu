@@ -30,7 +30,8 @@ struct Fp8 {
     largest = warp_max_nan(largest);
     if (threadIdx.x % 32 == 0) shared.largest[threadIdx.x / 32] = largest;
     __syncthreads();
-    for (int warp = 0; warp < blockDim.x / 32; ++warp) largest = max_nan(largest, shared.largest[warp]);
+#pragma unroll
+    for (float of_warp : shared.largest) largest = max_nan(largest, of_warp);  // a group of 64 tokens has all warps
     const float scale = power_of_two_scale(largest, -126, 127);
     const KvQuantizedSide& target = s.quantized[side];
     if (threadIdx.x == 0) {

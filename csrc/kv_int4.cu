@@ -61,6 +61,7 @@ struct Int4 {
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int other = 0; other < blockDim.x / 32; ++other) {
 #pragma unroll
       for (int c = 0; c < kOctet; ++c) {

@@ -83,14 +83,14 @@ def _attend_with_mask(
         part = slice(begin, min(begin + rows, tokens))
         number = torch.arange(start + part.start, start + part.stop, device=query.device)
         visible = visible_tokens(held[:, :differing], number, mask, part)  # (B, 1 or H_kv, part, n)
+        if differing > 1:
+            visible = visible.repeat_interleave(group, 1)
         # The kernel wants a bias's rows aligned to 16 bytes, and minus infinity in a whole row makes it NaN.
         bias = query.new_full((*visible.shape[:3], ceil_div(length, 8) * 8), lowest)[..., :length]
-        bias.masked_fill_(visible, 0.0)
-        bias = bias.expand(-1, heads, -1, -1) if differing == 1 else bias.repeat_interleave(group, 1)
+        bias = bias.masked_fill_(visible, 0.0).expand(-1, heads, -1, -1)
         attend_by_bias = torch.ops.aten._scaled_dot_product_efficient_attention
         got, sums = attend_by_bias(query[:, :, part], keys, values, bias, True, scale=scaling)[:2]
-        nothing = ~visible.any(-1)
-        nothing = nothing.expand(-1, heads, -1) if differing == 1 else nothing.repeat_interleave(group, 1)
+        nothing = ~visible.any(-1)  # (B, 1 or H, part)
         out[:, :, part] = got.masked_fill(nothing.unsqueeze(-1), 0.0)
         lse[:, :, part] = sums[..., : len(number)].masked_fill(nothing, float("-inf"))  # the kernel pads it
     return out, lse
