@@ -1,14 +1,12 @@
-"""Times the GPU ops against what torch has: ``python -m hf_fastpath.eval.bench_ops --out FILE``.
+"""Times the int4 products on a GPU against what torch has: ``python -m hf_fastpath.eval.bench_ops --out FILE``.
 
 Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays
 it, and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
 
-op            linear, gemm or attn_decode
+op            linear (few rows) or gemm
 impl          linear: hf_fastpath_int4, tinygemm_int4, cublas_bf16; gemm: each variant of w4a16_gemm that the GPU runs,
-              dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16; attn_decode:
-              hf_fastpath_static, _int8, _fp8, _int4, sdpa_bf16
-m, k, n       rows of x, in and out features (linear, gemm)
-batch, tokens, heads, kv_heads, dim (attn_decode)
+              dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16
+m, k, n       rows of x, in and out features
 bytes         what one call must move: each input read once, each output written once
 us_p20, us_p50, us_p80   microseconds a call, over the replays
 gb_s          bytes over us_p50
@@ -32,16 +30,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_fastpath import ops
 from hf_fastpath.build import load_library
 from hf_fastpath.eval.sizes import parse_rows, parse_shapes
 from hf_fastpath.heuristics import w4a16_gemm_runs_on
 from hf_fastpath.ops import w4a16_dequantize, w4a16_gemm, w4a16_linear
-from hf_fastpath.ops.kv_int4_append import value_groups
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
 
 COLUMNS = (
-    *("op", "impl", "m", "k", "n", "batch", "tokens", "heads", "kv_heads", "dim", "bytes"),
+    *("op", "impl", "m", "k", "n", "bytes"),
     *("us_p20", "us_p50", "us_p80", "gb_s", "limit_us", "copy_gb_s", "gpu", "torch", "commit"),
 )
 LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
@@ -57,8 +53,6 @@ LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
 LINEAR_ROWS = (1, 16)
 GEMM_ROWS = (32, 64, 128, 512, 2048, 8192)
 GROUP = 128
-HEADS, KV_HEADS, DIM = 32, 8, 128
-KV_GROUP, SINKS = 64, 4  # of fp8 and int4
 ROTATE_BYTES = 300_000_000  # five times the L2 of an H200
 REPLAYS = 60
 
@@ -186,60 +180,7 @@ def gemm_rows(wanted: Wanted) -> Iterator[Row]:
                 yield result("gemm", impl, {"m": m, "k": k, "n": n}, moved + 2 * m * (k + n), partial(make, x, k, n))
 
 
-def kv_storage(form: str, batch: int, tokens: int) -> list[torch.Tensor]:
-    """Random storage of a cache format, as hf_fastpath/caches/ describe it, all of its tokens stored."""
-    shape, groups = (batch, KV_HEADS, tokens), (batch, KV_HEADS, tokens // KV_GROUP)
-
-    def side(values: bool) -> list[torch.Tensor]:
-        tail = bf16(batch, KV_HEADS, KV_GROUP, DIM)
-        if form == "static":
-            return [bf16(*shape, DIM)]
-        if form == "int8":
-            codes = torch.randint(-127, 128, (*shape, DIM), dtype=torch.int8, device="cuda")
-            return [codes, torch.rand(shape, device="cuda").half() / 64]
-        if form == "fp8":
-            return [(40 * bf16(*shape, DIM)).to(torch.float8_e4m3fn), torch.full(groups, 2.0**-6, device="cuda"), tail]
-        codes = torch.randint(0, 256, (*shape, DIM // 2), dtype=torch.uint8, device="cuda")
-        each = (value_groups(DIM), KV_GROUP) if values else (DIM,)
-        params = torch.rand(*groups, 2, *each, device="cuda").half() / 8
-        if values:
-            codes = codes.view(batch, KV_HEADS, tokens // 8, DIM, 4)
-        return [codes, params, tail, bf16(batch, KV_HEADS, SINKS, DIM)]
-
-    lengths = torch.full((batch, KV_HEADS), tokens, dtype=torch.int32, device="cuda")
-    return [*side(False), *side(True), lengths]
-
-
-def kv_attention_call(form: str, query: torch.Tensor, batch: int, tokens: int) -> Call:
-    storage, op = kv_storage(form, batch, tokens), getattr(ops, f"attn_decode_{form}")
-    return lambda: op(query, storage, None, DIM**-0.5)
-
-
-def sdpa_call(query: torch.Tensor, batch: int, tokens: int) -> Call:
-    k, v = bf16(batch, KV_HEADS, tokens, DIM), bf16(batch, KV_HEADS, tokens, DIM)
-    q = query.unsqueeze(2)
-    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def attention_rows(wanted: Wanted) -> Iterator[Row]:
-    impls: dict[str, tuple[float, Callable[..., Call]]] = {  # bytes of a token's key and value
-        "hf_fastpath_static": (4 * DIM, partial(kv_attention_call, "static")),
-        "hf_fastpath_int8": (2 * (DIM + 2), partial(kv_attention_call, "int8")),
-        "hf_fastpath_fp8": (2 * (DIM + 4 / KV_GROUP), partial(kv_attention_call, "fp8")),
-        "hf_fastpath_int4": (DIM + 4 * DIM / KV_GROUP + 4 * value_groups(DIM), partial(kv_attention_call, "int4")),
-        "sdpa_bf16": (4 * DIM, sdpa_call),
-    }
-    for batch in (1, 8):
-        for tokens in (1024, 4096, 32768):
-            query = bf16(batch, HEADS, DIM)
-            size = {"batch": batch, "tokens": tokens, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
-            for impl, (token_bytes, make) in impls.items():
-                if wanted.has(impl):
-                    moved = round(batch * KV_HEADS * tokens * token_bytes) + 4 * batch * HEADS * DIM
-                    yield result("attn_decode", impl, size, moved, partial(make, query, batch, tokens))
-
-
-PARTS = {"linear": linear_rows, "gemm": gemm_rows, "attn_decode": attention_rows}
+PARTS = {"linear": linear_rows, "gemm": gemm_rows}
 
 
 def copy_rate() -> float:
@@ -294,7 +235,7 @@ def main() -> None:
                 row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
                 row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
                 writer.writerow(row | machine)
-                size = " ".join(f"{name}={row[name]}" for name in COLUMNS[2:8] if name in row)
+                size = " ".join(f"{name}={row[name]}" for name in COLUMNS[2:5] if name in row)
                 print(f"{row['impl']:40} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
 
 

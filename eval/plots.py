@@ -41,3 +41,35 @@ def bandwidth_over_rows(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def attention_over_tokens(rows: list[dict[str, Any]], path: Path) -> None:
+    """The time of decode attention over the tokens in the cache, one panel a batch size, one line a format.
+
+    Args:
+        rows: of ``hf_fastpath.eval.bench_attention``.
+        path: PNG, SVG or PDF, by its ending.
+    """
+    batches = list(dict.fromkeys(int(row["batch"]) for row in rows))
+    figure, axes = plt.subplots(1, len(batches), figsize=(4.6 * len(batches), 3.6), squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        chosen = [row for row in rows if int(row["batch"]) == batch]
+        for impl in dict.fromkeys(row["impl"] for row in chosen):
+            line = [(int(row["tokens"]), float(row["us_p50"])) for row in chosen if row["impl"] == impl]
+            style = {"color": "black", "linestyle": "--"} if impl == "sdpa" else {}
+            axis.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=impl, **style)
+        tokens = sorted({int(row["tokens"]) for row in chosen})
+        axis.set(title=f"{batch} row" + ("s" if batch > 1 else ""), xlabel="tokens in the cache")
+        axis.set(xscale="log", yscale="log")
+        axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set(ylabel="microseconds a layer")
+    axes[0][-1].legend(fontsize="small")
+    first = rows[0]
+    heads = f"{first['heads']}/{first['kv_heads']} heads of {first['dim']}"
+    figure.suptitle(f"{first['device']}, torch {first['torch']}, {heads}, {first['dtype']}", fontsize="small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -229,6 +229,29 @@ def bench_gemm(
     job.run(sizes, pick_device(device), Console(), out, plot)
 
 
+@bench.command("attention")
+def bench_attention(
+    tokens: Annotated[str, typer.Option("--tokens", help="Tokens in the cache, as in 1024,32768.")] = "1024,4096,32768",
+    batches: Annotated[str, typer.Option("--batches", help="Rows, as in 1,8.")] = "1,8",
+    heads: Annotated[int, typer.Option("--heads", help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", help="Heads of keys and values.")] = 8,
+    dim: Annotated[int, typer.Option("--dim", help="Channels of a head.")] = 128,
+    kv_budget: KVBudget = KV_BUDGET,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    out: Annotated[Path | None, typer.Option("--out", help="Also write a CSV file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw a PNG, SVG or PDF.")] = None,
+) -> None:
+    """Attention of one new token over every cache format, against torch's over 16 bits."""
+    from hf_fastpath.eval import bench_attention as job
+    from hf_fastpath.eval.loading import pick_device, pick_dtype
+    from hf_fastpath.eval.sizes import parse_rows
+
+    counts = parse_rows(batches), parse_rows(tokens)
+    sizes = job.Sizes(*counts, heads, kv_heads, dim, pick_dtype(dtype), kv_budget)
+    job.run(sizes, pick_device(device), Console(), out, plot)
+
+
 @bench.command("plot")
 def bench_plot(
     numbers: Annotated[Path, typer.Argument(help="A CSV file of `bench gemm --out`.")],
