@@ -241,7 +241,7 @@ cudaError_t run_grid(dim3 grid, dim3 block, unsigned cluster, void (*run_thread)
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || !threads || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
-  if (!cluster || cluster > 16 || grid.x % cluster) return cudaErrorInvalidConfiguration;
+  if (!cluster || cluster > 8 || grid.x % cluster) return cudaErrorInvalidConfiguration;
   if (cluster > 1 && threads % kWarpSize) return cudaErrorNotSupported;  // warps must not span CTAs
   gridDim = grid;
   blockDim = block;
