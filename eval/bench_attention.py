@@ -16,7 +16,6 @@ device, torch, commit
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hf_fastpath import info, ops
+from hf_fastpath import ops
 from hf_fastpath.caches import CompressedLayer, FastLayer
 from hf_fastpath.config import KV_BUDGET, KVFormat
 from hf_fastpath.eval import bench_gemm, bench_ops
@@ -148,14 +147,13 @@ def measure(sizes: Sizes, device: torch.device, step: Callable[[], None] = lambd
         Unsupported: the kernels cannot run on this GPU.
     """
     require_device(device)
-    rotate = bench_ops.ROTATE_BYTES if device.type == "cuda" else bench_gemm._CPU_ROTATE_BYTES
     for batch in sizes.batches:
         for tokens in sizes.tokens:
             for impl in (SDPA, *FORMATS):
                 if why_not(impl, sizes, device):
                     continue
                 moved, make = implementation(impl, batch, tokens, sizes, device)
-                calls = [make() for _ in range(max(2, math.ceil(rotate / moved)))]
+                calls = [make() for _ in range(max(2, math.ceil(bench_gemm.rotate_bytes(device) / moved)))]
                 timing = bench_ops.percentiles(bench_gemm.microseconds(calls, device))
                 timing["gb_s"] = round(moved / timing["us_p50"] / 1000, 1)
                 yield {
@@ -199,21 +197,8 @@ def run(
         rate = bench_gemm.copy_rate(device)
         for row in measure(sizes, device, lambda: progress.advance(task)):
             rows.append(row)
-    machine = {
-        "copy_gb_s": round(rate, 1),
-        "device": info.device_name(device),
-        "torch": torch.__version__,
-        "commit": bench_ops.commit_of(Path(__file__).parent),
-    }
     console.print(table(rows))
-    console.print(f"{machine['device']}, torch {torch.__version__}; a large copy runs at {rate:,.0f} GB/s here")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(row | machine for row in rows)
-        console.print(f"Numbers: {out}")
+    rows = bench_gemm.report(rows, COLUMNS, rate, device, console, out)
     if plot:
-        plots.attention_over_tokens([row | machine for row in rows], plot)
+        plots.attention_over_tokens(rows, plot)
         console.print(f"Plot: {plot}")

@@ -128,6 +128,11 @@ def microseconds(calls: list[Call], device: torch.device) -> list[float]:
     return times
 
 
+def rotate_bytes(device: torch.device) -> int:
+    """How much the calls of one measurement read, so that none finds its weights in a cache."""
+    return bench_ops.ROTATE_BYTES if device.type == "cuda" else _CPU_ROTATE_BYTES
+
+
 def copy_rate(device: torch.device) -> float:
     """GB/s of a large copy, bytes read plus bytes written."""
     if device.type == "cuda":
@@ -144,13 +149,12 @@ def measure(sizes: Sizes, device: torch.device, step: Callable[[], None] = lambd
         Unsupported: the kernels cannot run on this GPU.
     """
     require_device(device)
-    rotate = bench_ops.ROTATE_BYTES if device.type == "cuda" else _CPU_ROTATE_BYTES
     for k, n in sizes.shapes:
         for m in sizes.rows:
             x = torch.randn(m, k, device=device).to(sizes.dtype)
             for impl, weight_bytes, make in implementations(x, n, sizes):
                 moved = weight_bytes + 2 * m * (k + n)
-                calls = [make() for _ in range(max(2, math.ceil(rotate / moved)))]
+                calls = [make() for _ in range(max(2, math.ceil(rotate_bytes(device) / moved)))]
                 timing = bench_ops.percentiles(microseconds(calls, device))
                 variant = _chosen(device, m) if impl == OURS else ""
                 size = {"m": m, "k": k, "n": n, "group_size": sizes.group_size, "dtype": str(sizes.dtype)[6:]}
@@ -184,7 +188,7 @@ def _against(row: Row | None, ours: Row) -> str:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Rows that :func:`write_csv` wrote.
+    """Rows that :func:`report` wrote.
 
     Raises:
         ValueError: it is no such file.
@@ -210,25 +214,30 @@ def run(
         rate = copy_rate(device)
         for row in measure(sizes, device, lambda: progress.advance(task)):
             rows.append(row)
+    console.print(table(rows, rate))
+    rows = report(rows, COLUMNS, rate, device, console, out)
+    if plot:
+        plots.bandwidth_over_rows(rows, plot)
+        console.print(f"Plot: {plot}")
+
+
+def report(
+    rows: list[Row], columns: tuple[str, ...], rate: float, device: torch.device, console: Console, out: Path | None
+) -> list[Row]:
+    """The rows with the machine's columns, which are printed too; written to ``out`` where that is given."""
     machine = {
         "copy_gb_s": round(rate, 1),
         "device": info.device_name(device),
         "torch": torch.__version__,
         "commit": bench_ops.commit_of(Path(__file__).parent),
     }
-    console.print(table(rows, rate))
     console.print(f"{machine['device']}, torch {torch.__version__}; a large copy runs at {rate:,.0f} GB/s here")
+    rows = [row | machine for row in rows]
     if out:
-        write_csv(out, [row | machine for row in rows])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
         console.print(f"Numbers: {out}")
-    if plot:
-        plots.bandwidth_over_rows([row | machine for row in rows], plot)
-        console.print(f"Plot: {plot}")
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    return rows

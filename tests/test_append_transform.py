@@ -11,7 +11,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, StaticKVCache, ops
 from hf_fastpath.ops import QKTransform
-from hf_fastpath.ops._append import rms_norm, rope, transformed
+from hf_fastpath.ops._append import rope, transformed
+from hf_fastpath.ops._rms_norm import rms_norm
 from hf_fastpath.ops._rotation import rotate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, ops, packing, packing_int8
 from hf_fastpath.ops import _attention
+from hf_fastpath.ops._rms_norm import rms_norm
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8_reference
 from hf_fastpath.ops.kv_int8_append import quantize_int8
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
-from hf_fastpath.ops.w4a16_linear_fused import rms_norm
 from hf_fastpath.ops.w8a16_linear import w8a16_linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

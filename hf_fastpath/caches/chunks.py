@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from hf_fastpath.ops._attention import bias_of
 from hf_fastpath.packing import ceil_div
 
 # Keys and values of a tile in full precision; long enough for the kernels to be as fast as over all tokens.
@@ -109,7 +110,7 @@ def _torch_kernel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over one tile, ``(B, H_kv, n, D)``, and its LSE, float32 ``(B, H_kv, n)``, minus infinity where nothing
     is visible, for queries ``(B, H_kv, n, D)`` and a mask, bool ``(B or 1, 1, n, tokens)``."""
-    bias = None if mask is None else _bias(mask, query)
+    bias = None if mask is None else bias_of(mask, query)
     if query.device.type == "cpu":
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = attend(query, keys, values, attn_mask=bias, scale=scaling)
@@ -121,15 +122,6 @@ def _torch_kernel(
         out, lse = attend(query, keys, values, bias, True, scale=scaling)[:2]
         lse = lse[..., : query.shape[2]]  # the kernel pads it
     return out, lse if mask is None else lse.masked_fill(~mask.any(-1), float("-inf"))
-
-
-def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The mask as what is added to the scores: kernels want its rows aligned to 16 bytes, and would make minus infinity
-    in a whole row NaN."""
-    tokens = mask.shape[3]
-    lowest = torch.finfo(query.dtype).min
-    bias = query.new_full((*mask.shape[:3], ceil_div(tokens, 8) * 8), lowest)[..., :tokens]
-    return bias.masked_fill_(mask, 0.0).expand(query.shape[0], query.shape[1], -1, -1)
 
 
 def _plain(

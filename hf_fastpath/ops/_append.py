@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_fastpath.ops import _library
+from hf_fastpath.ops._rms_norm import rms_norm
 from hf_fastpath.ops._rotation import rotate
 
 ARGUMENTS = (
@@ -44,12 +45,6 @@ class QKTransform:
 
 NOTHING = QKTransform()
 ROTATED = QKTransform(rotate=True)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As transformers' LlamaRMSNorm: in float32, rounded to x's dtype, times the weight, rounded."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_fastpath.packing import ceil_div
+
 # Expanded at a time: 1,024 tokens of a head stay in a core's L2 cache.
 TILE_TOKENS = 1024
 
@@ -152,3 +154,12 @@ def _visible(mask: torch.Tensor | None, length: int, window: int, device: torch.
         inside = torch.arange(length, device=device) >= length - window
         seen = inside[None, None, None] if seen is None else seen & inside
     return seen
+
+
+def bias_of(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A mask, bool ``(B or 1, H or 1, q, n)``, as what torch's attention kernels add to the scores of queries ``(B, H,
+    ., D)``, in their dtype: rows are aligned to 16 bytes, as the kernels want them, and hidden tokens get the lowest
+    number, since minus infinity in a whole row would make it NaN."""
+    tokens = mask.shape[3]
+    bias = query.new_full((*mask.shape[:3], ceil_div(tokens, 8) * 8), torch.finfo(query.dtype).min)[..., :tokens]
+    return bias.masked_fill_(mask, 0.0).expand(query.shape[0], query.shape[1], -1, -1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
+from hf_fastpath.ops._attention import bias_of
 from hf_fastpath.ops._slots import Slots, visible_tokens
 from hf_fastpath.ops.attn_received import attn_received
-from hf_fastpath.packing import ceil_div
 
 # A bias, which is what the kernels take for a mask: so many bytes of it at a time.
 TILE_BYTES = 64 * 2**20
@@ -78,16 +78,13 @@ def _attend_with_mask(
     rows = max(TILE_BYTES // (batch * differing * group * length * query.element_size()), 16)
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-    lowest = torch.finfo(query.dtype).min
     for begin in range(0, tokens, rows):
         part = slice(begin, min(begin + rows, tokens))
         number = torch.arange(start + part.start, start + part.stop, device=query.device)
         visible = visible_tokens(held[:, :differing], number, mask, part)  # (B, 1 or H_kv, part, n)
         if differing > 1:
             visible = visible.repeat_interleave(group, 1)
-        # The kernel wants a bias's rows aligned to 16 bytes, and minus infinity in a whole row makes it NaN.
-        bias = query.new_full((*visible.shape[:3], ceil_div(length, 8) * 8), lowest)[..., :length]
-        bias = bias.masked_fill_(visible, 0.0).expand(-1, heads, -1, -1)
+        bias = bias_of(visible, query)
         attend_by_bias = torch.ops.aten._scaled_dot_product_efficient_attention
         got, sums = attend_by_bias(query[:, :, part], keys, values, bias, True, scale=scaling)[:2]
         nothing = ~visible.any(-1)  # (B, 1 or H, part)

@@ -6,21 +6,12 @@ import torch
 
 from hf_fastpath import packing
 from hf_fastpath.ops import _library
+from hf_fastpath.ops._rms_norm import rms_norm
 
 SCHEMA = (
     "w4a16_linear_fused(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? norm_weight, "
     "float eps, Tensor? residual, int out_features, int group_size) -> Tensor"
 )
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last dimension, rounding where transformers' LlamaRMSNorm does.
-
-    Normalized in float32, rounded to ``x.dtype``, multiplied by the weight in that dtype (Zhang and Sennrich, 2019).
-    """
-    wide = x.float()
-    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normalized.to(x.dtype)
 
 
 def normalized_product(
