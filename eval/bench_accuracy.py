@@ -3,6 +3,7 @@
 Columns of the CSV, one row a configuration of the demo's model (or ``--model``):
 
 model, scale_search, group_size, zero_points   how its weights were quantized; the KV cache is int8
+                     scale_search "hqq": not ours, the weights that the package hqq keeps in 4 bits (peers.py)
 calibration          the text given with --calibration, for scale_search="output"; empty: the model wrote its own
 bits_per_weight      of the quantized layers, scales and zero points included
 patch_s              seconds patch_model took
@@ -30,6 +31,7 @@ from hf_fastpath.config import ScaleSearch
 from hf_fastpath.eval import compare, demo
 from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.loading import Loaded
+from hf_fastpath.eval.peers import round_with_hqq
 from hf_fastpath.eval.perplexity import Divergence, Perplexity
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.modules.packed_experts import PackedStack
@@ -40,6 +42,7 @@ COLUMNS = (
     *("tokens", "dtype", "device", "torch", "transformers", "commit"),
 )
 SEARCHES = ("absmax", "mse", "activation", "output")
+HQQ = "hqq"
 GROUPS = (128, 64)
 
 Row = dict[str, Any]
@@ -61,16 +64,21 @@ def bits_per_weight(model: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to quantize, and the text it is calibrated on, if any."""
+    """One way to quantize, and the text it is calibrated on, if any; or HQQ's."""
 
     config: FastpathConfig
     calibration: Path | None = None
+    hqq: bool = False
 
 
-def variants(base: FastpathConfig, calibration: Path | None) -> Iterator[Variant | None]:
-    """None for the stock model, then every search at every size; last ``base`` on the calibration text."""
+def variants(base: FastpathConfig, calibration: Path | None, only: str | None = None) -> Iterator[Variant | None]:
+    """None for the stock model, then every search at every size, and ``base`` on the calibration text; or only one
+    search, or ``"hqq"``, which nothing else brings."""
     yield None
-    for search, group, zeros in itertools.product(SEARCHES, GROUPS, (False, True)):
+    if only == HQQ:
+        yield from (Variant(dataclasses.replace(base, group_size=group), hqq=True) for group in GROUPS)
+        return
+    for search, group, zeros in itertools.product([only] if only else SEARCHES, GROUPS, (False, True)):
         yield Variant(dataclasses.replace(base, scale_search=search, group_size=group, zero_points=zeros))  # type: ignore[arg-type]
     if calibration:
         yield Variant(base.with_search(ScaleSearch.OUTPUT), calibration)
@@ -81,22 +89,27 @@ def quantize(loaded: Loaded, variant: Variant) -> Row:
     config = variant.config
     tokens = demo.read_calibration(loaded, config, variant.calibration)
     start = time.perf_counter()
-    patch_model(loaded.model, config, calibration=tokens)
+    if variant.hqq:
+        bits = round_with_hqq(loaded.model, config.group_size)
+        patch_model(loaded.model, dataclasses.replace(config, weights=None))
+    else:
+        patch_model(loaded.model, config, calibration=tokens)
+        bits = bits_per_weight(loaded.model)
     return {
-        "scale_search": config.scale_search.value,
+        "scale_search": HQQ if variant.hqq else config.scale_search.value,
         "calibration": variant.calibration.name if variant.calibration else None,
         "group_size": config.group_size,
         "zero_points": config.zero_points,
         "patch_s": round(time.perf_counter() - start, 1),
-        "bits_per_weight": round(bits_per_weight(loaded.model), 3),
+        "bits_per_weight": round(bits, 3),
     }
 
 
-def rows(request: demo.Request, console: Console) -> Iterator[Row]:
+def rows(request: demo.Request, console: Console, only: str | None = None) -> Iterator[Row]:
     """One row a configuration, without the machine's columns."""
     stock: Perplexity | None = None
     divergence = Divergence()
-    for variant in variants(request.config, request.calibration):
+    for variant in variants(request.config, request.calibration, only):
         loaded = demo.load_with_status(request.model, request.device, request.dtype, console)
         settings = demo.perplexity_settings(loaded, request)
         row = {"model": loaded.name} | (quantize(loaded, variant) if variant else {})
@@ -120,6 +133,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
     parser.add_argument("--model", help="a local folder or a hub id (default: the demo's model)")
     parser.add_argument("--calibration", type=Path, help="a UTF-8 text; adds a row calibrated on it")
+    parser.add_argument(
+        "--only", choices=(*SEARCHES, HQQ), help='one search (default: all of ours); "hqq" needs that package'
+    )
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
     console = Console()
@@ -136,7 +152,7 @@ def main() -> None:
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for row in rows(request, console):
+        for row in rows(request, console, arguments.only):
             writer.writerow(row | machine)
             file.flush()
             console.print({name: row.get(name) for name in COLUMNS[1:12]})

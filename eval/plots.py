@@ -12,6 +12,7 @@ except ImportError as error:
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 _TITLES = {"hf_fastpath_int4": "hf_fastpath int4", "tinygemm_int4": "tinygemm int4", "torch_16bit": "torch 16-bit"}
 
@@ -63,6 +64,8 @@ def attention_over_tokens(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", yscale="log")
         axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set(ylabel="microseconds a layer")
     axes[0][-1].legend(fontsize="small")
