@@ -2,7 +2,7 @@
 //
 // A result is a part: for each head the maximum of its scores, the sum of its weights and their sum of values, both
 // relative to the maximum. Parts are added in a fixed order: a CTA's warps one after the other, then its CTAs: every
-// 16th one after the other, and the 16 sums by halves, where a CTA that does not exist counts as nothing.
+// 4th one after the other, and the 4 sums by halves, where a CTA that does not exist counts as nothing.
 #pragma once
 
 #include "softmax.cuh"
@@ -125,53 +125,58 @@ __device__ __forceinline__ void add_warp_parts(const Params& p, int64_t first_he
   }
 }
 
-// Sums over the 16 lanes of half a warp, the same in all.
-__device__ __forceinline__ float sum_of_16(float v) {
+// Adds the parts of all `splits` CTAs and stores the heads from `first_head` (of the whole batch) on. A warp does
+// kCombineQuads neighbouring quads of channels; of the lanes of a quad each adds every kCombineLanes-th part.
+constexpr int kCombineLanes = 4, kCombineQuads = 32 / kCombineLanes, kCombineThreads = 128;
+constexpr int kQuadsPerCombineCta = kCombineQuads * kCombineThreads / 32;
+
+// Over the lanes of a quad, the same in all.
+template <typename Op>
+__device__ __forceinline__ float over_quad(float v, Op op) {
 #pragma unroll
-  for (int offset = 8; offset; offset /= 2) v += __shfl_xor_sync(kFullWarp, v, offset);
+  for (int offset = kCombineQuads; offset < 32; offset *= 2) v = op(v, __shfl_xor_sync(kFullWarp, v, offset));
   return v;
 }
 
-// Adds the parts of all `splits` CTAs and stores the heads from `first_head` (of the whole batch) on. This CTA does
-// every ctas-th of the quads of channels, from number `rank` on; lanes 0 .. 15 and 16 .. 31 of a warp take one each.
 template <typename F>
 __device__ __forceinline__ void add_cta_parts(const Params& p, int64_t first_head, int head_count,
-                                              const CtaPart<F::kPadded>* parts, int splits, int rank, int ctas,
-                                              int threads) {
-  constexpr int kLanes = 16, kEach = kMaxSplits / kLanes;
-  const int lane = threadIdx.x % kLanes, quads = F::quads(p.a), all = head_count * quads;
-  for (int first = rank; first < all; first += threads / kLanes * ctas) {
-    const int number = first + static_cast<int>(threadIdx.x) / kLanes * ctas;
-    const bool there = number < all;
-    const int head = there ? number / quads : 0, quad = there ? number % quads : 0;
-    float2 s[kEach];
-    float4 v[kEach];
+                                              const CtaPart<F::kPadded>* parts, int splits) {
+  constexpr int kEach = kMaxSplits / kCombineLanes;
+  const int lane = threadIdx.x % 32, quads = F::quads(p.a);
+  const int number =
+      static_cast<int>(blockIdx.x * (kCombineThreads / 32) + threadIdx.x / 32) * kCombineQuads + lane % kCombineQuads;
+  const bool there = number < head_count * quads;
+  const int head = there ? number / quads : 0, quad = there ? number % quads : 0;
+  float2 s[kEach];
+  float4 v[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int split = lane + i * kLanes;
-      s[i] = make_float2(kMinusInfinity, 0.0f), v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (split < splits) s[i] = parts[split].statistics[head], v[i] = parts[split].out[head][quad];
-    }
-    const float sink = sink_of(p, first_head + head);
-    float largest = sink;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) largest = fmaxf(largest, s[i].x);
-#pragma unroll
-    for (int offset = kLanes / 2; offset; offset /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, offset));
-    }
-    float sum = 0.0f, out[4] = {};
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const float factor = part_factor(s[i].x, largest);
-      sum += s[i].y * factor;
-      out[0] += v[i].x * factor, out[1] += v[i].y * factor, out[2] += v[i].z * factor, out[3] += v[i].w * factor;
-    }
-    sum = sum_of_16(sum) + part_factor(sink, largest);
-#pragma unroll
-    for (float& x : out) x = sum_of_16(x);
-    if (there && lane == 0) store_result<typename F::T>(p, first_head + head, quad, largest, sum, out);
+  for (int i = 0; i < kEach; ++i) {
+    if (kCombineLanes * i >= splits) break;
+    const int split = lane / kCombineQuads + kCombineLanes * i;
+    s[i] = make_float2(kMinusInfinity, 0.0f), v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (split < splits) s[i] = parts[split].statistics[head], v[i] = parts[split].out[head][quad];
   }
+  const float sink = sink_of(p, first_head + head);
+  float largest = sink;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (kCombineLanes * i >= splits) break;
+    largest = fmaxf(largest, s[i].x);
+  }
+  largest = over_quad(largest, [](float a, float b) { return fmaxf(a, b); });
+  float sum = 0.0f, out[4] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (kCombineLanes * i >= splits) break;
+    const float factor = part_factor(s[i].x, largest);
+    sum += s[i].y * factor;
+    out[0] += v[i].x * factor, out[1] += v[i].y * factor, out[2] += v[i].z * factor, out[3] += v[i].w * factor;
+  }
+  const auto add = [](float a, float b) { return a + b; };
+  sum = over_quad(sum, add) + part_factor(sink, largest);
+#pragma unroll
+  for (float& x : out) x = over_quad(x, add);
+  if (there && lane < kCombineQuads) store_result<typename F::T>(p, first_head + head, quad, largest, sum, out);
 }
 
 }  // namespace hf_fastpath::attn

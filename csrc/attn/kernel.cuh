@@ -277,17 +277,16 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   add_warp_parts<F>(p, place.first_head, place.head_count, p.splits == 1 ? nullptr : parts + place.parts + split);
 }
 
-// Adds the parts: some CTAs for up to 8 query heads of a row, with the same grid but for its x. The lengths are what
+// Adds the parts, kQuadsPerCombineCta quads of channels a CTA, with the same grid but for its x. The lengths are what
 // they were for attn_decode_kernel, which let this kernel begin when the one before it was done.
 template <typename F>
-__global__ void __launch_bounds__(256) attn_combine_kernel(const Params p) {
+__global__ void __launch_bounds__(kCombineThreads) attn_combine_kernel(const Params p) {
   const Place place(p);
   const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
   wait_for_previous_kernel();
   let_next_kernel_begin();
   const CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
-  add_cta_parts<F>(p, place.first_head, place.head_count, parts + place.parts, w.splits, blockIdx.x, gridDim.x,
-                   blockDim.x);
+  add_cta_parts<F>(p, place.first_head, place.head_count, parts + place.parts, w.splits);
 }
 
 // What has_sm90_code() has found out: of a kernel on a GPU.
@@ -337,11 +336,10 @@ cudaError_t launch(const AttnDecodeArgs& a, cudaStream_t stream) {
   const cudaError_t error = early ? launch_kernel_early(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p)
                                   : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
   if (error != cudaSuccess || p.splits == 1) return error;
-  // Of the 16 threads that a quad of channels takes, 256 a CTA.
   const int quads = std::min(a.heads / a.kv_heads, kHeadsPerCta) * a.dim / 4;
-  const dim3 combine_grid((quads + 15) / 16, grid.y, grid.z);
-  if (early) return launch_kernel_early(attn_combine_kernel<F>, combine_grid, 256, 0, stream, p);
-  return launch_kernel(attn_combine_kernel<F>, combine_grid, 256, stream, p);
+  const dim3 combine_grid((quads + kQuadsPerCombineCta - 1) / kQuadsPerCombineCta, grid.y, grid.z);
+  if (early) return launch_kernel_early(attn_combine_kernel<F>, combine_grid, kCombineThreads, 0, stream, p);
+  return launch_kernel(attn_combine_kernel<F>, combine_grid, kCombineThreads, stream, p);
 }
 
 // launch() of the format Of<T, padded head dimension, whether that is the head dimension>::Format.
