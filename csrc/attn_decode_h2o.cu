@@ -9,7 +9,7 @@ namespace {
 
 template <typename T, int kPadded, bool kWhole>
 struct H2O {
-  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 1, 8, 32, kPadded == 256 ? 2 : 3>,
+  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 2, 8, 32, kPadded == 256 ? 2 : 3>,
                                   attn::Fp8Codec, attn::Scales::kOfSlot>;
 };
 

@@ -7,7 +7,7 @@ namespace {
 
 template <typename T, int kPadded, bool kWhole>
 struct Int4 {
-  using Format = attn::Int4Format<T, kPadded, kWhole, attn::Tuning<4, 2, 1, 8, 32, kPadded == 256 ? 1 : 3>>;
+  using Format = attn::Int4Format<T, kPadded, kWhole, attn::Tuning<4, 2, 2, 8, 48, kPadded == 256 ? 1 : 3>>;
 };
 
 }  // namespace

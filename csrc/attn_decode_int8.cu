@@ -7,7 +7,7 @@ namespace {
 
 template <typename T, int kPadded, bool kWhole>
 struct Int8 {
-  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 1, 8, 32, kPadded == 256 ? 2 : 3>,
+  using Format = attn::ByteFormat<T, kPadded, kWhole, attn::Tuning<4, 2, 2, 8, 32, kPadded == 256 ? 2 : 3>,
                                   attn::Int8Codec, attn::Scales::kOfToken>;
 };
 

@@ -14,8 +14,8 @@ constexpr int kMaxSplits = 64;
 constexpr int kFullTokens = 16;  // of an item in full precision
 
 // How a format is run: kWarps a CTA, each with a ring of kStages tiles; kCtasPerSm limits the registers. A row gets a
-// CTA for every kShort items a warp, up to 16, and more, up to kMost, when there are kDepth items a warp: every CTA
-// costs about as much as two items.
+// CTA for every kShort items a warp, up to 12, and more, up to kMost, when there are kDepth items a warp: every CTA
+// costs about as much as an item a warp, and in a batch what one row does not take is there for the others.
 template <int kWarps_, int kStages_, int kShort_, int kDepth_, int kMost_, int kCtasPerSm_>
 struct Tuning {
   static constexpr int kWarps = kWarps_, kStages = kStages_, kShort = kShort_, kDepth = kDepth_, kMost = kMost_,
@@ -35,7 +35,7 @@ __host__ __device__ inline int splits_of(int items) {
     const int wanted = (items + each - 1) / each;
     return wanted < most ? wanted : most;
   };
-  const int few = splits(Tuning::kWarps * Tuning::kShort, 16);
+  const int few = splits(Tuning::kWarps * Tuning::kShort, 12);
   const int many = splits(Tuning::kWarps * Tuning::kDepth, Tuning::kMost);
   const int most = few > many ? few : many;
   return most > 1 ? most : 1;
