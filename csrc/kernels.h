@@ -10,7 +10,7 @@
 
 namespace hf_fastpath {
 
-enum class Dtype { kFloat16, kBFloat16 };
+enum class Dtype { kFloat16, kBFloat16, kFloat32 };  // kFloat32: of short_conv.cu only
 
 // ---- w4a16_linear.cu, w4a16_linear_fused.cu, w4a16_swiglu.cu --------------------------------------------------------
 struct W4A16LinearArgs {
@@ -261,5 +261,20 @@ struct H2OCountArgs {
   int batch, heads, kv_heads, capacity;
 };
 cudaError_t launch_h2o_count(const H2OCountArgs& args, cudaStream_t stream);
+
+// ---- short_conv.cu --------------------------------------------------------------------------------------------------
+struct ShortConvArgs {
+  const void* bcx;  // (batch, tokens, 3 channels): B, C and x, contiguous in the last dimension, tokens >= 1
+  int64_t stride_batch, stride_token;  // elements
+  void* state;                         // (batch, channels, taps) contiguous, changed in place
+  const void* weight;                  // (channels, taps) contiguous
+  const void* bias;                    // (channels,), or nullptr
+  const uint8_t* mask;                 // (batch, tokens) of 0 and 1, or nullptr
+  int64_t mask_stride_batch, mask_stride_token;
+  void* out;  // (batch, tokens, channels) contiguous, 16-byte aligned
+  int batch, tokens, channels, taps;
+};
+constexpr int kMinConvTaps = 2, kMaxConvTaps = 8;
+cudaError_t launch_short_conv(const ShortConvArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
 }  // namespace hf_fastpath

@@ -3,10 +3,11 @@
 Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays
 it, and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
 
-op            linear (few rows) or gemm
+op            linear (few rows), gemm or short_conv
 impl          linear: hf_fastpath_int4, tinygemm_int4, cublas_bf16; gemm: each variant of w4a16_gemm that the GPU runs,
-              dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16
-m, k, n       rows of x, in and out features
+              dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16; short_conv: hf_fastpath,
+              torch (the reference: a dozen operations), a step of m rows where k is 1, else m prompts of k tokens
+m, k, n       rows of x, in and out features; of short_conv rows, tokens of each and channels
 bytes         what one call must move: each input read once, each output written once
 us_p20, us_p50, us_p80   microseconds a call, over the replays
 gb_s          bytes over us_p50
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from hf_fastpath.build import load_library
 from hf_fastpath.eval.sizes import parse_rows, parse_shapes
 from hf_fastpath.heuristics import w4a16_gemm_runs_on
-from hf_fastpath.ops import w4a16_dequantize, w4a16_gemm, w4a16_linear
+from hf_fastpath.ops import short_conv_prefill, short_conv_step, w4a16_dequantize, w4a16_gemm, w4a16_linear
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
 
 COLUMNS = (
@@ -52,8 +53,11 @@ LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
 ]
 LINEAR_ROWS = (1, 16)
 GEMM_ROWS = (32, 64, 128, 512, 2048, 8192)
+CONV_SIZES = [(1, 1), (16, 1), (64, 1), (1, 512), (1, 8192), (16, 512)]  # rows, tokens of each
+CONV_CHANNELS, CONV_TAPS = 2048, 3  # of LFM2
 GROUP = 128
 ROTATE_BYTES = 300_000_000  # five times the L2 of an H200
+MAX_CALLS = 2000  # of a graph: below 150 KB a call some of the inputs are in the L2, as in a model they would be
 REPLAYS = 60
 
 Call = Callable[[], Any]
@@ -101,7 +105,7 @@ def time_each(call: Call) -> list[float]:
 
 def result(op: str, impl: str, size: Row, moved: int, make: Callable[[], Call]) -> Row:
     """Measures one implementation; ``make`` builds a call with inputs of its own."""
-    calls = [make() for _ in range(max(2, math.ceil(ROTATE_BYTES / moved)))]
+    calls = [make() for _ in range(min(MAX_CALLS, max(2, math.ceil(ROTATE_BYTES / moved))))]
     return {"op": op, "impl": impl, **size, "bytes": moved, **percentiles(measure(calls))}
 
 
@@ -180,7 +184,24 @@ def gemm_rows(wanted: Wanted) -> Iterator[Row]:
                 yield result("gemm", impl, {"m": m, "k": k, "n": n}, moved + 2 * m * (k + n), partial(make, x, k, n))
 
 
-PARTS = {"linear": linear_rows, "gemm": gemm_rows}
+def short_conv_call(rows: int, tokens: int, reference: bool) -> Call:
+    bcx, weight = bf16(rows, tokens, 3 * CONV_CHANNELS), bf16(CONV_CHANNELS, CONV_TAPS)
+    state = bf16(rows, CONV_CHANNELS, CONV_TAPS)
+    if tokens == 1:
+        return lambda: short_conv_step(bcx[:, 0], state, weight, None, None, reference=reference)
+    return lambda: short_conv_prefill(bcx, state, weight, None, None, reference=reference)
+
+
+def short_conv_rows(wanted: Wanted) -> Iterator[Row]:
+    for rows, tokens in CONV_SIZES:
+        moved = 2 * CONV_CHANNELS * (rows * (4 * tokens + 2 * CONV_TAPS) + CONV_TAPS)
+        for impl, reference in (("hf_fastpath", False), ("torch", True)):
+            if wanted.has(impl):
+                size = {"m": rows, "k": tokens, "n": CONV_CHANNELS}
+                yield result("short_conv", impl, size, moved, partial(short_conv_call, rows, tokens, reference))
+
+
+PARTS = {"short_conv": short_conv_rows, "linear": linear_rows, "gemm": gemm_rows}
 
 
 def copy_rate() -> float:

@@ -122,6 +122,11 @@ def kv_append_supports(head_dim: int) -> bool:
     return head_dim % 8 == 0 and 8 <= head_dim <= 256
 
 
+def short_conv_supports(taps: int) -> bool:
+    """Whether the CUDA kernel of the short convolution takes so many taps (the reference takes any)."""
+    return 2 <= taps <= 8
+
+
 def attn_decode_supports(head_dim: int) -> bool:
     """Whether the CUDA kernels of decode attention take this head size (the CPU implementation takes any)."""
     return head_dim % 16 == 0 and 16 <= head_dim <= 256

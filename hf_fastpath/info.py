@@ -189,8 +189,6 @@ _PLAIN = "none yet: PyTorch's operations"
 _WITHOUT_KERNEL_PATHS = {
     "moe_experts": "none yet: w4a16_dequantize kernel, then cuBLAS",
     "moe_router": _PLAIN,
-    "short_conv_prefill": _PLAIN,
-    "short_conv_step": _PLAIN,
 }
 
 # W4A16Linear does not call the op on the CPU: torch's int4 product is many times faster than the reference.

@@ -1,4 +1,4 @@
-// What the kernels need to know about fp16 and bf16, under one name each.
+// What the kernels need to know about fp16, bf16 and, of a few functions, fp32, under one name each.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,9 +25,16 @@ __device__ __forceinline__ float to_float(__half v) {
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) {
   return __bfloat162float(v);
 }
+__device__ __forceinline__ float to_float(float v) {
+  return v;
+}
 
 template <typename T>
 __device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
 template <>
 __device__ __forceinline__ __half from_float<__half>(float v) {
   return __float2half_rn(v);

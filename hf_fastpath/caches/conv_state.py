@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import LinearAttentionLayer
 
+from hf_fastpath.heuristics import short_conv_supports
+from hf_fastpath.runtime import why_no_kernels
+
 
 class LeftPadding:
     """Whether a single new token may still be padding, which transformers does not ask: it drops the mask of a call
@@ -46,6 +49,7 @@ class ConvStateLayer(LinearAttentionLayer):
     def __init__(self, padding: LeftPadding) -> None:
         super().__init__()
         self.padding = padding
+        self.in_kernel = False  # known once there is a state
 
     def ready(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """The state to go on from, zeros at first, for a module that changes it in place. shape: ``(batch, H, L)``.
@@ -67,6 +71,15 @@ class ConvStateLayer(LinearAttentionLayer):
     @torch.inference_mode(False)
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         super().lazy_initialization(*args, **kwargs)
+        self.in_kernel = self._fits_kernel(self.conv_states[0])
+
+    @staticmethod
+    def _fits_kernel(state: torch.Tensor | None) -> bool:
+        """Whether our ops run this state's convolution; else torch does, on any GPU, as on the CPU."""
+        if state is None or not state.is_cuda:
+            return state is not None
+        dtypes = (torch.float16, torch.bfloat16, torch.float32)
+        return state.dtype in dtypes and short_conv_supports(state.shape[-1]) and not why_no_kernels(state.device)
 
     @property
     def nbytes(self) -> int:

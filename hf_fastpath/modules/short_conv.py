@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from hf_fastpath.caches.conv_state import ConvStateLayer
-from hf_fastpath.ops._library import WITHOUT_KERNEL
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
 
@@ -44,11 +43,10 @@ class ShortConv(nn.Module):
         weight, bias = self.conv.weight.squeeze(1), self.conv.bias
         bcx = self.in_proj(hidden_states)
         state = layer.ready((bcx.shape[0], *weight.shape), bcx)
+        plain = not layer.in_kernel or weight.dtype != bcx.dtype  # which autocast makes
         if bcx.shape[1] == 1:
-            plain = bcx.is_cuda and "short_conv_step" in WITHOUT_KERNEL
             out = short_conv_step(bcx[:, 0], state, weight, bias, layer.padding.mask, reference=plain).unsqueeze(1)
         else:
-            plain = bcx.is_cuda and "short_conv_prefill" in WITHOUT_KERNEL
             mask = None if attention_mask is None else attention_mask.bool()
             out = short_conv_prefill(bcx, state, weight, bias, mask, reference=plain)
         return self.out_proj(out)

@@ -34,7 +34,7 @@ def _fake(
     return bcx.new_empty((bcx.shape[0], bcx.shape[1], weight.shape[0]))
 
 
-_op = _library.define(SCHEMA, short_conv_prefill_reference, _fake, kernel=False)
+_op = _library.define(SCHEMA, short_conv_prefill_reference, _fake)
 
 
 def short_conv_prefill(
@@ -57,7 +57,10 @@ def short_conv_prefill(
             in place to those up to each row's last token that is not masked: padding on either side never gets in.
         weight: ``(H, L)``, bias: ``(H,)`` or None, in ``bcx.dtype``.
         mask: bool ``(batch, T)``, False for padding; None: no token is.
-        reference: run the reference implementation, on any device.
+        reference: run the reference implementation, on any device. On CUDA the kernel takes 2 to 8 taps L, state,
+            weight and bias contiguous, and bcx contiguous in its last dimension.
+
+    B x, the convolution and the result are each rounded to ``bcx.dtype``, as separate operations do.
     """
     run = short_conv_prefill_reference if reference else _op
     return run(bcx, state, weight, bias, mask)

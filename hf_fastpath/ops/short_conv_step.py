@@ -23,7 +23,7 @@ def _fake(
     return bcx.new_empty((bcx.shape[0], weight.shape[0]))
 
 
-_op = _library.define(SCHEMA, short_conv_step_reference, _fake, kernel=False)
+_op = _library.define(SCHEMA, short_conv_step_reference, _fake)
 
 
 def short_conv_step(

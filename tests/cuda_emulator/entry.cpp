@@ -176,3 +176,15 @@ EXPORT int emulated_attn_received(const void* query, const void* key, const floa
       scaling};
   return launch_attn_received(args, dtype_of(bfloat16), nullptr);
 }
+
+// `dtype`: 0 float16, 1 bfloat16, 2 float32.
+EXPORT int emulated_short_conv(const void* bcx, int64_t stride_batch, int64_t stride_token, void* state,
+                               const void* weight, const void* bias, const uint8_t* mask, int64_t mask_stride_batch,
+                               int64_t mask_stride_token, void* out, int batch, int tokens, int channels, int taps,
+                               int dtype, int sm_count) {
+  const ShortConvArgs args{
+      bcx, stride_batch, stride_token, state,    weight, bias, mask, mask_stride_batch, mask_stride_token,
+      out, batch,        tokens,       channels, taps};
+  constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
+  return launch_short_conv(args, kDtypes[dtype], sm_count, nullptr);
+}
