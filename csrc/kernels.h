@@ -277,4 +277,10 @@ struct ShortConvArgs {
 constexpr int kMinConvTaps = 2, kMaxConvTaps = 8;
 cudaError_t launch_short_conv(const ShortConvArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
+// ---- w4a16_short_conv.cu --------------------------------------------------------------------------------------------
+// One token a row: bcx are the rows of a fused product with a norm, n = 3 channels, y (m, channels), no residual. Of
+// `conv` it takes the state, the weights, a mask of the rows, and channels (a multiple of 16) and taps.
+cudaError_t launch_w4a16_short_conv(const W4A16LinearArgs& args, const ShortConvArgs& conv, Dtype dtype, int sm_count,
+                                    cudaStream_t stream);
+
 }  // namespace hf_fastpath

@@ -148,6 +148,52 @@ Tensor w4a16_swiglu(const Tensor& x, const Tensor& qweight, const Tensor& scales
   return y;
 }
 
+Tensor w4a16_short_conv(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                        const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
+                        const Tensor& norm_weight, double eps, const Tensor& state, const Tensor& conv_weight,
+                        const std::optional<Tensor>& conv_bias, const std::optional<Tensor>& mask, int64_t group_size) {
+  constexpr Check check{"w4a16_short_conv"};
+  check.shape(x, {-1, -1}, "x", "(M, K)");
+  check.shape(conv_weight, {-1, -1}, "conv_weight", "(H, L)");
+  const int64_t channels = conv_weight.size(0), taps = conv_weight.size(1), rows = 3 * channels;
+  check(channels >= 16 && channels <= kMaxInt / 8 && channels % 16 == 0,
+        "conv_weight must have a multiple of 16 channels, up to 2^28, got ", channels);
+  check(taps >= kMinConvTaps && taps <= kMaxConvTaps, "takes ", kMinConvTaps, " to ", kMaxConvTaps, " taps, got ",
+        taps);
+  const Dtype dtype = check_packed(check, qweight, scales, zeros, x.size(1), rows, group_size);
+  check_rows(check, x, qweight, scales, bias, rows, "separate modules");
+  check_fused(check, x, norm_weight, eps);
+  check.shape(state, {x.size(0), channels, taps}, "state", "(M, H, L)");
+  if (conv_bias) check.shape(*conv_bias, {channels}, "conv_bias", "(H,)");
+  for (const Tensor* each : {&state, &conv_weight, conv_bias ? &*conv_bias : nullptr}) {
+    if (!each) continue;
+    check(each->scalar_type() == x.scalar_type(), "state, conv_weight, conv_bias and x must have the same dtype");
+    check.contiguous(*each, "each of state, conv_weight and conv_bias");
+    check.same_device(x, *each, "each of state, conv_weight and conv_bias");
+  }
+  if (mask) {
+    check.dtype(*mask, ScalarType::Bool, "mask", "bool");
+    check.shape(*mask, {x.size(0)}, "mask", "(M,)");
+    check.same_device(x, *mask, "mask");
+  }
+  const Launch launch(x);
+  Tensor y = launch.empty({x.size(0), channels}, x.scalar_type());
+  if (x.size(0) == 0) return y;
+  W4A16LinearArgs args = int4_args(x, qweight, scales, zeros, bias, y, rows, group_size);
+  args.norm_weight = data(norm_weight);
+  args.eps = static_cast<float>(eps);
+  ShortConvArgs conv = {};
+  conv.state = state.data_ptr();
+  conv.weight = data(conv_weight);
+  conv.bias = data(conv_bias);
+  conv.mask = data<uint8_t>(mask);
+  conv.mask_stride_batch = mask ? mask->stride(0) : 0;
+  conv.channels = static_cast<int>(channels);
+  conv.taps = static_cast<int>(taps);
+  check.launched(launch_w4a16_short_conv(args, conv, dtype, launch.sm_count(), launch.stream()));
+  return y;
+}
+
 // The packed weight's tensors, as described in hf_fastpath/packing_int8.py. Returns the scales' dtype.
 Dtype check_packed_int8(const Check& check, const Tensor& qweight, const Tensor& scales, int64_t k, int64_t n) {
   check(n >= 1 && n <= kMaxInt - 16, "out_features must be positive, got ", n);
@@ -264,6 +310,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("w4a16_linear", TORCH_BOX(&hf_fastpath::w4a16_linear));
   m.impl("w4a16_linear_fused", TORCH_BOX(&hf_fastpath::w4a16_linear_fused));
   m.impl("w4a16_swiglu", TORCH_BOX(&hf_fastpath::w4a16_swiglu));
+  m.impl("w4a16_short_conv", TORCH_BOX(&hf_fastpath::w4a16_short_conv));
   m.impl("w8a16_linear", TORCH_BOX(&hf_fastpath::w8a16_linear));
   m.impl("w8a16_dequantize", TORCH_BOX(&hf_fastpath::w8a16_dequantize));
   m.impl("w4a16_gemm", TORCH_BOX(&hf_fastpath::w4a16_gemm));

@@ -17,8 +17,9 @@ struct Int8Weights {
   static constexpr bool kRowScales = true;
   static constexpr int kGroups = 0;
 
+  template <int kTiles>
   struct Stage {
-    uint4 tile[linear::kRowTiles][2][32];
+    uint4 tile[kTiles][2][32];
   };
 
   template <Epilogue kEpilogue, bool kWhole, int kWarps>
@@ -26,8 +27,8 @@ struct Int8Weights {
    public:
     __device__ __forceinline__ Source(const Params<T>& p, int first_row_tile, int padded_units, int lane)
         : tiles_(p, first_row_tile, padded_units, lane) {}
-    __device__ __forceinline__ void copy(Stage& stage, const Params<T>& p, const linear::Cursor<kEpilogue, kWarps>& at,
-                                         int lane) const {
+    __device__ __forceinline__ void copy(Stage<linear::kRowTiles<kEpilogue>>& stage, const Params<T>& p,
+                                         const linear::Cursor<kEpilogue, kWarps>& at, int lane) const {
       tiles_.copy(stage.tile, p, at, lane);
     }
     __device__ __forceinline__ void advance(bool wrapped) { tiles_.advance(wrapped); }
@@ -37,8 +38,8 @@ struct Int8Weights {
   };
 
   // acc += the unit's products, for row tile r.
-  template <int kColTiles>
-  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage& stage, int r,
+  template <int kColTiles, int kTiles>
+  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage<kTiles>& stage, int r,
                                                   const Activations<kColTiles, kUnitCols>& x,
                                                   const linear::GroupSums<0, kColTiles>&, int lane) {
 #pragma unroll

@@ -6,10 +6,48 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernel_cases import ACCUMULATION, ROUNDING, SMALLEST, Target, assert_within, generator, poison
+from fused_cases import EPS, FusedInputs
+from kernel_cases import ACCUMULATION, ROUNDING, SMALLEST, Target, Weight, assert_within, generator, poison
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MASKS = ("none", "left", "right", "holes", "one row", "nothing")
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """What ``w4a16_short_conv`` takes beside a weight and its inputs of fused_cases.py."""
+
+    state: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    mask: torch.Tensor | None
+
+    @classmethod
+    def make(cls, target: Target, rng: torch.Generator, taps: int, channels: int, dtype: torch.dtype) -> FusedStep:
+        """Of 16 rows, every third of which is masked."""
+        parts = (torch.randn(*shape, generator=rng) for shape in ((16, channels, taps), (channels, taps), (channels,)))
+        state, weight, bias = (part.to(dtype).to(target.device) for part in parts)
+        mask = torch.arange(16) % 3 != 1
+        return cls(state, weight, bias if taps % 2 else None, mask.to(target.device) if channels > 16 else None)
+
+    def run(self, inputs: FusedInputs, w: Weight, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result of some rows, and their state afterwards."""
+        x, state, mask = inputs.x[rows], self.state[rows].clone(), None if self.mask is None else self.mask[rows]
+        packed = (x, w.qweight, w.scales, w.zeros, inputs.bias, inputs.norm_weight, EPS)
+        return w.target.ops.w4a16_short_conv(*packed, state, self.weight, self.bias, mask, w.group), state
+
+    def check(self, inputs: FusedInputs, w: Weight) -> None:
+        """Against the product and the step, one after the other: the same bits, whatever the number of rows."""
+        expected_state = self.state.clone()
+        bcx = inputs.linear(w)
+        expected = w.target.ops.short_conv_step(bcx, expected_state, self.weight, self.bias, self.mask)
+        for rows in (slice(0, m) for m in (16, 1, 2, 4, 5, 8, 9, 15)):
+            out, state = self.run(inputs, w, rows)
+            assert torch.equal(out, expected[rows])
+            assert torch.equal(state, expected_state[rows])
+        out, state = self.run(inputs, w, slice(11, 12))
+        assert torch.equal(out, expected[11:12])
+        assert torch.equal(state, expected_state[11:12])
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,35 @@ class EmulatedOps:
         rows = 2 * intermediate_size
         return self._int4_product(2, x, packed, rows, norm_weight, eps, None, intermediate_size, group_size)
 
+    def w4a16_short_conv(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        state: torch.Tensor,
+        conv_weight: torch.Tensor,
+        conv_bias: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        group_size: int,
+    ) -> torch.Tensor:
+        channels, taps = conv_weight.shape
+        y = x.new_empty(x.shape[0], channels)
+        self._library.call(
+            "emulated_w4a16_short_conv",
+            *(x, x.stride(0), qweight, scales, zeros, bias, y, x.shape[0], 3 * channels, x.shape[1], group_size),
+            *(norm_weight, eps, state, conv_weight, conv_bias, mask, 0 if mask is None else mask.stride(0)),
+            *(channels, taps, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias, norm_weight=norm_weight),
+            **_inputs(conv_weight=conv_weight, conv_bias=conv_bias, mask=mask),
+            state=(state, IN_OUT),
+            y=(y, OUTPUT),
+        )
+        return y
+
     def _int4_product(
         self,
         product: int,

@@ -134,7 +134,7 @@ class Library:
         assert loaded is not None
         self._base = loaded - int(anchor[1], 16)  # of the library in memory
         # Shared memory: the static locals of kernels.
-        for address, size, name in re.findall(r"^(\w+) (\w+) [bd] (_ZZN11hf_fastpath\w+)$", symbols, re.MULTILINE):
+        for address, size, name in re.findall(r"^(\w+) (\w+) [bd] (_ZZNK?11hf_fastpath\w+)$", symbols, re.MULTILINE):
             label = f"shared memory ({re.sub('.*E[0-9]+', '', name)})"
             self._library.emulator_add_shared(
                 label.encode(), ctypes.c_uint64(self._base + int(address, 16)), ctypes.c_int64(int(size, 16))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import kernel_cases
 import pytest
 import torch
-from conv_cases import DTYPES, MASKS, ShortConvCase
+from conv_cases import DTYPES, MASKS, FusedStep, ShortConvCase
 from emulated_ops import EmulatedOps
 from emulator import KernelFault, needs_emulator
-from kernel_cases import Target
+from fused_cases import make_fused_inputs
+from kernel_cases import Target, generator
 
 pytestmark = needs_emulator
 
@@ -53,3 +55,22 @@ def test_long_chunks(tokens: int) -> None:
 def test_too_many_taps_are_refused() -> None:
     with pytest.raises(KernelFault, match="CUDA error 1"):  # cudaErrorInvalidValue, by the launcher
         ShortConvCase(torch.float16, taps=9).check(target())
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "k", "group", "taps"), [
+    (16, 96, 32, 3), (64, 576, 64, 4), (80, 1152, 128, 3), (48, 256, 32, 2), (32, 640, 128, 8), (16, 4224, 64, 3),
+])  # fmt: skip
+def test_fused_with_the_projection(channels: int, k: int, group: int, taps: int, dtype: torch.dtype) -> None:
+    rng, on = generator(channels, k, taps), target()
+    weight = kernel_cases.make_weight(on, rng, 3 * channels, k, group, dtype, with_zeros=taps != 3)
+    inputs = make_fused_inputs(on, rng, 16, weight, dtype, norm=True, residual=False)
+    FusedStep.make(on, rng, taps, channels, dtype).check(inputs, weight)
+
+
+def test_what_the_fused_one_does_not_take() -> None:
+    rng, on = generator(1), target()
+    weight = kernel_cases.make_weight(on, rng, 72, 128, 32, torch.float16)
+    inputs = make_fused_inputs(on, rng, 16, weight, torch.float16, norm=True, residual=False)
+    with pytest.raises(KernelFault, match="CUDA error 1"):  # 24 channels
+        FusedStep.make(on, rng, 3, 24, torch.float16).run(inputs, weight, slice(0, 1))

@@ -254,6 +254,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
 
     x, norm_weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
     merged = packed_weight(32, 64, 32, False, torch.bfloat16)[:3]
+    thirds = packed_weight(48, 64, 32, True, torch.bfloat16)[:3]
     int8 = packing_int8.pack_int8(torch.randint(-128, 128, (20, 64), dtype=torch.int8)), torch.rand(20).bfloat16()
     fp8 = filled_storage(Fp8KVCache, 2, 100, 32)
     lengths = torch.full((2, 2), 4, dtype=torch.int32)
@@ -279,6 +280,21 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("kv_fp8_dequantize", (*fp8[:3], fp8[6], 3, torch.empty(2, 2, 90, 32))),
         ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, 0.2, 0, 0.0, None)),
         ("w4a16_linear_fused", (x, qweight, scales, zero, None, norm_weight, 1e-5, x[:, :20].contiguous(), 20, 32)),
+        (
+            "w4a16_short_conv",
+            (
+                x,
+                *thirds,
+                None,
+                norm_weight,
+                1e-5,
+                torch.randn(3, 16, 4).bfloat16(),
+                torch.randn(16, 4).bfloat16(),
+                None,
+                padding[0, :3],
+                32,
+            ),
+        ),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),
         ("w8a16_dequantize", (*int8, 20)),

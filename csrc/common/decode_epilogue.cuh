@@ -1,6 +1,7 @@
 // What the products of decode_linear.cuh do with a block's sums.
 #pragma once
 
+#include "decode_short_conv.cuh"
 #include "decode_types.cuh"
 
 namespace hf_fastpath::linear {
@@ -15,13 +16,18 @@ __device__ __forceinline__ T swiglu(float gate, float up) {
 
 // Adds the chains' sums in their order, adds the bias and the residual, rounds once and stores the block's outputs. A
 // warp has the chains warp, warp + kWarps, ...
-template <typename W, Epilogue kEpilogue, int kWarps, int kOwnChains, int kColTiles>
+template <typename W, Epilogue kEpilogue, int kWarps, int kOwnChains, int kRowTiles, int kColTiles>
 __device__ __forceinline__ void finish_block(const float (&acc)[kOwnChains][kRowTiles][kColTiles][4], float* partial,
                                              const Params<typename W::T>& p, int row_tile, int rows_left) {
   using T = typename W::T;
   constexpr int kThreads = 32 * kWarps, kRows = 8 * kColTiles, kTileFloats = kRows * kPartialPitch,
                 kChainFloats = kRowTiles * kTileFloats;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  [[maybe_unused]] ConvStep<T> conv;
+  if constexpr (kEpilogue == Epilogue::kShortConv) {
+    static_assert(kRows * 16 <= kThreads);
+    conv.load(p, threadIdx.x / 16, row_tile * 16 + threadIdx.x % 16);
+  }
 #pragma unroll
   for (int j = 0; j < kOwnChains * kRowTiles; ++j) {
     const int chain = warp + j / kRowTiles * kWarps, r = j % kRowTiles;
@@ -55,6 +61,12 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kOwnChains][kRow
       const T result = swiglu<T>(total(0, row, out, column), total(1, row, out, half + column));
       p.y[static_cast<int64_t>(row) * half + column] = result;
     }
+  } else if constexpr (kEpilogue == Epilogue::kShortConv) {
+    const int channels = p.n / 3, out = threadIdx.x % 16, row = threadIdx.x / 16, channel = row_tile * 16 + out;
+    if (row < min(p.m, kRows)) {
+      const float b = total(0, row, out, channel), c = total(1, row, out, channels + channel);
+      conv.finish(p, row, channel, b, c, total(2, row, out, 2 * channels + channel));
+    }
   } else {
 #pragma unroll
     for (int first = 0; first < kRowTiles * kRows * 16; first += kThreads) {
@@ -71,7 +83,7 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kOwnChains][kRow
   }
 }
 
-template <int kCount, int kColTiles>
+template <int kCount, int kRowTiles, int kColTiles>
 __device__ __forceinline__ void clear(float (&acc)[kCount][kRowTiles][kColTiles][4]) {
 #pragma unroll
   for (int j = 0; j < kCount * kRowTiles; ++j) {

@@ -1,8 +1,8 @@
 // y = x @ W.T for 1..16 rows of x: what the kernels for packed weights share.
 //
 // The weights are the A operand of mma.m16n8k16, so a tile of 16 outputs meets 8 rows of x in one instruction and the
-// tensor core is no slower for 8 rows than for 1. A CTA takes blocks of kRowTiles tiles of 16 outputs; its warps split
-// K in units of W::kUnitCols columns. Unit u belongs to chain u % chains, and the chains' sums are added in their
+// tensor core is no slower for 8 rows than for 1. A CTA takes blocks of two or three tiles of 16 outputs; its warps
+// split K in units of W::kUnitCols columns. Unit u belongs to chain u % chains, and the chains' sums are added in their
 // order; a warp has one chain or two. The number of chains depends on K alone, so a row's bits do not depend on the
 // others.
 //
@@ -101,10 +101,10 @@ template <int kColTiles>
 struct GroupSums<0, kColTiles> {};
 
 // The shared memory of a CTA: the rings of its warps, partial sums, the groups' sums of x of all units.
-template <typename W, int kColTiles, int kWarps, int kChains, int kStages>
+template <typename W, int kColTiles, int kWarps, int kChains, int kStages, int kTiles>
 struct Shared {
-  using Stage = typename W::Stage;
-  static constexpr int kPartialFloats = kChains * kRowTiles * 8 * kColTiles * kPartialPitch;
+  using Stage = typename W::template Stage<kTiles>;
+  static constexpr int kPartialFloats = kChains * kTiles * 8 * kColTiles * kPartialPitch;
   static constexpr int kPartials = kChains == 8 ? 2 : 1;  // as many as there is memory for, whatever K
   static constexpr int kUnitFloats = W::kGroups * 8 * kColTiles;
   static int bytes(int units) {
@@ -125,20 +125,21 @@ struct Shared {
   }
 };
 
-// With more than 8 rows of x a thread wants more than 128 registers.
-template <int kColTiles, int kWarps>
-constexpr int kCtasPerSm = kColTiles == 1 && kWarps == 8 ? 2 : 1;
-template <bool kHeldX>
-constexpr int kStages = kHeldX ? 6 : 3;  // of a warp's ring
-constexpr int kHeldCols = 512;           // columns of x that a warp can have in registers, of 16 rows
+// With more than 8 rows of x, or three row tiles, a thread wants more than 128 registers.
+template <int kColTiles, int kWarps, int kTiles>
+constexpr int kCtasPerSm = kColTiles == 1 && kWarps == 8 && kTiles == 2 ? 2 : 1;
+// Of a warp's ring. Three row tiles are half more, and those who want them have few units and one block.
+template <bool kHeldX, int kTiles>
+constexpr int kStages = kHeldX && kTiles == 2 ? 6 : 3;
+constexpr int kHeldCols = 512;  // columns of x that a warp can have in registers, of 16 rows
 constexpr int kShortK = 8 * kHeldCols;
 
 template <typename W, int kColTiles, int kWarps, int kChains, bool kHeldX, bool kWhole, Epilogue kEpilogue, bool kNorm>
-__global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
+__global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps, kRowTiles<kEpilogue>>)
     linear_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
-  constexpr int kStages = linear::kStages<kHeldX>;
-  using Memory = Shared<W, kColTiles, kWarps, kChains, kStages>;
+  constexpr int kTiles = kRowTiles<kEpilogue>, kStages = linear::kStages<kHeldX, kTiles>;
+  using Memory = Shared<W, kColTiles, kWarps, kChains, kStages, kTiles>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   typename Memory::Stage* const ring = Memory::ring(warp);
   const int padded_units = Memory::padded(p.units);
@@ -158,6 +159,7 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
   };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) copy(ring + s);
+  if constexpr (kEpilogue == Epilogue::kShortConv) prefetch_conv<8 * kColTiles>(p, row_tile);
   wait_for_previous_kernel();
 
   constexpr int kXs = kHeldX ? kHeldCols / W::kUnitCols : 2;
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
   [[maybe_unused]] float inverse[kColTiles];
   if constexpr (kNorm) inverse_rms<kWarps>(inverse, p);
   constexpr int kOwnChains = kChains / kWarps;
-  float acc[kOwnChains][kRowTiles][kColTiles][4] = {};
+  float acc[kOwnChains][kTiles][kColTiles][4] = {};
   typename Memory::Stage *stage = ring, *last_read = ring + kStages - 1;
   int block = 0, block_rows_left = range.count;
   const auto end_block = [&] {
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
       // The last unit once more is not counted: it was loaded with scales of 0, or has none.
       if (!kWhole || !W::kRowScales || unit < p.units) {
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) W::multiply(acc[d % kOwnChains][r], *stage, r, x[d], sums, lane);
+        for (int r = 0; r < kTiles; ++r) W::multiply(acc[d % kOwnChains][r], *stage, r, x[d], sums, lane);
       }
       last_read = stage;
       stage = stage == ring + kStages - 1 ? ring : stage + 1;
@@ -226,9 +228,10 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
 // load of x.
 template <typename W, int kColTiles, int kWarps, int kChains, bool kHeldX, bool kWhole, Epilogue kEpilogue, bool kNorm>
 cudaError_t launch(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  const int blocks = (p.row_tiles + kRowTiles - 1) / kRowTiles;
-  const int grid = std::min(blocks, kCtasPerSm<kColTiles, kWarps> * sm_count), threads = 32 * kWarps;
-  const int bytes = Shared<W, kColTiles, kWarps, kChains, kStages<kHeldX>>::bytes(p.units);
+  constexpr int kTiles = kRowTiles<kEpilogue>;
+  const int blocks = (p.row_tiles + kTiles - 1) / kTiles;
+  const int grid = std::min(blocks, kCtasPerSm<kColTiles, kWarps, kTiles> * sm_count), threads = 32 * kWarps;
+  const int bytes = Shared<W, kColTiles, kWarps, kChains, kStages<kHeldX, kTiles>, kTiles>::bytes(p.units);
   const auto kernel = linear_kernel<W, kColTiles, kWarps, kChains, kHeldX, kWhole, kEpilogue, kNorm>;
   if (has_early_launch()) return launch_kernel_early(kernel, grid, threads, bytes, stream, p);
   return launch_kernel_with_shared(kernel, grid, threads, bytes, stream, p);
@@ -249,7 +252,7 @@ cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaSt
   }
   if (p.m <= 8) return launch<W, 1, 8, 8, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
   // x in registers is there at once or not at all; where each CTA has one block, waiting for little of it is faster.
-  const bool hold = p.row_tiles > kRowTiles * sm_count || p.k <= kShortK / 2;
+  const bool hold = p.row_tiles > kRowTiles<kEpilogue> * sm_count || p.k <= kShortK / 2;
   return kWhole && hold ? launch<W, 2, 8, 8, kWhole, kWhole, kEpilogue, kNorm>(p, sm_count, stream)
                         : launch<W, 2, 8, 8, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
 }
@@ -266,12 +269,19 @@ cudaError_t launch_plain(const Params<typename W::T>& p, int sm_count, cudaStrea
   return launch_for_alignment<W, Epilogue::kBias, false>(p, sm_count, stream);
 }
 
-// A fused product: of x's RMSNorm where there is a norm_weight.
+// A fused product of x's RMSNorm.
+template <typename W, Epilogue kEpilogue>
+cudaError_t launch_normalized(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
+  if (!aligned_rows(p) || !aligned_to(p.norm_weight, 16)) return cudaErrorMisalignedAddress;
+  return launch_for_alignment<W, kEpilogue, true>(p, sm_count, stream);
+}
+
+// The same, or of x as it is where there is no norm_weight.
 template <typename W, Epilogue kEpilogue>
 cudaError_t launch_fused(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  if (!aligned_rows(p) || (p.norm_weight && !aligned_to(p.norm_weight, 16))) return cudaErrorMisalignedAddress;
-  return p.norm_weight ? launch_for_alignment<W, kEpilogue, true>(p, sm_count, stream)
-                       : launch_for_alignment<W, kEpilogue, false>(p, sm_count, stream);
+  if (p.norm_weight) return launch_normalized<W, kEpilogue>(p, sm_count, stream);
+  if (!aligned_rows(p)) return cudaErrorMisalignedAddress;
+  return launch_for_alignment<W, kEpilogue, false>(p, sm_count, stream);
 }
 
 }  // namespace hf_fastpath::linear

@@ -6,15 +6,14 @@
 
 namespace hf_fastpath::linear {
 
-// The row tiles of a CTA: whole blocks, the first CTAs taking one more. With kSwiGlu they are counted in each half of
-// the weight.
+// The row tiles of a CTA, counted in each part of the weight: whole blocks, the first CTAs taking one more.
 template <Epilogue kEpilogue>
 struct RowRange {
   int first, count;
 
   __device__ __forceinline__ explicit RowRange(int row_tiles) {
     constexpr int kRows = kBlockRows<kEpilogue>;
-    if (kEpilogue == Epilogue::kSwiGlu) row_tiles /= 2;
+    row_tiles /= kParts<kEpilogue>;
     const int blocks = (row_tiles + kRows - 1) / kRows, cta = blockIdx.x, ctas = gridDim.x;
     const int each = blocks / ctas, more = blocks - each * ctas;
     first = (cta * each + min(cta, more)) * kRows;
@@ -56,10 +55,10 @@ class Walk {
   int64_t to_next_block_;
 };
 
-// The row tiles of a block are row_step() apart: neighbours, or with kSwiGlu the same tile of each half.
+// The row tiles of a block are row_step() apart: neighbours, or the same tile of each part.
 template <Epilogue kEpilogue, typename T>
 __device__ __forceinline__ int row_step(const Params<T>& p) {
-  return kEpilogue == Epilogue::kSwiGlu ? p.row_tiles / 2 : 1;
+  return kParts<kEpilogue> > 1 ? p.row_tiles / kParts<kEpilogue> : 1;
 }
 
 // The tiles themselves: a unit is two tiles of 512 bytes, 16 bytes a lane of each.
@@ -74,10 +73,10 @@ class TileSource {
 
   // What is not there (a tail of K, an empty unit, a row tile beyond the last) becomes 0 and is not read.
   template <typename T>
-  __device__ __forceinline__ void copy(uint4 (&tiles)[kRowTiles][2][32], const Params<T>& p,
+  __device__ __forceinline__ void copy(uint4 (&tiles)[kRowTiles<kEpilogue>][2][32], const Params<T>& p,
                                        const Cursor<kEpilogue, kWarps>& at, int lane) const {
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
+    for (int r = 0; r < kRowTiles<kEpilogue>; ++r) {
       const bool row_there = r % kBlockRows<kEpilogue> < at.rows_left;
       const unsigned char* source = walk_.at() + r * row_step_;
 #pragma unroll
@@ -114,7 +113,7 @@ class ValueSource {
     const int groups_left = groups - at.unit * kGroups;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      if (word(i, lane) >= kRowTiles * kRowWords) continue;
+      if (word(i, lane) >= kRowTiles<kEpilogue> * kRowWords) continue;
       const bool row_there = row(i, lane) % kBlockRows<kEpilogue> < at.rows_left;
       const bool there = word(i, lane) % kRowWords * 4 < groups_left * kGroupBytes;
       cp_async4(reinterpret_cast<unsigned char*>(target) + 4 * word(i, lane),
@@ -125,7 +124,7 @@ class ValueSource {
 
  private:
   static constexpr int kGroupBytes = 16 * sizeof(V), kRowWords = kGroups * kGroupBytes / 4;
-  static constexpr int kCopies = (kRowTiles * kRowWords + 31) / 32;
+  static constexpr int kCopies = (kRowTiles<kEpilogue> * kRowWords + 31) / 32;
   static __device__ __forceinline__ int word(int i, int lane) { return 32 * i + lane; }
   static __device__ __forceinline__ int row(int i, int lane) { return word(i, lane) / kRowWords; }
 

@@ -11,12 +11,32 @@
 
 namespace hf_fastpath::linear {
 
-constexpr int kRowTiles = 2;       // of a block
 constexpr int kPartialPitch = 20;  // floats from one row of x to the next in shared memory; 20 avoids bank conflicts
 
-// What becomes of the sums of products. kSwiGlu: a CTA takes tile r of the weight's first half (gate) together with
-// tile r of its second half (up).
-enum class Epilogue { kBias, kResidual, kSwiGlu };
+// What becomes of the sums of products. With kSwiGlu the weight has two parts (gate, up), with kShortConv three (B, C,
+// x), and a CTA takes tile r of all of them together.
+enum class Epilogue { kBias, kResidual, kSwiGlu, kShortConv };
+
+template <Epilogue kEpilogue>
+constexpr int kParts = kEpilogue == Epilogue::kSwiGlu      ? 2
+                       : kEpilogue == Epilogue::kShortConv ? 3
+                                                           : 1;
+template <Epilogue kEpilogue>
+constexpr int kRowTiles = kEpilogue == Epilogue::kShortConv ? 3 : 2;  // of a block
+// Row tiles that a block takes of each part.
+template <Epilogue kEpilogue>
+constexpr int kBlockRows = kRowTiles<kEpilogue> / kParts<kEpilogue>;
+
+// The convolution that follows, of kShortConv: see ShortConvArgs in kernels.h.
+template <typename T>
+struct ConvParams {
+  T* state;
+  const T* weight;
+  const T* bias;
+  const uint8_t* mask;  // (m,)
+  int64_t mask_stride;
+  int taps;
+};
 
 template <typename T>
 struct Params {
@@ -32,11 +52,8 @@ struct Params {
   const T* residual;     // (m, n), with Epilogue::kResidual; or nullptr
   const T* norm_weight;  // (k,), with kNorm
   float eps;
+  ConvParams<T> conv;
 };
-
-// Row tiles that a block takes of the weight; with kSwiGlu, of each half of it.
-template <Epilogue kEpilogue>
-constexpr int kBlockRows = kEpilogue == Epilogue::kSwiGlu ? kRowTiles / 2 : kRowTiles;
 
 // The B fragments of one unit: rows g (and g + 8) of x, 8 columns of each 32.
 template <int kColTiles, int kUnitCols>

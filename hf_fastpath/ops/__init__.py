@@ -25,6 +25,7 @@ from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
 from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
+from hf_fastpath.ops.w4a16_short_conv import w4a16_short_conv
 from hf_fastpath.ops.w4a16_swiglu import w4a16_swiglu
 from hf_fastpath.ops.w8a16_dequantize import w8a16_dequantize
 from hf_fastpath.ops.w8a16_linear import w8a16_linear
@@ -58,6 +59,7 @@ __all__ = [
     "w4a16_gemm",
     "w4a16_linear",
     "w4a16_linear_fused",
+    "w4a16_short_conv",
     "w4a16_swiglu",
     "w8a16_dequantize",
     "w8a16_linear",

@@ -188,3 +188,18 @@ EXPORT int emulated_short_conv(const void* bcx, int64_t stride_batch, int64_t st
   constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
   return launch_short_conv(args, kDtypes[dtype], sm_count, nullptr);
 }
+
+// The arguments of emulated_w4a16_linear(), then those of the convolution.
+EXPORT int emulated_w4a16_short_conv(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
+                                     const uint8_t* zeros, const void* bias, void* y, int m, int n, int k,
+                                     int group_size, const void* norm_weight, float eps, void* state,
+                                     const void* conv_weight, const void* conv_bias, const uint8_t* mask,
+                                     int64_t mask_stride, int channels, int taps, int bfloat16, int sm_count) {
+  const W4A16LinearArgs args{x, x_row_stride, qweight,     scales, zeros,  bias, y, m, n,
+                             k, group_size,   norm_weight, eps,    nullptr};
+  ShortConvArgs conv = {};
+  conv.state = state, conv.weight = conv_weight, conv.bias = conv_bias;
+  conv.mask = mask, conv.mask_stride_batch = mask_stride;
+  conv.channels = channels, conv.taps = taps;
+  return launch_w4a16_short_conv(args, conv, dtype_of(bfloat16), sm_count, nullptr);
+}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import kernel_cases
 import pytest
 import torch
-from conv_cases import DTYPES, MASKS, ShortConvCase, check_out, new_state, to_device
-from gpu_common import DEVICE, GPU
+from conv_cases import DTYPES, MASKS, FusedStep, ShortConvCase, check_out, new_state, to_device
+from fused_cases import EPS, make_fused_inputs
+from gpu_common import DEVICE, GPU, make_weight
+from kernel_cases import generator
 
-from hf_fastpath.ops import short_conv_prefill, short_conv_step
+from hf_fastpath.ops import short_conv_prefill, short_conv_step, w4a16_short_conv
 
 pytestmark = pytest.mark.gpu
 
@@ -92,6 +95,42 @@ def test_captured_steps_move_the_state_and_skip_padding() -> None:
         real = mask[:, token]
         assert torch.equal(out[real], expected[token][real])
     assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize(("channels", "k", "group", "taps"), [
+    (16, 96, 32, 3), (64, 576, 64, 4), (80, 1152, 128, 3), (48, 256, 32, 2), (32, 640, 128, 8), (16, 4224, 64, 3),
+    (2048, 2048, 128, 3), (2048, 2048, 32, 3), (2560, 2560, 64, 3), (4096, 4096, 128, 5),
+])  # fmt: skip
+def test_fused_with_the_projection(
+    channels: int, k: int, group: int, taps: int, zeros: bool, dtype: torch.dtype
+) -> None:
+    rng = generator(channels, k, taps)
+    weight = make_weight(rng, 3 * channels, k, group, dtype, with_zeros=zeros)
+    inputs = make_fused_inputs(GPU, rng, 16, weight, dtype, norm=True, residual=False)
+    FusedStep.make(GPU, rng, taps, channels, dtype).check(inputs, weight)
+
+
+def test_bad_arguments_of_the_fused_one() -> None:
+    rng, dtype = generator(1), torch.float16
+    weight = make_weight(rng, 96, 128, 32, dtype)
+    inputs = make_fused_inputs(GPU, rng, 16, weight, dtype, norm=True, residual=False)
+    step = FusedStep.make(GPU, rng, 3, 32, dtype)
+    x, packed, conv = inputs.x, (weight.qweight, weight.scales, None, None), (step.state, step.weight, None, step.mask)
+    norm = inputs.norm_weight, EPS
+    for message, args in [
+        ("multiple of 16 channels", (x, *packed, *norm, step.state, step.weight[:24], None, None, 32)),
+        ("takes 2 to 8 taps, got 1", (x, *packed, *norm, step.state, step.weight[:, :1], None, None, 32)),
+        ("takes up to 16 rows, got 17", (x[:1].expand(17, 128), *packed, *norm, *conv, 32)),
+        (r"state must have shape \(M, H, L\)", (x[:5], *packed, *norm, *conv, 32)),
+        ("conv_bias and x must have the same dtype", (x, *packed, *norm, step.state.float(), *conv[1:], 32)),
+        ("must be contiguous", (x, *packed, *norm, step.state.mT.contiguous().mT, *conv[1:], 32)),
+        ("mask must be bool", (x, *packed, *norm, *conv[:3], step.mask.int(), 32)),
+        (r"norm_weight must have shape \(K,\)", (x, *packed, norm[0][:64], EPS, *conv, 32)),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            w4a16_short_conv(*args)
 
 
 def test_an_empty_batch() -> None:
