@@ -19,7 +19,8 @@ from transformers.utils import output_capturing
 from hf_fastpath import heuristics
 from hf_fastpath.caches import CompressedLayer, FastCache
 from hf_fastpath.caches.attention import ATTENTION_NAME, why_not_ours
-from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, Norm
+from hf_fastpath.caches.static import StaticKVLayer
+from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, Norm, StepCache
 
 SILU = type(ACT2FN["silu"])
 
@@ -136,7 +137,7 @@ class FusedLayer(nn.Module):
 
     def _cache_layer(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]
-    ) -> CompressedLayer | None:
+    ) -> StepCache | None:
         """The layer of the cache that a step attends to; None where the layer's own forward has to run."""
         if hidden.shape[1] != 1 or not heuristics.fuses_decoder_step(hidden.device.type, hidden.shape[0]):
             return None
@@ -145,10 +146,13 @@ class FusedLayer(nn.Module):
             return None
         if not isinstance(cache, FastCache) or cache.offloading:
             return None
-        if attention.config._attn_implementation != ATTENTION_NAME or why_not_ours(hidden.shape[:2], mask, kwargs):
+        if why_not_ours(hidden.shape[:2], mask, kwargs):
             return None
-        layer = cache.layers[attention.layer_idx]
-        return layer if isinstance(layer, CompressedLayer) else None
+        layer, implementation = cache.layers[attention.layer_idx], attention.config._attn_implementation
+        if isinstance(layer, StaticKVLayer):
+            supported = not hidden.is_cuda or heuristics.attn_decode_supports(attention.head_dim)
+            return layer if implementation == "sdpa" and supported else None
+        return layer if isinstance(layer, CompressedLayer) and implementation == ATTENTION_NAME else None
 
     def _ready_step(self, dtype: torch.dtype) -> DecoderStep | None:
         watched = self.__dict__.get("_watched")

@@ -17,7 +17,7 @@ from hf_fastpath.ops import QKTransform, w4a16_linear_fused, w4a16_swiglu
 
 
 class StepCache(Protocol):
-    """What a step wants of a cache's layer (:class:`hf_fastpath.caches.compressed.CompressedLayer`)."""
+    """What a step wants of a cache's layer: see :class:`hf_fastpath.caches.compressed.CompressedLayer`."""
 
     rotate_keys: bool
 
