@@ -20,7 +20,7 @@ from hf_fastpath import heuristics
 from hf_fastpath.caches import CompressedLayer, FastCache
 from hf_fastpath.caches.attention import ATTENTION_NAME, why_not_ours
 from hf_fastpath.caches.static import StaticKVLayer
-from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, Norm, StepCache
+from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts, Norm, StepCache
 
 SILU = type(ACT2FN["silu"])
 
@@ -29,8 +29,8 @@ class _Watched:
     """A layer's step, and what it is made of: a replaced module or tensor shows, and so does a hook."""
 
     def __init__(self, layer: FusedLayer) -> None:
-        self.step = None if layer.why_not(layer) else DecoderStep(layer.parts_of())
-        self.norm_weight = layer.input_layernorm.weight
+        self.step = None if layer.why_not(layer) else layer.make_step()
+        self.norm_weight = layer.first_norm.weight
         self.dtype = self.norm_weight.dtype
         self.modules = [module for module in layer.modules() if module is not layer]
         tables: list[Mapping[str, Any]] = [layer._modules]
@@ -108,18 +108,27 @@ class FusedLayer(nn.Module):
         """Undoes what :meth:`prepare` and steps have left, but for the layout of the weights in memory."""
         self.__dict__.pop("_watched", None)
 
+    @property
+    def first_norm(self) -> Any:
+        """The norm that the layer begins with."""
+        return self.input_layernorm
+
+    def make_step(self) -> Any:
+        """The step, of a layer that :meth:`why_not` has nothing against."""
+        return DecoderStep(self.parts_of())
+
     def parts_of(self) -> DecoderParts:
         """What the layer consists of."""
         attention, mlp = self.self_attn, self.mlp
         return DecoderParts(
             qkv=[attention.q_proj, attention.k_proj, attention.v_proj],
             out=attention.o_proj,
-            gate_up=[mlp.gate_proj, mlp.up_proj],
-            down=mlp.down_proj,
-            input_norm=_norm(self.input_layernorm),
-            post_attention_norm=_norm(self.post_attention_layernorm),
-            q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-            k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            feed_forward=FeedForwardParts(
+                [mlp.gate_proj, mlp.up_proj], mlp.down_proj, norm_of(self.post_attention_layernorm)
+            ),
+            input_norm=norm_of(self.input_layernorm),
+            q_norm=norm_of(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=norm_of(attention.k_norm) if hasattr(attention, "k_norm") else None,
             head_dim=attention.head_dim,
             scaling=attention.scaling,
         )
@@ -139,14 +148,8 @@ class FusedLayer(nn.Module):
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]
     ) -> StepCache | None:
         """The layer of the cache that a step attends to; None where the layer's own forward has to run."""
-        if hidden.shape[1] != 1 or not heuristics.fuses_decoder_step(hidden.device.type, hidden.shape[0]):
-            return None
         attention = self.self_attn
-        if torch.is_grad_enabled() or self.training or attention.training:
-            return None
-        if not isinstance(cache, FastCache) or cache.offloading:
-            return None
-        if why_not_ours(hidden.shape[:2], mask, kwargs):
+        if not self._is_step(hidden, cache) or attention.training or why_not_ours(hidden.shape[:2], mask, kwargs):
             return None
         layer, implementation = cache.layers[attention.layer_idx], attention.config._attn_implementation
         if isinstance(layer, StaticKVLayer):
@@ -154,21 +157,29 @@ class FusedLayer(nn.Module):
             return layer if implementation == "sdpa" and supported else None
         return layer if isinstance(layer, CompressedLayer) and implementation == ATTENTION_NAME else None
 
-    def _ready_step(self, dtype: torch.dtype) -> DecoderStep | None:
+    def _is_step(self, hidden: torch.Tensor, cache: Any) -> bool:
+        """Whether this is one new token a row, of as many rows as the kernels take, and a cache of ours."""
+        if hidden.shape[1] != 1 or not heuristics.fuses_decoder_step(hidden.device.type, hidden.shape[0]):
+            return False
+        return (
+            not torch.is_grad_enabled() and not self.training and isinstance(cache, FastCache) and not cache.offloading
+        )
+
+    def _ready_step(self, dtype: torch.dtype) -> Any:
         watched = self.__dict__.get("_watched")
         if watched is None or not watched.unchanged:
             self.prepare()
             watched = self.__dict__["_watched"]
         if watched.step is None or watched.dtype is not dtype or watched.hooked:
             return None
-        step: DecoderStep = watched.step
-        return step
+        return watched.step
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_watched"}
 
 
-def _norm(module: Any) -> Norm:
+def norm_of(module: Any) -> Norm:
+    """An RMSNorm of transformers'."""
     return Norm(module.weight, module.variance_epsilon)
 
 

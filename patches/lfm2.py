@@ -1,9 +1,16 @@
 """LFM2: gated short convolutions and grouped-query attention with normalized queries and keys, SwiGLU."""
 
 from transformers import Lfm2ForCausalLM
-from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+from transformers.models.lfm2.modeling_lfm2 import (
+    Lfm2Attention,
+    Lfm2DecoderLayer,
+    Lfm2MLP,
+    Lfm2RMSNorm,
+    Lfm2ShortConv,
+)
 
 from hf_fastpath.modules import ShortConv
+from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
 from hf_fastpath.patches.recipe import Recipe
 
 ATTENTION_AND_CONVOLUTION = (
@@ -21,9 +28,15 @@ class FastLfm2ShortConv(ShortConv, Lfm2ShortConv):
     """What an ``Lfm2ShortConv`` becomes."""
 
 
+class FusedLfm2DecoderLayer(FusedLfm2Layer, Lfm2DecoderLayer):
+    """What an ``Lfm2DecoderLayer`` becomes."""
+
+    lfm2_kinds = Lfm2Kinds(Lfm2Attention, (Lfm2ShortConv, FastLfm2ShortConv), Lfm2MLP, Lfm2RMSNorm)
+
+
 RECIPE = Recipe(
     family="lfm2",
     model_classes=(Lfm2ForCausalLM,),
     linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
-    modules={Lfm2ShortConv: FastLfm2ShortConv},
+    modules={Lfm2ShortConv: FastLfm2ShortConv, Lfm2DecoderLayer: FusedLfm2DecoderLayer},
 )

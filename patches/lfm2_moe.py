@@ -1,15 +1,30 @@
 """LFM2 with mixtures of experts: the first layers' feed-forwards are dense, the others have a sigmoid router."""
 
 from transformers import Lfm2MoeForCausalLM
-from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts, Lfm2MoeShortConv, Lfm2MoeTopKRouter
+from transformers.models.lfm2_moe.modeling_lfm2_moe import (
+    Lfm2MoeAttention,
+    Lfm2MoeDecoderLayer,
+    Lfm2MoeExperts,
+    Lfm2MoeMLP,
+    Lfm2MoeRMSNorm,
+    Lfm2MoeShortConv,
+    Lfm2MoeTopKRouter,
+)
 
 from hf_fastpath.modules import MoERouter, ShortConv
 from hf_fastpath.patches.lfm2 import ATTENTION_AND_CONVOLUTION, FEED_FORWARD
+from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
 from hf_fastpath.patches.recipe import Recipe
 
 
 class FastLfm2MoeShortConv(ShortConv, Lfm2MoeShortConv):
     """What an ``Lfm2MoeShortConv`` becomes."""
+
+
+class FusedLfm2MoeDecoderLayer(FusedLfm2Layer, Lfm2MoeDecoderLayer):
+    """What an ``Lfm2MoeDecoderLayer`` becomes."""
+
+    lfm2_kinds = Lfm2Kinds(Lfm2MoeAttention, (Lfm2MoeShortConv, FastLfm2MoeShortConv), Lfm2MoeMLP, Lfm2MoeRMSNorm)
 
 
 class FastLfm2MoeTopKRouter(MoERouter, Lfm2MoeTopKRouter):
@@ -21,5 +36,9 @@ RECIPE = Recipe(
     model_classes=(Lfm2MoeForCausalLM,),
     linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
     experts={"feed_forward.experts": Lfm2MoeExperts},
-    modules={Lfm2MoeShortConv: FastLfm2MoeShortConv, Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter},
+    modules={
+        Lfm2MoeShortConv: FastLfm2MoeShortConv,
+        Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter,
+        Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
+    },
 )

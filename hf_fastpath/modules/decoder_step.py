@@ -39,43 +39,89 @@ class Norm(NamedTuple):
     eps: float
 
 
+class FeedForwardParts(NamedTuple):
+    """What a layer's feed-forward consists of, the norm before it included."""
+
+    gate_up: Sequence[W4A16Linear]
+    down: W4A16Linear
+    norm: Norm
+
+
+def why_not_fused(
+    groups: Sequence[Sequence[W4A16Linear]], norms: Sequence[Norm], others: Sequence[torch.Tensor] = ()
+) -> str:
+    """Why linear layers, those of one input together, norms and other weights are not run by the fused products; ""
+    when they are."""
+    reasons = [reason for group in groups if (reason := why_not_merged(group))]
+    if reasons:
+        return reasons[0]
+    if any(layer.reference for group in groups for layer in group):
+        return "the reference implementations run it"
+    dtypes = {norm.weight.dtype for norm in norms} | {weight.dtype for weight in others}
+    if norms[0].weight.dtype is not torch.float32:  # which only the references take, with any scales
+        dtypes |= {layer.scales.dtype for group in groups for layer in group}
+    return "its parts differ in dtype" if len(dtypes) > 1 else ""
+
+
 class DecoderParts(NamedTuple):
-    """What a layer consists of: its linear layers, those of one input together, and its norms."""
+    """What a layer consists of: its linear layers, those of one input together, and its norms. feed_forward: None for
+    one that the caller runs itself."""
 
     qkv: Sequence[W4A16Linear]
     out: W4A16Linear
-    gate_up: Sequence[W4A16Linear]
-    down: W4A16Linear
+    feed_forward: FeedForwardParts | None
     input_norm: Norm
-    post_attention_norm: Norm
     q_norm: Norm | None
     k_norm: Norm | None
     head_dim: int
     scaling: float
 
-    @property
-    def groups(self) -> tuple[Sequence[W4A16Linear], ...]:
-        """The linear layers as they are merged."""
-        return self.qkv, [self.out], self.gate_up, [self.down]
-
     def why_not(self) -> str:
         """Why :class:`DecoderStep` does not take it; "" when it does."""
-        reasons = [reason for group in self.groups if (reason := why_not_merged(group))]
-        if reasons:
-            return reasons[0]
-        if any(layer.reference for group in self.groups for layer in group):
-            return "the reference implementations run it"
-        norms = [self.input_norm, self.post_attention_norm, *filter(None, (self.q_norm, self.k_norm))]
-        dtypes = {norm.weight.dtype for norm in norms}
-        if self.input_norm.weight.dtype is not torch.float32:  # which only the references take, with any scales
-            dtypes |= {layer.scales.dtype for group in self.groups for layer in group}
-        if len(dtypes) > 1:
-            return "its parts differ in dtype"
-        if self.gate_up[0].out_features % 16:
-            return "its feed-forward's size is not a multiple of 16"
+        groups, norms = [self.qkv, [self.out]], [self.input_norm, *filter(None, (self.q_norm, self.k_norm))]
+        if reason := why_not_feed_forward(groups, norms, (), self.feed_forward):
+            return reason
         if self.q_norm and self.k_norm and self.q_norm.eps != self.k_norm.eps:
             return "the norms of its queries and keys differ in eps"
         return ""
+
+
+def why_not_feed_forward(
+    groups: list[Sequence[W4A16Linear]],
+    norms: list[Norm],
+    others: Sequence[torch.Tensor],
+    feed_forward: FeedForwardParts | None,
+) -> str:
+    """:func:`why_not_fused` of a layer's first half, together with its feed-forward where there is one."""
+    if feed_forward is not None:
+        groups = [*groups, feed_forward.gate_up, [feed_forward.down]]
+        norms = [*norms, feed_forward.norm]
+    if reason := why_not_fused(groups, norms, others):
+        return reason
+    if feed_forward is not None and feed_forward.gate_up[0].out_features % 16:
+        return "its feed-forward's size is not a multiple of 16"
+    return ""
+
+
+class FeedForwardStep:
+    """The residual stream behind a feed-forward, in two kernels: norm, gate, up and SwiGLU | down and residual.
+
+    Args:
+        parts: None: it is left as it is.
+    """
+
+    def __init__(self, parts: FeedForwardParts | None) -> None:
+        self.parts = parts
+        if parts is not None:
+            self.gate_up, self.down = merge(parts.gate_up), merge([parts.down])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``(M, hidden_size)`` to the same."""
+        if self.parts is None:
+            return x
+        norm, w, rows = self.parts.norm, self.gate_up, self.parts.gate_up[0].out_features
+        y = w4a16_swiglu(x, w.qweight, w.scales, w.zeros, w.bias, norm.weight, norm.eps, rows, w.group_size)
+        return product(y, self.down, None, x)
 
 
 class DecoderStep:
@@ -91,9 +137,9 @@ class DecoderStep:
 
     def __init__(self, parts: DecoderParts) -> None:
         self.parts = parts
-        self.qkv, self.out, self.gate_up, self.down = (merge(group) for group in parts.groups)
+        self.qkv, self.out = merge(parts.qkv), merge([parts.out])
+        self.feed_forward = FeedForwardStep(parts.feed_forward)
         self.heads = [layer.out_features // parts.head_dim for layer in parts.qkv]
-        self.intermediate = parts.gate_up[0].out_features
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache_layer: StepCache, mask: torch.Tensor | None
@@ -106,7 +152,7 @@ class DecoderStep:
             mask: bool ``(M, >= tokens)``, True where a token may be attended; None: all may.
         """
         p, rows = self.parts, x.shape[0]
-        heads = _product(x, self.qkv, p.input_norm, None).view(rows, -1, 1, p.head_dim)
+        heads = product(x, self.qkv, p.input_norm, None).view(rows, -1, 1, p.head_dim)
         q, k, v = heads.split(self.heads, dim=1)
         transform = QKTransform(
             p.q_norm.weight if p.q_norm else None,
@@ -115,15 +161,11 @@ class DecoderStep:
             *(cos, sin, cache_layer.rotate_keys),
         )
         attended = cache_layer.step(q, k, v, transform, mask, p.scaling)
-        x = _product(attended.view(rows, -1), self.out, None, x)
-        norm, w = p.post_attention_norm, self.gate_up
-        y = w4a16_swiglu(
-            x, w.qweight, w.scales, w.zeros, w.bias, norm.weight, norm.eps, self.intermediate, w.group_size
-        )
-        return _product(y, self.down, None, x)
+        return self.feed_forward(product(attended.view(rows, -1), self.out, None, x))
 
 
-def _product(x: torch.Tensor, w: MergedWeight, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
+def product(x: torch.Tensor, w: MergedWeight, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
+    """One fused product: ``residual + RMSNorm(x) @ W.T + bias``."""
     weight, eps = norm or (None, 0.0)
     return w4a16_linear_fused(
         x, w.qweight, w.scales, w.zeros, w.bias, weight, eps, residual, w.out_features, w.group_size

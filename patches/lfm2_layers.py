@@ -1,0 +1,119 @@
+"""LFM2's decoder layers, with a short convolution or attention and a dense feed-forward or experts, that run one new
+token a row in few kernels. Experts are run by their own modules."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from hf_fastpath.caches.conv_state import ConvStateLayer
+from hf_fastpath.modules.conv_step import ConvParts, ConvStep
+from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts
+from hf_fastpath.patches.decoder_layers import FusedLayer, norm_of
+
+
+class Lfm2Kinds(NamedTuple):
+    """The classes of a family's parts; ``convolutions`` also what ours becomes."""
+
+    attention: type[nn.Module]
+    convolutions: tuple[type[nn.Module], ...]
+    dense: type[nn.Module]
+    norm: type[nn.Module]
+
+
+class FusedLfm2Layer(FusedLayer):
+    """The forward pass of a mixin; the other base class is the family's decoder layer."""
+
+    lfm2_kinds: Lfm2Kinds
+    is_attention_layer: bool
+    conv: Any
+    feed_forward: Any
+    operator_norm: Any
+    ffn_norm: Any
+
+    def forward(  # type: ignore[override]  # the arguments of another family
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``(batch, T, hidden_size)`` to the same."""
+        layer: Any = None
+        if not self.is_attention_layer:
+            layer = self._conv_layer(hidden_states, past_key_values, kwargs)
+        elif position_embeddings is not None:
+            layer = self._cache_layer(hidden_states, attention_mask, past_key_values, kwargs)
+        step = None if layer is None else self._ready_step(hidden_states.dtype)
+        if step is None:
+            out: torch.Tensor = super(FusedLayer, self).forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            return out
+        x = hidden_states[:, 0].contiguous()
+        if isinstance(step, ConvStep):
+            state = layer.ready((x.shape[0], *step.state_shape), x)
+            x = step(x, state, layer.padding.mask)
+        else:
+            assert position_embeddings is not None
+            x = step(x, *position_embeddings, layer, None if attention_mask is None else attention_mask[:, 0, 0])
+        x = x.unsqueeze(1)
+        return x if step.parts.feed_forward is not None else x + self.feed_forward(self.ffn_norm(x))
+
+    def _conv_layer(self, hidden: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> ConvStateLayer | None:
+        """The state that a step moves on; None where the layer's own forward has to run."""
+        if not self._is_step(hidden, cache) or kwargs.get("seq_idx") is not None:
+            return None
+        layer = cache.layers[self.conv.layer_idx]
+        return layer if isinstance(layer, ConvStateLayer) and not layer.record_past else None
+
+    @property
+    def first_norm(self) -> Any:
+        return self.operator_norm
+
+    def make_step(self) -> ConvStep | DecoderStep:
+        parts = _parts(self, self.lfm2_kinds)
+        return ConvStep(parts) if isinstance(parts, ConvParts) else DecoderStep(parts)
+
+    @classmethod
+    def why_not(cls, layer: Any) -> str:
+        kinds = cls.lfm2_kinds
+        expected: dict[str, tuple[type[nn.Module], ...]] = {"self_attn": (kinds.attention,), "conv": kinds.convolutions}
+        norms = ("operator_norm", "ffn_norm", "self_attn.q_layernorm", "self_attn.k_layernorm")
+        expected |= {name: (kinds.norm,) for name in norms}
+        for name, module in layer.named_modules():
+            if name in expected and type(module) not in expected[name]:
+                return f"its {name} is a {type(module).__name__}, no {expected[name][0].__name__}"
+        return _parts(layer, kinds).why_not()
+
+
+def _parts(layer: Any, kinds: Lfm2Kinds) -> ConvParts | DecoderParts:
+    """What a layer consists of, patched or not yet."""
+    mlp, norm = layer.feed_forward, norm_of(layer.operator_norm)
+    feed_forward = None
+    if type(mlp) is kinds.dense:
+        mlp = cast(Any, mlp)
+        feed_forward = FeedForwardParts([mlp.w1, mlp.w3], mlp.w2, norm_of(layer.ffn_norm))
+    if not layer.is_attention_layer:
+        conv = layer.conv
+        return ConvParts(conv.in_proj, conv.out_proj, conv.conv.weight, conv.conv.bias, norm, feed_forward)
+    attention = layer.self_attn
+    return DecoderParts(
+        qkv=[attention.q_proj, attention.k_proj, attention.v_proj],
+        out=attention.out_proj,
+        feed_forward=feed_forward,
+        input_norm=norm,
+        q_norm=norm_of(attention.q_layernorm),
+        k_norm=norm_of(attention.k_layernorm),
+        head_dim=attention.head_dim,
+        scaling=attention.scaling,
+    )
