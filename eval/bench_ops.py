@@ -3,10 +3,11 @@
 Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays
 it, and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
 
-op            linear (few rows), gemm or short_conv
+op            linear (few rows), gemm, short_conv or conv_projection
 impl          linear: hf_fastpath_int4, tinygemm_int4, cublas_bf16; gemm: each variant of w4a16_gemm that the GPU runs,
               dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16; short_conv: hf_fastpath,
-              torch (the reference: a dozen operations), a step of m rows where k is 1, else m prompts of k tokens
+              torch (the reference: a dozen operations), a step of m rows where k is 1, else m prompts of k tokens;
+              conv_projection, a step's norm, projection to B, C and x, and convolution: one_op, two_ops
 m, k, n       rows of x, in and out features; of short_conv rows, tokens of each and channels
 bytes         what one call must move: each input read once, each output written once
 us_p20, us_p50, us_p80   microseconds a call, over the replays
@@ -34,7 +35,15 @@ import torch.nn.functional as F
 from hf_fastpath.build import load_library
 from hf_fastpath.eval.sizes import parse_rows, parse_shapes
 from hf_fastpath.heuristics import w4a16_gemm_runs_on
-from hf_fastpath.ops import short_conv_prefill, short_conv_step, w4a16_dequantize, w4a16_gemm, w4a16_linear
+from hf_fastpath.ops import (
+    short_conv_prefill,
+    short_conv_step,
+    w4a16_dequantize,
+    w4a16_gemm,
+    w4a16_linear,
+    w4a16_linear_fused,
+    w4a16_short_conv,
+)
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
 
 COLUMNS = (
@@ -201,7 +210,36 @@ def short_conv_rows(wanted: Wanted) -> Iterator[Row]:
                 yield result("short_conv", impl, size, moved, partial(short_conv_call, rows, tokens, reference))
 
 
-PARTS = {"short_conv": short_conv_rows, "linear": linear_rows, "gemm": gemm_rows}
+def conv_projection_call(x: torch.Tensor, one_op: bool) -> Call:
+    k, rows = x.shape[1], 3 * CONV_CHANNELS
+    (q, scales), norm, weight = int4_weight(k, rows), bf16(k), bf16(CONV_CHANNELS, CONV_TAPS)
+    state = bf16(x.shape[0], CONV_CHANNELS, CONV_TAPS)
+    if one_op:
+        return lambda: w4a16_short_conv(x, q, scales, None, None, norm, 1e-5, state, weight, None, None, GROUP)
+
+    def two_ops() -> torch.Tensor:
+        bcx = w4a16_linear_fused(x, q, scales, None, None, norm, 1e-5, None, rows, GROUP)
+        return short_conv_step(bcx, state, weight, None, None)
+
+    return two_ops
+
+
+def conv_projection_rows(wanted: Wanted) -> Iterator[Row]:
+    k, n = CONV_CHANNELS, 3 * CONV_CHANNELS
+    for m in wanted.rows or (1, 4, 16):
+        moved = n * k // 2 + 2 * n * k // GROUP + 2 * CONV_CHANNELS * (m * (2 + 2 * CONV_TAPS) + 1 + CONV_TAPS)
+        for impl in ("one_op", "two_ops"):
+            if wanted.has(impl):
+                make = partial(conv_projection_call, bf16(m, k), impl == "one_op")
+                yield result("conv_projection", impl, {"m": m, "k": k, "n": n}, moved, make)
+
+
+PARTS = {
+    "conv_projection": conv_projection_rows,
+    "short_conv": short_conv_rows,
+    "linear": linear_rows,
+    "gemm": gemm_rows,
+}
 
 
 def copy_rate() -> float:
