@@ -27,8 +27,7 @@ struct Values {
   static constexpr int kWords = kCount * sizeof(T) % 16 ? 0 : kCount * sizeof(T) / 16;
   alignas(16) T value[kCount];
 
-  // kWeights: no kernel writes it meanwhile. Only such memory may be read by the non-coherent path: those loads move
-  // to before wait_for_previous_kernel().
+  // kWeights: issued where it stands, before wait_for_previous_kernel().
   template <bool kWeights = false>
   __device__ __forceinline__ void load(const T* p) {
     if constexpr (kWords > 0) {

@@ -13,7 +13,7 @@ cudaError_t launch(const W4A16LinearArgs& args, const ShortConvArgs& conv, int s
             conv.mask_stride_batch,           conv.taps};
   return linear::for_int4_format<T>(args.group_size, args.zeros, [&](auto format) {
     constexpr auto kShortConv = linear::Epilogue::kShortConv;
-    return linear::launch_normalized<decltype(format), kShortConv>(p, sm_count, stream);
+    return linear::launch_fused<decltype(format), kShortConv>(p, sm_count, stream);
   });
 }
 
@@ -23,8 +23,10 @@ cudaError_t launch_w4a16_short_conv(const W4A16LinearArgs& args, const ShortConv
                                     cudaStream_t stream) {
   if (args.residual || args.n != 3 * conv.channels || conv.channels % 16) return cudaErrorInvalidValue;
   if (conv.taps < kMinConvTaps || conv.taps > kMaxConvTaps) return cudaErrorInvalidValue;
-  if (dtype == Dtype::kFloat16) return launch<__half>(args, conv, sm_count, stream);
-  return launch<__nv_bfloat16>(args, conv, sm_count, stream);
+  return linear::launch_behind_norm(args, dtype, stream, [&](const W4A16LinearArgs& product) {
+    if (dtype == Dtype::kFloat16) return launch<__half>(product, conv, sm_count, stream);
+    return launch<__nv_bfloat16>(product, conv, sm_count, stream);
+  });
 }
 
 }  // namespace hf_fastpath

@@ -78,14 +78,15 @@ class EmulatedOps:
         group_size: int,
     ) -> torch.Tensor:
         channels, taps = conv_weight.shape
-        y = x.new_empty(x.shape[0], channels)
+        y, normalized = x.new_empty(x.shape[0], channels), x.new_empty(x.shape)
         self._library.call(
             "emulated_w4a16_short_conv",
             *(x, x.stride(0), qweight, scales, zeros, bias, y, x.shape[0], 3 * channels, x.shape[1], group_size),
             *(norm_weight, eps, state, conv_weight, conv_bias, mask, 0 if mask is None else mask.stride(0)),
-            *(channels, taps, x.dtype is torch.bfloat16, self.sm_count),
+            *(channels, taps, normalized, x.dtype is torch.bfloat16, self.sm_count),
             **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias, norm_weight=norm_weight),
             **_inputs(conv_weight=conv_weight, conv_bias=conv_bias, mask=mask),
+            normalized=(normalized, OUTPUT),
             state=(state, IN_OUT),
             y=(y, OUTPUT),
         )
@@ -105,12 +106,14 @@ class EmulatedOps:
     ) -> torch.Tensor:
         qweight, scales, zeros, bias = packed
         y = x.new_empty(x.shape[0], columns)
+        normalized = x.new_empty(x.shape)
         self._library.call(
             "emulated_w4a16_linear",
             *(x, x.stride(0), qweight, scales, zeros, bias, y, x.shape[0], rows, x.shape[1], group_size),
-            *(norm_weight, eps, residual, x.dtype is torch.bfloat16, self.sm_count, product),
+            *(norm_weight, eps, residual, normalized, x.dtype is torch.bfloat16, self.sm_count, product),
             **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
             **_inputs(norm_weight=norm_weight, residual=residual),
+            normalized=(normalized, OUTPUT),
             y=(y, OUTPUT),
         )
         return y
