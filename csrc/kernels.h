@@ -27,11 +27,26 @@ struct W4A16LinearArgs {
   const void* norm_weight;  // (k,), 16-byte aligned: x is replaced by its RMSNorm; or nullptr
   float eps;
   const void* residual;  // (m, n) contiguous, or nullptr; not of swiglu
+  void* normalized;      // (m, k), 16-byte aligned: where x's RMSNorm goes if w4a16_norm_is_apart()
 };
 constexpr int kMaxLinearRows = 16;
 cudaError_t launch_w4a16_linear(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 cudaError_t launch_w4a16_linear_fused(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 cudaError_t launch_w4a16_swiglu(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
+// Whether a fused product wants x's RMSNorm from a kernel of its own, which it then launches before.
+bool w4a16_norm_is_apart(const W4A16LinearArgs& args);
+
+// ---- rms_norm.cu ----------------------------------------------------------------------------------------------------
+struct RmsNormArgs {
+  const void* x;  // (m, k), rows x_row_stride elements apart, all of them aligned to 16 bytes
+  int64_t x_row_stride;
+  const void* weight;  // (k,), 16-byte aligned
+  float eps;
+  void* y;   // (m, k) contiguous, 16-byte aligned
+  int m, k;  // k a multiple of 8
+};
+cudaError_t launch_rms_norm(const RmsNormArgs& args, Dtype dtype, cudaStream_t stream);
 
 // ---- w4a16_gemm.cu --------------------------------------------------------------------------------------------------
 struct W4A16GemmArgs {

@@ -87,6 +87,11 @@ W4A16LinearArgs int4_args(const Tensor& x, const Tensor& qweight, const Tensor& 
   return args;
 }
 
+// Where x's RMSNorm goes, if a kernel of its own computes it; else empty.
+Tensor normalized_scratch(const Launch& launch, const Tensor& x, const W4A16LinearArgs& args) {
+  return launch.empty({w4a16_norm_is_apart(args) ? x.size(0) : 0, x.size(1)}, x.scalar_type());
+}
+
 Tensor w4a16_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
                     const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size) {
   constexpr Check check{"w4a16_linear"};
@@ -123,6 +128,8 @@ Tensor w4a16_linear_fused(const Tensor& x, const Tensor& qweight, const Tensor& 
   args.norm_weight = data(norm_weight);
   args.eps = static_cast<float>(eps);
   args.residual = data(residual);
+  const Tensor normalized = normalized_scratch(launch, x, args);
+  args.normalized = normalized.data_ptr();
   check.launched(launch_w4a16_linear_fused(args, dtype, launch.sm_count(), launch.stream()));
   return y;
 }
@@ -144,6 +151,8 @@ Tensor w4a16_swiglu(const Tensor& x, const Tensor& qweight, const Tensor& scales
   W4A16LinearArgs args = int4_args(x, qweight, scales, zeros, bias, y, rows, group_size);
   args.norm_weight = data(norm_weight);
   args.eps = static_cast<float>(eps);
+  const Tensor normalized = normalized_scratch(launch, x, args);
+  args.normalized = normalized.data_ptr();
   check.launched(launch_w4a16_swiglu(args, dtype, launch.sm_count(), launch.stream()));
   return y;
 }

@@ -14,9 +14,18 @@ cudaError_t launch(const W4A16LinearArgs& args, int sm_count, cudaStream_t strea
 
 }  // namespace
 
+bool w4a16_norm_is_apart(const W4A16LinearArgs& args) {
+  if (!args.norm_weight) return false;
+  return !linear::for_int4_format<__half>(args.group_size, args.zeros, [&](auto format) {
+    return linear::normalizes_itself<decltype(format)>(linear::int4_params<__half>(args));
+  });
+}
+
 cudaError_t launch_w4a16_linear_fused(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {
-  if (dtype == Dtype::kFloat16) return launch<__half>(args, sm_count, stream);
-  return launch<__nv_bfloat16>(args, sm_count, stream);
+  return linear::launch_behind_norm(args, dtype, stream, [&](const W4A16LinearArgs& product) {
+    if (dtype == Dtype::kFloat16) return launch<__half>(product, sm_count, stream);
+    return launch<__nv_bfloat16>(product, sm_count, stream);
+  });
 }
 
 }  // namespace hf_fastpath

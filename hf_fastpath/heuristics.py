@@ -76,6 +76,12 @@ def w4a16_variant(
     return W4A16Variant.CUDA_GEMM if capability == (9, 0) or rows <= 64 else W4A16Variant.CUDA_DEQUANTIZE
 
 
+def fuses_decoder_step(device_type: str, rows: int) -> bool:
+    """Whether a decoder layer of one new token in each of ``rows`` rows is run by the fused products. The CPU has
+    faster ones."""
+    return device_type == "cuda" and rows <= MAX_ROWS
+
+
 def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
     """Whether a variant of w4a16_gemm runs on GPUs of this compute capability: whether they have its instructions."""
     return capability == (9, 0) if VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)

@@ -102,6 +102,11 @@ def unpatch_model(model: Any, *, dequantize: bool = False) -> Any:
 
 def _restore(model: Any, state: PatchState) -> None:
     """Takes out whatever part of a patch is there."""
+    for name, kind in state.swapped.items():
+        module = model.get_submodule(name)
+        if hasattr(module, "forget"):
+            module.forget()
+        module.__class__ = kind
     for name, original in state.replaced.items():
         packed = model.get_submodule(name)
         if original is None:
@@ -113,8 +118,6 @@ def _restore(model: Any, state: PatchState) -> None:
             if model.dtype != state.dtype:
                 restored.to(dtype=model.dtype)
         model.set_submodule(name, restored.train(packed.training))
-    for name, kind in state.swapped.items():
-        model.get_submodule(name).__class__ = kind
     if state.tie:
         tie_again(model, state.tie)
     if model.config._attn_implementation == ATTENTION_NAME and state.attn_implementation != ATTENTION_NAME:

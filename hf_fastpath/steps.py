@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import gc
@@ -38,6 +39,7 @@ class PatchState:
     kinds: dict[str, type[nn.Module]]  # module name -> the original's class
     report: FastpathReport
     swapped: dict[str, type[nn.Module]]  # module name -> the class that it had
+    unfit: dict[str, str]  # module name -> why it was not swapped, though others of its class are
     reference: str  # why the reference implementations run it on a GPU; "" where they do not
     tie: Tie | None = None  # of a head that is packed now
 
@@ -53,6 +55,7 @@ class PatchState:
             kinds={},
             report=FastpathReport("", (), ()),
             swapped={},
+            unfit={},
             reference=reference,
         )
 
@@ -103,6 +106,10 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
         _install_cache(model, state)
     for name in state.replaced:
         model.get_submodule(name).reference = bool(state.reference)
+    if model.device.type == "cuda":  # not in the first step, when memory has been divided up
+        for name in state.swapped:
+            if hasattr(module := model.get_submodule(name), "prepare"):
+                module.prepare()
     if state.replaced:
         # functools.partial, not a bound method: those pickle as an attribute of the model, which these are not.
         model.save_pretrained = functools.partial(save_packed, model, state.config)
@@ -116,6 +123,10 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
 def _install_cache(model: Any, state: PatchState) -> None:
     for name, module in model.named_modules():
         if fast := state.recipe.modules.get(type(module)):
+            reason = "the reference implementations run the model" if state.reference else ""
+            if hasattr(fast, "why_not") and (reason := reason or fast.why_not(module)):
+                state.unfit[name] = f"{type(module).__name__}, {reason}"
+                continue
             state.swapped[name] = type(module)
             module.__class__ = fast
     kv_cache = state.config.kv_cache
@@ -167,6 +178,8 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
         )
         runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
     kinds = sorted({kind.__name__ for kind in state.swapped.values()})
-    ours = (f"Forward passes of ours: {len(state.swapped)} {', '.join(kinds)}",) if kinds else ()
+    ours = [f"Forward passes of ours: {len(state.swapped)} {', '.join(kinds)}"] if kinds else []
+    reasons = collections.Counter(state.unfit.values())
+    ours += [f"Forward passes of transformers' own: {count} {reason}" for reason, count in reasons.items()]
     originals = "kept in CPU memory" if state.config.keep_original else "freed"
     return (cache, *ours, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))

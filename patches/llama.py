@@ -1,9 +1,10 @@
 """Llama and every family with the same block: RMSNorm, rotary grouped-query attention (optionally with normalized
 queries and keys), SwiGLU. Their forward passes stay transformers' own, so what a family does between the layers (its
-activation, scaled residuals, biases) need not be Llama's."""
+activation, scaled residuals, biases) need not be Llama's; only of the tested classes one new token a row is ours."""
 
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from hf_fastpath.patches.decoder_layers import FUSED_LAYERS
 from hf_fastpath.patches.recipe import Block, Recipe
 
 RECIPE = Recipe(
@@ -18,6 +19,7 @@ RECIPE = Recipe(
         "mlp.up_proj",
         "mlp.down_proj",
     ),
+    modules=FUSED_LAYERS,
     block=Block(
         norms=("input_layernorm", "post_attention_layernorm"), head_norms=("self_attn.q_norm", "self_attn.k_norm")
     ),

@@ -38,6 +38,8 @@ class Recipe:
             ``(tokens, H)``, the chosen experts and their shares, both ``(tokens, top_k)``.
         modules: classes of the family's modules, each with what its modules become while our caches are in use: a
             subclass without state of its own, so that changing a module's class is all it takes, and to undo it too.
+            Where a module may not be fit for it, the subclass has a ``why_not(module)``, which says why or "". One that
+            keeps what it can make anew has ``prepare()``, which makes it at once, and ``forget()``.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.
     """
 

@@ -76,12 +76,14 @@ class EmulatedOps:
     ) -> torch.Tensor:
         qweight, scales, zeros, bias = packed
         y = x.new_empty(x.shape[0], columns)
+        normalized = x.new_empty(x.shape)
         self._library.call(
             "emulated_w4a16_linear",
             *(x, x.stride(0), qweight, scales, zeros, bias, y, x.shape[0], rows, x.shape[1], group_size),
-            *(norm_weight, eps, residual, x.dtype is torch.bfloat16, self.sm_count, product),
+            *(norm_weight, eps, residual, normalized, x.dtype is torch.bfloat16, self.sm_count, product),
             **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
             **_inputs(norm_weight=norm_weight, residual=residual),
+            normalized=(normalized, OUTPUT),
             y=(y, OUTPUT),
         )
         return y

@@ -12,7 +12,7 @@ from kernel_cases import DTYPES, Target, Weight, generator, shifted
 
 pytestmark = needs_emulator
 
-ROWS = (1, 7, 8, 9, 15)
+ROWS = (1, 2, 4, 5, 8, 9, 15)
 
 
 def make(
@@ -47,6 +47,14 @@ def test_swiglu(n: int, k: int, group: int, norm: bool, dtype: torch.dtype) -> N
     for m in ROWS:
         assert torch.equal(inputs.rows(slice(0, m)).swiglu(weight), full[:m])
     assert torch.equal(inputs.rows(slice(11, 12)).swiglu(weight), full[11:12])
+
+
+def test_a_long_row() -> None:
+    """More columns than a product normalizes itself, and than the norm's own kernel has in registers."""
+    weight, inputs = make(16, 8320, 64, torch.bfloat16, norm=True, residual=True)
+    full = inputs.rows(slice(0, 5)).linear(weight)
+    check_fused_linear(inputs.rows(slice(0, 5)), weight, full)
+    assert torch.equal(inputs.rows(slice(2, 3)).linear(weight), full[2:3])
 
 
 def test_without_norm_and_residual_it_is_the_plain_product() -> None:

@@ -100,7 +100,13 @@ struct GroupSums {
 template <int kColTiles>
 struct GroupSums<0, kColTiles> {};
 
-// The shared memory of a CTA: the rings of its warps, partial sums, the groups' sums of x of all units.
+// Where a CTA has x. kStreamed: in global memory, a warp reads each unit ahead of its use, for every block anew. kHeld:
+// each warp has its units in registers. kShared: up to kSharedRows rows, normalized, in shared memory.
+enum class Place { kStreamed, kHeld, kShared };
+constexpr int kSharedRows = 4;
+constexpr int kSharedGap = 64;  // bytes between rows, which keep two rows' parts of a unit in different banks
+
+// The shared memory of a CTA: the rings of its warps, partial sums, the groups' sums of x of all units, x.
 template <typename W, int kColTiles, int kWarps, int kChains, int kStages>
 struct Shared {
   using Stage = typename W::Stage;
@@ -110,6 +116,9 @@ struct Shared {
   static int bytes(int units) {
     return static_cast<int>(kWarps * kStages * sizeof(Stage)) +
            4 * (kPartials * kPartialFloats + padded(units) * kUnitFloats);
+  }
+  static __host__ __device__ __forceinline__ int x_pitch(int units) {
+    return static_cast<int>(sizeof(typename W::T)) * W::kUnitCols * units + kSharedGap;
   }
   // Whole rounds of the chains.
   static __host__ __device__ __forceinline__ int padded(int units) { return (units + kChains - 1) / kChains * kChains; }
@@ -123,21 +132,26 @@ struct Shared {
   static __device__ __forceinline__ float* group_sums(int unit) {
     return partial(0) + kPartials * kPartialFloats + unit * kUnitFloats;
   }
+  static __device__ __forceinline__ unsigned char* x(int units) {
+    return reinterpret_cast<unsigned char*>(group_sums(padded(units)));
+  }
 };
 
 // With more than 8 rows of x a thread wants more than 128 registers.
 template <int kColTiles, int kWarps>
 constexpr int kCtasPerSm = kColTiles == 1 && kWarps == 8 ? 2 : 1;
-template <bool kHeldX>
-constexpr int kStages = kHeldX ? 6 : 3;  // of a warp's ring
-constexpr int kHeldCols = 512;           // columns of x that a warp can have in registers, of 16 rows
+template <Place kPlace>
+constexpr int kStages = kPlace == Place::kHeld ? 6 : 3;  // of a warp's ring
+constexpr int kHeldCols = 512;                           // columns of x that a warp can have in registers, of 16 rows
 constexpr int kShortK = 8 * kHeldCols;
 
-template <typename W, int kColTiles, int kWarps, int kChains, bool kHeldX, bool kWhole, Epilogue kEpilogue, bool kNorm>
+template <typename W, int kColTiles, int kWarps, int kChains, Place kPlace, bool kWhole, Epilogue kEpilogue>
 __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
     linear_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
-  constexpr int kStages = linear::kStages<kHeldX>;
+  constexpr bool kHeldX = kPlace == Place::kHeld, kSharedX = kPlace == Place::kShared;
+  static_assert(!kSharedX || (kColTiles == 1 && kWarps == kWarpsOfRow && kChains == kWarps));
+  constexpr int kStages = linear::kStages<kPlace>;
   using Memory = Shared<W, kColTiles, kWarps, kChains, kStages>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   typename Memory::Stage* const ring = Memory::ring(warp);
@@ -158,21 +172,30 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
   };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) copy(ring + s);
-  wait_for_previous_kernel();
 
-  constexpr int kXs = kHeldX ? kHeldCols / W::kUnitCols : 2;
+  constexpr int kXs = kHeldX ? kHeldCols / W::kUnitCols : kSharedX ? 1 : 2;
   Activations<kColTiles, W::kUnitCols> x[kXs];
+  [[maybe_unused]] const unsigned char* shared_x = nullptr;  // this lane's part of its row
+  if constexpr (kSharedX) {
+    SharedNorm<kSharedRows, T> norm(p);
+    wait_for_previous_kernel();
+    norm.load(p);
+    let_next_kernel_begin();
+    const int pitch = Memory::x_pitch(p.units);
+    norm.store(Memory::x(p.units), pitch, W::kUnitCols * p.units, p);
+    shared_x = Memory::x(p.units) + min(lane / 4, p.m - 1) * pitch + 16 * (lane % 4);
+  } else {
+    wait_for_previous_kernel();
+  }
   if constexpr (kHeldX) {
 #pragma unroll
     for (int d = 0; d < kXs; ++d) {
       if (d * kWarps < padded_units) load_activations<kWhole>(x[d], p, rows, now.unit + d * kWarps);
     }
-  } else {
+  } else if constexpr (!kSharedX) {
     load_activations<kWhole>(x[0], p, rows, now.unit);
   }
-  let_next_kernel_begin();
-  [[maybe_unused]] float inverse[kColTiles];
-  if constexpr (kNorm) inverse_rms<kWarps>(inverse, p);
+  if constexpr (!kSharedX) let_next_kernel_begin();
   constexpr int kOwnChains = kChains / kWarps;
   float acc[kOwnChains][kRowTiles][kColTiles][4] = {};
   typename Memory::Stage *stage = ring, *last_read = ring + kStages - 1;
@@ -191,13 +214,16 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
       const int unit = now.unit;
       const bool first_block = now.rows_left == range.count;
       now.advance(padded_units);
-      if constexpr (!kHeldX) load_activations<kWhole>(x[1 - d], p, rows, now.unit);
+      if constexpr (kSharedX) {
+        const uint4* part = reinterpret_cast<const uint4*>(shared_x + min(unit, p.units - 1) * 2 * W::kUnitCols);
+#pragma unroll
+        for (int h = 0; h < W::kUnitCols / 32; ++h) x[d].half_tile[0][h] = part[4 * h];
+      } else if constexpr (!kHeldX) {
+        load_activations<kWhole>(x[1 - d], p, rows, now.unit);
+      }
       cp_async_wait<kStages - 2>();
       __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled now
       copy(last_read);
-      if constexpr (kNorm) {
-        if (!kHeldX || first_block) normalize(x[d], p, inverse, unit, lane);
-      }
       GroupSums<W::kGroups, kColTiles> sums;
       if constexpr (W::kGroups > 0) {
         float* kept = Memory::group_sums(unit);
@@ -224,12 +250,13 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps>)
 
 // kWhole: rows of x start at multiples of 16 bytes, and units are whole, so that nothing has to be checked for each
 // load of x.
-template <typename W, int kColTiles, int kWarps, int kChains, bool kHeldX, bool kWhole, Epilogue kEpilogue, bool kNorm>
+template <typename W, int kColTiles, int kWarps, int kChains, Place kPlace, bool kWhole, Epilogue kEpilogue>
 cudaError_t launch(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   const int blocks = (p.row_tiles + kRowTiles - 1) / kRowTiles;
   const int grid = std::min(blocks, kCtasPerSm<kColTiles, kWarps> * sm_count), threads = 32 * kWarps;
-  const int bytes = Shared<W, kColTiles, kWarps, kChains, kStages<kHeldX>>::bytes(p.units);
-  const auto kernel = linear_kernel<W, kColTiles, kWarps, kChains, kHeldX, kWhole, kEpilogue, kNorm>;
+  using Memory = Shared<W, kColTiles, kWarps, kChains, kStages<kPlace>>;
+  const int bytes = Memory::bytes(p.units) + (kPlace == Place::kShared ? p.m * Memory::x_pitch(p.units) : 0);
+  const auto kernel = linear_kernel<W, kColTiles, kWarps, kChains, kPlace, kWhole, kEpilogue>;
   if (has_early_launch()) return launch_kernel_early(kernel, grid, threads, bytes, stream, p);
   return launch_kernel_with_shared(kernel, grid, threads, bytes, stream, p);
 }
@@ -239,39 +266,53 @@ bool aligned_rows(const Params<T>& p) {
   return aligned_to(p.x, 16) && (p.m == 1 || p.x_row_stride % 8 == 0);
 }
 
-// A long K has 16 chains. With up to 8 rows each has a warp: there are few CTAs then (of a model's layers, those with a
-// long K have few outputs), and many warps keep more of the memory's work under way.
-template <typename W, bool kWhole, Epilogue kEpilogue, bool kNorm>
-cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  if (p.k > kShortK) {
-    return p.m <= 8 ? launch<W, 1, 16, 16, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream)
-                    : launch<W, 2, 8, 16, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
-  }
-  if (p.m <= 8) return launch<W, 1, 8, 8, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
-  // x in registers is there at once or not at all; where each CTA has one block, waiting for little of it is faster.
-  const bool hold = p.row_tiles > kRowTiles * sm_count || p.k <= kShortK / 2;
-  return kWhole && hold ? launch<W, 2, 8, 8, kWhole, kWhole, kEpilogue, kNorm>(p, sm_count, stream)
-                        : launch<W, 2, 8, 8, false, kWhole, kEpilogue, kNorm>(p, sm_count, stream);
+// Whether a product normalizes x itself. It does it in every CTA, which pays for few rows; more are normalized once, by
+// a kernel of its own. There must be room for the other CTA of a multiprocessor.
+template <typename W>
+bool normalizes_itself(const Params<typename W::T>& p) {
+  using Memory = Shared<W, 1, 8, 8, kStages<Place::kShared>>;
+  constexpr int kReserved = 1024;  // of each CTA
+  const int bytes = Memory::bytes(p.units) + p.m * Memory::x_pitch(p.units) + kReserved;
+  return p.m <= kSharedRows && p.k <= kShortK && kCtasPerSm<1, 8> * bytes <= shared_bytes_of_multiprocessor();
 }
 
-template <typename W, Epilogue kEpilogue, bool kNorm>
+// A long K has 16 chains. With up to 8 rows each has a warp: there are few CTAs then (of a model's layers, those with a
+// long K have few outputs), and many warps keep more of the memory's work under way.
+template <typename W, bool kWhole, Epilogue kEpilogue>
+cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
+  if (p.k > kShortK) {
+    return p.m <= 8 ? launch<W, 1, 16, 16, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream)
+                    : launch<W, 2, 8, 16, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream);
+  }
+  if constexpr (kEpilogue != Epilogue::kBias) {
+    if (p.norm_weight) return launch<W, 1, 8, 8, Place::kShared, kWhole, kEpilogue>(p, sm_count, stream);
+  }
+  if (p.m <= 8) return launch<W, 1, 8, 8, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream);
+  // x in registers is there at once or not at all; where each CTA has one block, waiting for little of it is faster.
+  const bool hold = p.row_tiles > kRowTiles * sm_count || p.k <= kShortK / 2;
+  constexpr Place kHeldIfWhole = kWhole ? Place::kHeld : Place::kStreamed;
+  return kWhole && hold ? launch<W, 2, 8, 8, kHeldIfWhole, kWhole, kEpilogue>(p, sm_count, stream)
+                        : launch<W, 2, 8, 8, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream);
+}
+
+template <typename W, Epilogue kEpilogue>
 cudaError_t launch_for_alignment(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  return aligned_rows(p) && p.k % W::kUnitCols == 0 ? launch_for_size<W, true, kEpilogue, kNorm>(p, sm_count, stream)
-                                                    : launch_for_size<W, false, kEpilogue, kNorm>(p, sm_count, stream);
+  return aligned_rows(p) && p.k % W::kUnitCols == 0 ? launch_for_size<W, true, kEpilogue>(p, sm_count, stream)
+                                                    : launch_for_size<W, false, kEpilogue>(p, sm_count, stream);
 }
 
 // The plain product, of x as it is.
 template <typename W>
 cudaError_t launch_plain(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  return launch_for_alignment<W, Epilogue::kBias, false>(p, sm_count, stream);
+  return launch_for_alignment<W, Epilogue::kBias>(p, sm_count, stream);
 }
 
-// A fused product: of x's RMSNorm where there is a norm_weight.
+// A fused product: of x's RMSNorm where there is a norm_weight and normalizes_itself().
 template <typename W, Epilogue kEpilogue>
 cudaError_t launch_fused(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
-  if (!aligned_rows(p) || (p.norm_weight && !aligned_to(p.norm_weight, 16))) return cudaErrorMisalignedAddress;
-  return p.norm_weight ? launch_for_alignment<W, kEpilogue, true>(p, sm_count, stream)
-                       : launch_for_alignment<W, kEpilogue, false>(p, sm_count, stream);
+  if (!aligned_rows(p)) return cudaErrorMisalignedAddress;
+  if (p.norm_weight && !normalizes_itself<W>(p)) return cudaErrorInvalidValue;
+  return launch_for_alignment<W, kEpilogue>(p, sm_count, stream);
 }
 
 }  // namespace hf_fastpath::linear

@@ -1,67 +1,96 @@
-// RMSNorm of the activations, inside the products of decode_linear.cuh.
+// RMSNorm of the activations, for the products of decode_linear.cuh and for rms_norm.cu: a row has the same bits in
+// both.
 #pragma once
 
 #include "decode_types.cuh"
 
 namespace hf_fastpath::linear {
 
-// 1 / rms of rows g (and g + 8) of x; 0 for rows that are not there. Every CTA computes it for itself, eight warps
-// sharing a row whatever the number of warps and rows.
-template <int kWarps, typename T, int kColTiles>
-__device__ __forceinline__ void inverse_rms(float (&inverse)[kColTiles], const Params<T>& p) {
-  constexpr int kWarpsOfRow = 8;
-  __shared__ float squares[kMaxLinearRows][kWarpsOfRow];
-  const int warp = threadIdx.x / 32 % kWarpsOfRow, lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32 / kWarpsOfRow; row < p.m; row += kWarps / kWarpsOfRow) {
-    float sum = 0.0f;
-    for (int col = (32 * warp + lane) * 8; col < p.k; col += 32 * kWarpsOfRow * 8) {
-      const uint4 v = load_8x16bit<true>(p.x + row * p.x_row_stride + col);
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+// Eight warps share a row; a lane takes 8 of kColsAtOnce columns.
+constexpr int kWarpsOfRow = 8, kColsAtOnce = 8 * 32 * kWarpsOfRow;
+
+template <typename T>
+__device__ __forceinline__ float add_squares(float sum, const uint4& v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float value = bits_to_float<T>(words[i / 2] >> (16 * (i % 2)));
-        sum = fmaf(value, value, sum);
-      }
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) squares[row][warp] = sum;
+  for (int i = 0; i < 8; ++i) {
+    const float value = bits_to_float<T>(words[i / 2] >> (16 * (i % 2)));
+    sum = fmaf(value, value, sum);
   }
-  __syncthreads();
-#pragma unroll
-  for (int c = 0; c < kColTiles; ++c) {
-    const int row = lane / 4 + 8 * c;
-    float sum = 0.0f;
-    if (row < p.m) {
-#pragma unroll
-      for (int w = 0; w < kWarpsOfRow; ++w) sum += squares[row][w];
-    }
-    inverse[c] = row < p.m ? rsqrtf(sum / p.k + p.eps) : 0.0f;
-  }
+  return sum;
 }
 
-// RMSNorm with the roundings of transformers' LlamaRMSNorm: normalized in fp32, rounded, times the weight, rounded.
-template <typename T, int kColTiles, int kUnitCols>
-__device__ __forceinline__ void normalize(Activations<kColTiles, kUnitCols>& x, const Params<T>& p,
-                                          const float (&inverse)[kColTiles], int unit, int lane) {
+// 1 / rms of a row from its warps' sums.
+__device__ __forceinline__ float inverse_rms(const float (&squares)[kWarpsOfRow], int columns, float eps) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarpsOfRow; ++w) sum += squares[w];
+  return rsqrtf(sum / columns + eps);
+}
+
+// 8 values with the roundings of transformers' LlamaRMSNorm: normalized in fp32, rounded, times the weight, rounded.
+template <typename T>
+__device__ __forceinline__ uint4 normalized(const uint4& x, float inverse, const uint4& weight) {
   using P = typename Pair<T>::type;
+  uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  const uint32_t weights[4] = {weight.x, weight.y, weight.z, weight.w};
 #pragma unroll
-  for (int h = 0; h < kUnitCols / 32; ++h) {
-    const int col = unit * kUnitCols + 32 * h;
-    uint4 weight = make_uint4(0, 0, 0, 0);
-    if (col < p.k) weight = load_8x16bit<true>(p.norm_weight + col + 8 * (lane % 4));
-    const uint32_t weights[4] = {weight.x, weight.y, weight.z, weight.w};
+  for (int i = 0; i < 4; ++i) {
+    const float lo = bits_to_float<T>(words[i]) * inverse, hi = bits_to_float<T>(words[i] >> 16) * inverse;
+    words[i] = as_bits(__hmul2(as_pair<P>(pack_floats(lo, hi, T())), as_pair<P>(weights[i])));
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// x of up to kRows rows and 2 * kColsAtOnce columns, normalized once for a CTA of eight warps, in shared memory: rows
+// `pitch` bytes apart, columns up to the last unit's end, zeros behind the last of x.
+template <int kRows, typename T>
+class SharedNorm {
+ public:
+  // Asks for the weights, which no kernel before this one writes.
+  __device__ __forceinline__ explicit SharedNorm(const Params<T>& p) {
 #pragma unroll
-    for (int c = 0; c < kColTiles; ++c) {
-      uint4& v = x.half_tile[c][h];
-      uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float lo = bits_to_float<T>(words[i]) * inverse[c], hi = bits_to_float<T>(words[i] >> 16) * inverse[c];
-        words[i] = as_bits(__hmul2(as_pair<P>(pack_floats(lo, hi, T())), as_pair<P>(weights[i])));
-      }
-      v = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < 2; ++i) {
+      weight_[i] = make_uint4(0, 0, 0, 0);
+      if (column(i) < p.k) weight_[i] = load_early16(p.norm_weight + column(i));
     }
   }
-}
+
+  __device__ __forceinline__ void load(const Params<T>& p) {
+#pragma unroll
+    for (int j = 0; j < 2 * kRows; ++j) {
+      const int row = j / 2, i = j % 2;
+      x_[row][i] = make_uint4(0, 0, 0, 0);
+      if (row < p.m && column(i) < p.k) x_[row][i] = load_early16(p.x + row * p.x_row_stride + column(i));
+    }
+  }
+
+  __device__ __forceinline__ void store(unsigned char* target, int pitch, int columns, const Params<T>& p) {
+    __shared__ float squares[kRows][kWarpsOfRow];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float sum = warp_sum(add_squares<T>(add_squares<T>(0.0f, x_[row][0]), x_[row][1]));
+      if (threadIdx.x % 32 == 0) squares[row][threadIdx.x / 32] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (row >= p.m) break;
+      const float inverse = inverse_rms(squares[row], p.k, p.eps);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (column(i) >= columns) continue;
+        uint4* place = reinterpret_cast<uint4*>(target + row * pitch + sizeof(T) * column(i));
+        *place = normalized<T>(x_[row][i], inverse, weight_[i]);
+      }
+    }
+    __syncthreads();
+  }
+
+ private:
+  static __device__ __forceinline__ int column(int i) { return 8 * static_cast<int>(threadIdx.x) + kColsAtOnce * i; }
+
+  uint4 weight_[2], x_[kRows][2];
+};
 
 }  // namespace hf_fastpath::linear

@@ -43,6 +43,15 @@ inline int max_shared_bytes() {
   return bytes;
 }
 
+// The shared memory of a multiprocessor of the current GPU.
+inline int shared_bytes_of_multiprocessor() {
+  int device = 0, bytes = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  }
+  return bytes;
+}
+
 // Whether the current GPU has programmatic dependent launch (launch_kernel_early()).
 inline bool has_early_launch() {
   int device = 0, major = 0;

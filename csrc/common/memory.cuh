@@ -12,11 +12,11 @@ namespace hf_fastpath {
 // Eight 16-bit values, 16-byte aligned (kAligned) or aligned to 2 bytes only.
 template <bool kAligned>
 __device__ __forceinline__ uint4 load_8x16bit(const void* p) {
-  if constexpr (kAligned) return __ldg(reinterpret_cast<const uint4*>(p));
+  if constexpr (kAligned) return *reinterpret_cast<const uint4*>(p);
   const uint16_t* h = reinterpret_cast<const uint16_t*>(p);
   uint32_t w[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = __ldg(h + 2 * i) | (static_cast<uint32_t>(__ldg(h + 2 * i + 1)) << 16);
+  for (int i = 0; i < 4; ++i) w[i] = h[2 * i] | static_cast<uint32_t>(h[2 * i + 1]) << 16;
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 

@@ -46,7 +46,10 @@ __device__ __forceinline__ int lane_number() {
   return lane;
 }
 
-// For data read once: it does not displace the activations in L1.
+// What a kernel before stored must not be read as "nc" (nor by __ldg): that says that nobody writes it while this
+// kernel runs, and ptxas then reads it before wait_for_previous_kernel().
+
+// For data read once: it does not displace the activations in L1. This one is for weights only.
 __device__ __forceinline__ uint4 load_once16(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -56,14 +59,17 @@ __device__ __forceinline__ uint4 load_once16(const void* p) {
 }
 __device__ __forceinline__ uint2 load_once8(const void* p) {
   uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
   return v;
 }
 
 // Issued where it stands: the compiler would move it down to where its result is used, and wait for it there.
 __device__ __forceinline__ uint4 load_early16(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
   return v;
 }
 

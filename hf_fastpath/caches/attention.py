@@ -66,13 +66,19 @@ def _why_not_ours(
         return "gradients are wanted; call the model within torch.no_grad()"
     if dropout:
         return "attention dropout is on; call model.eval()"
+    return why_not_ours((query.shape[0], query.shape[2]), attention_mask, kwargs)
+
+
+def why_not_ours(shape: tuple[int, ...], attention_mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str:
+    """The same, as far as it hangs on the number of rows and new tokens, ``shape``, and on what else the attention
+    function is called with."""
     if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         return "the model caps its attention scores or adds to them"
     if kwargs.get("is_causal") is False:
         return "its attention is not causal"
     if attention_mask is None:
         return ""
-    shared = attention_mask.dim() == 4 and attention_mask.shape[1] == 1 and attention_mask.shape[0] == query.shape[0]
-    if shared and attention_mask.shape[2] == query.shape[2] and attention_mask.dtype == torch.bool:
+    shared = attention_mask.dim() == 4 and attention_mask.shape[:3] == (shape[0], 1, shape[1])
+    if shared and attention_mask.dtype == torch.bool:
         return ""
     return "the attention mask is not a boolean one that all heads share"

@@ -100,14 +100,18 @@ class FastLayer(CacheLayerMixin):
 
         What is stored holds no graph: gradients do not flow to earlier calls.
         """
-        if not self.is_initialized or (self.length == 0 and not self._fits(key_states)):
-            self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.batch_size:
-            raise ValueError(f"the cache holds a batch of {self.batch_size}, but got keys of {key_states.shape[0]}")
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self._reserve(start)
+        self._admit(key_states, value_states)
         self.write(key_states.detach(), value_states.detach())
         return self.read(key_states, value_states)
+
+    def _admit(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Counts tokens that are about to be stored, and makes room for them."""
+        if not self.is_initialized or (self.length == 0 and not self._fits(key)):
+            self.lazy_initialization(key, value)
+        if key.shape[0] != self.batch_size:
+            raise ValueError(f"the cache holds a batch of {self.batch_size}, but got keys of {key.shape[0]}")
+        start, self.length = self.length, self.length + key.shape[2]
+        self._reserve(start)
 
     def _fits(self, key: torch.Tensor) -> bool:
         return (key.shape[0], key.dtype, key.device) == (self.batch_size, self.dtype, self.device)

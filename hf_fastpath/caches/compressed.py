@@ -14,6 +14,7 @@ from hf_fastpath.caches.chunks import attend_in_tiles
 from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_supports
+from hf_fastpath.ops._append import NOTHING, ROTATED, QKTransform
 from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.runtime import require_device, why_no_kernels
 
@@ -47,8 +48,46 @@ class CompressedLayer(FastLayer):
         """Empty storage for keys and values of the shape (but ``capacity`` tokens), dtype and device of ``key``."""
 
     @abstractmethod
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, transform: QKTransform, query: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Stores counted tokens by the format's op, which transforms the keys, and the query, which it returns."""
+
+    @abstractmethod
+    def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        """Attention of one token a row by the format's op, query ``(B, H, D)``, rotated if the stored keys are, and
+        result alike."""
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.append(key, value, ROTATED if self.rotate_keys else NOTHING)
+
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """Attention of one new token a row, query ``(B, H, D)`` and result alike; mask: bool ``(B, length)``."""
+        q = rotate(query) if self.rotate_keys else query
+        return self.attend_stored(q.contiguous(), mask, scaling)
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        transform: QKTransform,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """``update()`` and attention of one new token a row, as the projections leave it, in two ops.
+
+        Args:
+            query, key, value: ``(B, heads, 1, D)``, any strides with a contiguous last dimension.
+            transform: what is done to queries and keys; it rotates if ``rotate_keys``.
+            mask: bool ``(B, >= length)``, True where a token may be attended; None: all may.
+
+        Returns ``(B, H, D)``, contiguous.
+        """
+        self._admit(key, value)
+        ready = self.append(key, value, transform, query)
+        assert ready is not None
+        return self.attend_stored(ready.squeeze(2), mask, scaling)
 
     @abstractmethod
     def expand_stored(self, which: str, tokens: slice, dtype: torch.dtype) -> torch.Tensor:

@@ -6,8 +6,7 @@ import torch
 
 from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
-from hf_fastpath.ops._append import ROTATED
-from hf_fastpath.ops._rotation import rotate
+from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.kv_fp8_append import FP8, GROUP_TOKENS, kv_fp8_append
 from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
@@ -45,12 +44,13 @@ class Fp8KVLayer(GroupedLayer):
     def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.storage[2], self.storage[5]
 
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        kv_fp8_append(key, value, self.storage, ROTATED, reference=self.reference)
+    def append_grouped(
+        self, key: torch.Tensor, value: torch.Tensor, transform: QKTransform, query: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return kv_fp8_append(key, value, self.storage, transform, query, reference=self.reference)
 
-    def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        q = rotate(query).contiguous()  # as the stored keys are
-        return attn_decode_fp8(q, self.storage, mask, scaling, reference=self.reference)
+    def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        return attn_decode_fp8(query, self.storage, mask, scaling, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 4 / GROUP_TOKENS)

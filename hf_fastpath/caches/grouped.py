@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_fastpath.caches.compressed import CompressedLayer
+from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops._groups import quantized_of, tail_write
 
 
@@ -28,12 +29,17 @@ class GroupedLayer(CompressedLayer):
         """The latest keys and values."""
 
     @abstractmethod
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Appends to the storage by its op."""
+    def append_grouped(
+        self, key: torch.Tensor, value: torch.Tensor, transform: QKTransform, query: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What :meth:`append` is of other formats."""
 
-    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.append(key, value)
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, transform: QKTransform, query: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        ready = self.append_grouped(key, value, transform, query)
         self._written = max(self._written, self.length)
+        return ready
 
     def reset(self) -> None:
         super().reset()

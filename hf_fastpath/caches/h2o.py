@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
 from hf_fastpath.config import KV_BUDGET, KV_SINKS, check_budget
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.ops._append import ROTATED
+from hf_fastpath.ops._append import ROTATED, QKTransform
 from hf_fastpath.ops._rotation import rotate
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
 from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
@@ -64,12 +64,15 @@ class H2OKVLayer(CompressedLayer):
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keeps the new tokens aside: what stays is known when they have attended."""
+        self._require_none_aside()
+        self._fresh = key, value
+
+    def _require_none_aside(self) -> None:
         if self._fresh is not None:
             raise Unsupported(
                 "the h2o KV cache got new tokens before those of the last call attended, which decides what it keeps: "
                 + self._needs_attention()
             )
-        self._fresh = key, value
 
     @staticmethod
     def _needs_attention() -> str:
@@ -103,22 +106,31 @@ class H2OKVLayer(CompressedLayer):
         for i in range(tokens):
             row = None if mask is None else mask[:, i]
             q, k, v = (x[:, :, i : i + 1] for x in (query, key, value))
-            out.append(self._attend_one(q, k, v, row, scaling))
-        return torch.cat(out, dim=2)
+            ready = self.append(k, v, ROTATED, q)
+            assert ready is not None
+            out.append(self.attend_stored(ready.squeeze(2), row, scaling))
+        return torch.stack(out, dim=2)
 
-    def _attend_one(
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, transform: QKTransform, query: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        rule = (self.window, self.sinks)
+        return kv_h2o_append(key, value, self.storage, *rule, transform, query, reference=self.reference)
+
+    def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        return attn_decode_h2o(query, self.storage, mask, scaling, reference=self.reference)
+
+    def step(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        transform: QKTransform,
         mask: torch.Tensor | None,
         scaling: float,
     ) -> torch.Tensor:
-        """Appends one token a row, all ``(B, heads, 1, D)``, and attends."""
-        rule = (self.window, self.sinks)
-        q = kv_h2o_append(key, value, self.storage, *rule, ROTATED, query, reference=self.reference)
-        assert q is not None
-        return attn_decode_h2o(q.squeeze(2), self.storage, mask, scaling, reference=self.reference).unsqueeze(2)
+        self._require_none_aside()
+        return super().step(query, key, value, transform, mask, scaling)
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         return self.attend(query.unsqueeze(2), None if mask is None else mask.unsqueeze(1), scaling).squeeze(2)

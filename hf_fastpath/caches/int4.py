@@ -9,8 +9,7 @@ from hf_fastpath.caches.compressed import CompressedCache
 from hf_fastpath.caches.grouped import GroupedLayer
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_int4_supports, attn_decode_supports
-from hf_fastpath.ops._append import NOTHING, ROTATED
-from hf_fastpath.ops._rotation import rotate
+from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
 from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS, kv_int4_append, value_groups
 from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
@@ -94,13 +93,13 @@ class Int4KVLayer(GroupedLayer):
     def tails(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.storage[2], self.storage[6]
 
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        transform = ROTATED if self.rotate_keys else NOTHING
-        kv_int4_append(key, value, self.storage, transform, reference=self.reference)
+    def append_grouped(
+        self, key: torch.Tensor, value: torch.Tensor, transform: QKTransform, query: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return kv_int4_append(key, value, self.storage, transform, query, reference=self.reference)
 
-    def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        q = rotate(query) if self.rotate_keys else query
-        return attn_decode_int4(q.contiguous(), self.storage, mask, scaling, reference=self.reference)
+    def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        return attn_decode_int4(query, self.storage, mask, scaling, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return head_dim + 4 * head_dim / self.group_tokens + 4 * value_groups(head_dim)

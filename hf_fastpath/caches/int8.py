@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
-from hf_fastpath.ops._append import ROTATED
-from hf_fastpath.ops._rotation import rotate
+from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
@@ -32,12 +31,13 @@ class Int8KVLayer(CompressedLayer):
         kinds = (*one, *one, (key.shape[:2], torch.int32))
         return [torch.zeros(shape, dtype=dtype, device=key.device) for shape, dtype in kinds]
 
-    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        kv_int8_append(key, value, self.storage, ROTATED, reference=self.reference)
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, transform: QKTransform, query: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        return kv_int8_append(key, value, self.storage, transform, query, reference=self.reference)
 
-    def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        q = rotate(query).contiguous()  # as the stored keys are
-        return attn_decode_int8(q, self.storage, mask, scaling, reference=self.reference)
+    def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+        return attn_decode_int8(query, self.storage, mask, scaling, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 2)

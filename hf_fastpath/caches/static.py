@@ -6,6 +6,8 @@ import torch
 
 from hf_fastpath.caches.base import FastCache, FastLayer
 from hf_fastpath.heuristics import kv_append_supports
+from hf_fastpath.ops._append import QKTransform
+from hf_fastpath.ops.attn_decode_static import attn_decode_static
 from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.runtime import why_no_kernels
 
@@ -15,6 +17,7 @@ class StaticKVLayer(FastLayer):
     ``(B, H_kv)``, tokens stored."""
 
     tokens_per_entry = (1, 1, 0)
+    rotate_keys = False
 
     def allocate(self, key: torch.Tensor, value: torch.Tensor, capacity: int) -> list[torch.Tensor]:
         self.in_kernel = self._fits_kernel(key, value)
@@ -29,6 +32,22 @@ class StaticKVLayer(FastLayer):
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         kv_static_append(key, value, self.storage, reference=not self.in_kernel)
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        transform: QKTransform,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As :meth:`hf_fastpath.caches.compressed.CompressedLayer.step`; on a GPU for head sizes that
+        :func:`hf_fastpath.heuristics.attn_decode_supports`."""
+        self._admit(key, value)
+        ready = kv_static_append(key, value, self.storage, transform, query, reference=not self.in_kernel)
+        assert ready is not None
+        return attn_decode_static(ready.squeeze(2), self.storage, mask, scaling, reference=not self.in_kernel)
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if key.shape[2] == self.length:

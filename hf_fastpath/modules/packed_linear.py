@@ -76,7 +76,7 @@ class PackedLinear(nn.Module):
         self.cpu_layout = cpu_layout
         self.qweight = self.qweight.new_empty((0, *self.qweight.shape[1:]))
 
-    def _to_canonical_layout(self) -> None:
+    def to_canonical_layout(self) -> None:
         """Moves the codes back to ``qweight``, the layout that every device and file understands."""
         self.qweight, self.cpu_layout = self.canonical_qweight(), None
 
@@ -87,7 +87,7 @@ class PackedLinear(nn.Module):
         return sum(tensor.nbytes for tensor in held)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        self._to_canonical_layout()
+        self.to_canonical_layout()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -96,7 +96,7 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "qweight" in state_dict:
-            self._to_canonical_layout()
+            self.to_canonical_layout()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -15,10 +15,10 @@ Dtype dtype_of(int bfloat16) {
 // The three products of an int4 weight: 0 plain, 1 fused, 2 swiglu.
 EXPORT int emulated_w4a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                  const uint8_t* zeros, const void* bias, void* y, int m, int n, int k, int group_size,
-                                 const void* norm_weight, float eps, const void* residual, int bfloat16, int sm_count,
-                                 int product) {
-  const W4A16LinearArgs args{x, x_row_stride, qweight,     scales, zeros,   bias, y, m, n,
-                             k, group_size,   norm_weight, eps,    residual};
+                                 const void* norm_weight, float eps, const void* residual, void* normalized,
+                                 int bfloat16, int sm_count, int product) {
+  const W4A16LinearArgs args{x, x_row_stride, qweight,     scales, zeros,    bias,      y, m, n,
+                             k, group_size,   norm_weight, eps,    residual, normalized};
   const auto launch = product == 0   ? launch_w4a16_linear
                       : product == 1 ? launch_w4a16_linear_fused
                                      : launch_w4a16_swiglu;

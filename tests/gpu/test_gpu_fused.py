@@ -13,7 +13,8 @@ from hf_fastpath.ops import w4a16_linear_fused, w4a16_swiglu
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(32, 96, 32), (96, 576, 64), (224, 1152, 128), (512, 4096, 128)]
+# Beyond 4,096 columns, and beyond 8,192, the norm is computed otherwise.
+SHAPES = [(32, 96, 32), (96, 576, 64), (224, 1152, 128), (512, 4096, 128), (64, 4224, 128), (32, 9216, 64)]
 
 
 def make(

@@ -1,0 +1,204 @@
+"""Decoder layers that run one new token a row as :class:`hf_fastpath.modules.decoder_step.DecoderStep`, and everything
+else as transformers does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.utils import output_capturing
+
+from hf_fastpath import heuristics
+from hf_fastpath.caches import CompressedLayer, FastCache
+from hf_fastpath.caches.attention import ATTENTION_NAME, why_not_ours
+from hf_fastpath.caches.static import StaticKVLayer
+from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, Norm, StepCache
+
+SILU = type(ACT2FN["silu"])
+
+
+class _Watched:
+    """A layer's step, and what it is made of: a replaced module or tensor shows, and so does a hook."""
+
+    def __init__(self, layer: FusedLayer) -> None:
+        self.step = None if layer.why_not(layer) else DecoderStep(layer.parts_of())
+        self.norm_weight = layer.input_layernorm.weight
+        self.dtype = self.norm_weight.dtype
+        self.modules = [module for module in layer.modules() if module is not layer]
+        tables: list[Mapping[str, Any]] = [layer._modules]
+        for module in self.modules:
+            tables += [module._modules, module._parameters, module._buffers]
+        self.content = [(table, name, value) for table in tables for name, value in table.items()]
+
+    @property
+    def unchanged(self) -> bool:
+        if self.norm_weight.dtype is not self.dtype:  # .to() changes parameters in place
+            return False
+        return all(table.get(name) is value for table, name, value in self.content)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether anybody wants to see or change what goes on inside the layer. transformers' own hooks, for
+        ``output_attentions``, do not: they find nothing where attention is ours."""
+        if torch_module._has_any_global_hook():
+            return True
+        for module in self.modules:
+            if module._forward_pre_hooks or "forward" in module.__dict__:
+                return True
+            if any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values()):
+                return True
+        return False
+
+
+class FusedLayer(nn.Module):
+    """The forward pass of a mixin; the other base class is the family's decoder layer.
+
+    ``kinds``: its attention, feed-forward and norm. A layer with others is not its kind.
+    """
+
+    kinds: tuple[type[nn.Module], type[nn.Module], type[nn.Module]]
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``(batch, T, hidden_size)`` to the same."""
+        cache_layer = self._cache_layer(hidden_states, attention_mask, past_key_values, kwargs)
+        step = None
+        if cache_layer is not None and position_embeddings is not None:
+            step = self._ready_step(hidden_states.dtype)
+        if step is None:
+            out: torch.Tensor = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return out
+        assert cache_layer is not None
+        assert position_embeddings is not None
+        mask = None if attention_mask is None else attention_mask[:, 0, 0]
+        return step(hidden_states[:, 0].contiguous(), *position_embeddings, cache_layer, mask).unsqueeze(1)
+
+    def prepare(self) -> None:
+        """Merges the weights now, not in the first step."""
+        self.__dict__["_watched"] = _Watched(self)
+
+    def forget(self) -> None:
+        """Undoes what :meth:`prepare` and steps have left, but for the layout of the weights in memory."""
+        self.__dict__.pop("_watched", None)
+
+    def parts_of(self) -> DecoderParts:
+        """What the layer consists of."""
+        attention, mlp = self.self_attn, self.mlp
+        return DecoderParts(
+            qkv=[attention.q_proj, attention.k_proj, attention.v_proj],
+            out=attention.o_proj,
+            gate_up=[mlp.gate_proj, mlp.up_proj],
+            down=mlp.down_proj,
+            input_norm=_norm(self.input_layernorm),
+            post_attention_norm=_norm(self.post_attention_layernorm),
+            q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
+        )
+
+    @classmethod
+    def why_not(cls, layer: Any) -> str:
+        """Why a decoder layer is not run so; "" when it is."""
+        attention, mlp, norm = cls.kinds
+        expected = {"self_attn": attention, "mlp": mlp, "input_layernorm": norm, "post_attention_layernorm": norm}
+        expected |= {"self_attn.q_norm": norm, "self_attn.k_norm": norm, "mlp.act_fn": SILU}
+        for name, module in layer.named_modules():
+            if name in expected and type(module) is not expected[name]:
+                return f"its {name} is a {type(module).__name__}, no {expected[name].__name__}"
+        return FusedLayer.parts_of(layer).why_not()
+
+    def _cache_layer(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]
+    ) -> StepCache | None:
+        """The layer of the cache that a step attends to; None where the layer's own forward has to run."""
+        if hidden.shape[1] != 1 or not heuristics.fuses_decoder_step(hidden.device.type, hidden.shape[0]):
+            return None
+        attention = self.self_attn
+        if torch.is_grad_enabled() or self.training or attention.training:
+            return None
+        if not isinstance(cache, FastCache) or cache.offloading:
+            return None
+        if why_not_ours(hidden.shape[:2], mask, kwargs):
+            return None
+        layer, implementation = cache.layers[attention.layer_idx], attention.config._attn_implementation
+        if isinstance(layer, StaticKVLayer):
+            supported = not hidden.is_cuda or heuristics.attn_decode_supports(attention.head_dim)
+            return layer if implementation == "sdpa" and supported else None
+        return layer if isinstance(layer, CompressedLayer) and implementation == ATTENTION_NAME else None
+
+    def _ready_step(self, dtype: torch.dtype) -> DecoderStep | None:
+        watched = self.__dict__.get("_watched")
+        if watched is None or not watched.unchanged:
+            self.prepare()
+            watched = self.__dict__["_watched"]
+        if watched.step is None or watched.dtype is not dtype or watched.hooked:
+            return None
+        step: DecoderStep = watched.step
+        return step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_watched"}
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
+
+
+class FusedLlamaDecoderLayer(FusedLayer, llama.LlamaDecoderLayer):
+    """What a ``LlamaDecoderLayer`` becomes."""
+
+    kinds = (llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm)
+
+
+class FusedMistralDecoderLayer(FusedLayer, mistral.MistralDecoderLayer):
+    """What a ``MistralDecoderLayer`` becomes."""
+
+    kinds = (mistral.MistralAttention, mistral.MistralMLP, mistral.MistralRMSNorm)
+
+
+class FusedQwen2DecoderLayer(FusedLayer, qwen2.Qwen2DecoderLayer):
+    """What a ``Qwen2DecoderLayer`` becomes."""
+
+    kinds = (qwen2.Qwen2Attention, qwen2.Qwen2MLP, qwen2.Qwen2RMSNorm)
+
+
+class FusedQwen3DecoderLayer(FusedLayer, qwen3.Qwen3DecoderLayer):
+    """What a ``Qwen3DecoderLayer`` becomes."""
+
+    kinds = (qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm)
+
+
+FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    llama.LlamaDecoderLayer: FusedLlamaDecoderLayer,
+    mistral.MistralDecoderLayer: FusedMistralDecoderLayer,
+    qwen2.Qwen2DecoderLayer: FusedQwen2DecoderLayer,
+    qwen3.Qwen3DecoderLayer: FusedQwen3DecoderLayer,
+}
