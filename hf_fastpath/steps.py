@@ -114,8 +114,10 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
 
 
 def _install_cache(model: Any, state: PatchState) -> None:
+    quantized = state.recipe.quantized_modules if state.replaced and not state.reference else {}
+    classes = {**state.recipe.modules, **quantized}
     for name, module in model.named_modules():
-        if fast := state.recipe.modules.get(type(module)):
+        if fast := classes.get(type(module)):
             state.swapped[name] = type(module)
             module.__class__ = fast
     kv_cache = state.config.kv_cache

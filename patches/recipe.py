@@ -38,6 +38,8 @@ class Recipe:
             ``(tokens, H)``, the chosen experts and their shares, both ``(tokens, top_k)``.
         modules: classes of the family's modules, each with what its modules become while our caches are in use: a
             subclass without state of its own, so that changing a module's class is all it takes, and to undo it too.
+        quantized_modules: the same for classes whose modules become another one where layers were packed and run on
+            kernels, since stock's bits are not what is wanted there.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.
     """
 
@@ -47,4 +49,5 @@ class Recipe:
     decoder_layers: str = "model.layers"
     experts: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
+    quantized_modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
     block: Block | None = None
