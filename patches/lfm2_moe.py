@@ -13,7 +13,13 @@ class FastLfm2MoeShortConv(ShortConv, Lfm2MoeShortConv):
 
 
 class FastLfm2MoeTopKRouter(MoERouter, Lfm2MoeTopKRouter):
-    """What an ``Lfm2MoeTopKRouter`` becomes."""
+    """What an ``Lfm2MoeTopKRouter`` becomes beside layers in full precision: the bits stay stock's."""
+
+
+class QuantizedLfm2MoeTopKRouter(FastLfm2MoeTopKRouter):
+    """What it becomes beside packed layers."""
+
+    on_kernel = True
 
 
 RECIPE = Recipe(
@@ -22,4 +28,5 @@ RECIPE = Recipe(
     linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
     experts={"feed_forward.experts": Lfm2MoeExperts},
     modules={Lfm2MoeShortConv: FastLfm2MoeShortConv, Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter},
+    quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter},
 )

@@ -15,15 +15,17 @@ template <typename T_, int kGroup, bool kZeros>
 struct Int4Weights {
   using T = T_;
   static constexpr int kUnitCols = 128;  // one group of the largest size: two tiles
-  static constexpr bool kRowScales = false;
+  static constexpr bool kRowScales = false, kHasZeros = kZeros;
   static constexpr int kGroups = kUnitCols / kGroup;
   static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f - kNibbleBias<T_>;
 
-  struct Stage {
-    uint4 tile[kRowTiles][2][32];
-    uint16_t scales[kRowTiles][kGroups][16];
-    uint8_t zeros[kZeros ? kRowTiles : 1][kZeros ? kGroups : 1][16];
+  template <int kTiles>
+  struct StageOf {
+    uint4 tile[kTiles][2][32];
+    uint16_t scales[kTiles][kGroups][16];
+    uint8_t zeros[kZeros ? kTiles : 1][kZeros ? kGroups : 1][16];
   };
+  using Stage = StageOf<kRowTiles>;
 
   template <Epilogue kEpilogue, bool kWhole, int kWarps>
   class Source {
@@ -53,8 +55,8 @@ struct Int4Weights {
   };
 
   // acc += scale * (the unit's products), for row tile r.
-  template <int kColTiles>
-  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage& stage, int r,
+  template <int kTiles, int kColTiles>
+  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const StageOf<kTiles>& stage, int r,
                                                   const Activations<kColTiles, kUnitCols>& x,
                                                   const GroupSums<kGroups, kColTiles>& sums, int lane) {
     constexpr int kWords = 8 / kGroups;
