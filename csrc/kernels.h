@@ -298,4 +298,49 @@ cudaError_t launch_short_conv(const ShortConvArgs& args, Dtype dtype, int sm_cou
 cudaError_t launch_w4a16_short_conv(const W4A16LinearArgs& args, const ShortConvArgs& conv, Dtype dtype, int sm_count,
                                     cudaStream_t stream);
 
+// ---- moe_router.cu --------------------------------------------------------------------------------------------------
+struct MoeRouterArgs {
+  const void* x;       // (rows, hidden) contiguous, 16-byte aligned; hidden: a multiple of 32
+  const void* weight;  // (expert_count, hidden) alike
+  const float* bias;   // (expert_count,) or nullptr
+  void* logits;        // (rows, expert_count)
+  void* shares;        // (rows, top_k)
+  int64_t* experts;    // (rows, top_k)
+  int rows, hidden, expert_count, top_k;
+  bool normalize;
+  float scaling;
+};
+constexpr int kMaxRouterExperts = 256, kMaxRouterTopK = 32;
+cudaError_t launch_moe_router(const MoeRouterArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
+// ---- moe_experts.cu -------------------------------------------------------------------------------------------------
+// The experts' packed weights of one product, one after the other, 16-byte aligned as W4A16GemmArgs has one's.
+struct MoeWeight {
+  const void* qweight;
+  const void* scales;
+  const uint8_t* zeros;  // or nullptr
+  int group_size;
+};
+struct MoeExpertsArgs {
+  const void* x;           // (rows, hidden) contiguous, 16-byte aligned
+  const int64_t* experts;  // (rows, top_k)
+  const void* shares;      // (rows, top_k)
+  MoeWeight gate_up;       // (2 * intermediate, hidden) each
+  MoeWeight down;          // (hidden, intermediate) each
+  void* inner;             // (rows * top_k, intermediate) to work with, 16-byte aligned; of moe_experts.cu
+  void* y;                 // (rows, hidden)
+  int rows, top_k, expert_count, hidden, intermediate;
+};
+constexpr int kMaxTopK = 256;
+cudaError_t launch_moe_experts(const MoeExpertsArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
+// ---- moe_grouped_sm90.cu: the same for many rows, compute capability 9.0 --------------------------------------------
+// Rows are taken in turns of at most kMaxGroupedPairs pairs of a row and an expert; `workspace` has
+// moe_grouped_workspace_bytes() for one turn, 16-byte aligned.
+constexpr int kMaxGroupedPairs = 16384, kMaxGroupedExperts = 256;
+constexpr int kMoeVariants = 5;  // hf_fastpath/ops/moe_experts.py has the table; 0 is launch_moe_experts()
+int64_t moe_grouped_workspace_bytes(const MoeExpertsArgs& args);
+cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, void* workspace, int variant, Dtype dtype, int sm_count,
+                               cudaStream_t stream);
+
 }  // namespace hf_fastpath

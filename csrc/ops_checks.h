@@ -96,6 +96,7 @@ class Launch {
     for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
     const int32_t code = dtype == ScalarType::Half       ? aoti_torch_dtype_float16()
                          : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                         : dtype == ScalarType::Long     ? aoti_torch_dtype_int64()
                                                          : aoti_torch_dtype_float32();
     AtenTensorHandle handle = nullptr;
     require_success(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), code,

@@ -27,12 +27,6 @@
 namespace hf_fastpath {
 namespace {
 
-// A ninth warp is the third of its scheduler, whose registers are shared equally at the start: 168 for each thread.
-// Where accumulators need more, the producer has three idle companions, and the four give away what they do not need.
-template <int kCtasPerSm>
-constexpr int kThreads = kGemmThreads + (kCtasPerSm == 1 ? 128 : 32);
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
 struct NoBuffer {};
 
 // Tiles of few tokens are stored from registers: a CTA of theirs leaves room for another, which may be the next
@@ -46,7 +40,7 @@ struct Shared {
 };
 
 template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm>
-__global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
+__global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
     w4a16_gemm_sm90_kernel(const __grid_constant__ Sm90Params<T> params) {
 #ifdef HF_FASTPATH_SM90A
   using Memory = Shared<kGroup, kTokenTiles, kStages>;
@@ -66,7 +60,7 @@ __global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
   if (thread >= kGemmThreads) {
     if constexpr (kCtasPerSm == 1) give_registers<kProducerRegisters>();
     if (thread < kGemmThreads + 32) {
-      produce<T, kGroup, kTokenTiles, kStages>(shared.stages, shared.full, shared.empty, params, cta,
+      produce<T, kGroup, kTokenTiles, kStages>(shared.stages, shared.full, shared.empty, params, params.schedule, cta,
                                                thread - kGemmThreads);
     }
     if (whole) return;
@@ -75,15 +69,16 @@ __global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
   } else {
     if constexpr (kCtasPerSm == 1) take_registers<kConsumerRegisters>();
     float acc[kTokenTiles][4];
-    const auto store_tile = [&](const float (&tile)[kTokenTiles][4], const Place& place) {
+    const auto store_tile = [&](const float (&sums)[kTokenTiles][4], int tile) {
       if (!whole) return;
+      const Place place = params.schedule.place(tile);
       if constexpr (Memory::kHasOutput) {
-        if (params.y_mapped) return store_boxes(tile, shared.output, params, place, thread);
+        if (params.y_mapped) return store_boxes(sums, shared.output, params, place, thread);
       }
-      store_fragments(tile, params.gemm, place, thread);
+      store_fragments(sums, params.gemm, place, thread);
     };
-    consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty, params, cta, thread,
-                                             store_tile);
+    consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty,
+                                             params.gemm.zeros != nullptr, params.schedule, cta, thread, store_tile);
     if (Memory::kHasOutput && thread % 128 == 0) tensor_stores_read();  // before the buffer is gone
     if (!whole) {
       store_sum_of_cluster(acc, reinterpret_cast<float4*>(shared.stages), &shared.drained, params, cta, thread);
@@ -92,19 +87,6 @@ __global__ void __launch_bounds__(kThreads<kCtasPerSm>, kCtasPerSm)
 #else
   __trap();  // launch() refuses before
 #endif
-}
-
-// Whether this GPU's code of the kernel is the one with wgmma: compiled for sm_90a, not PTX of another architecture.
-template <typename Kernel>
-bool is_for_this_gpu(Kernel kernel) {
-  int device = 0, major = 0, minor = 0;
-  cudaFuncAttributes attributes = {};
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-  if (!known) cudaGetLastError();
-  return known && major == 9 && minor == 0 && attributes.ptxVersion == 90;
 }
 
 template <typename T, int kGroup>
@@ -145,7 +127,7 @@ cudaError_t launch(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const ClusterSchedule& s = params.schedule;
   const int ctas = s.clusters * s.splits;
-  return launch_kernel_in_clusters(kernel, ctas, kThreads<kCtasPerSm>, s.splits, kBytes, stream, params);
+  return launch_kernel_in_clusters(kernel, ctas, kSm90Threads<kCtasPerSm>, s.splits, kBytes, stream, params);
 }
 
 // Variants that differ in nothing but the cluster share a kernel.

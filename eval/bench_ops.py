@@ -24,7 +24,7 @@ import dataclasses
 import math
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Wanted:
         return not self.impls or any(part in impl for part in self.impls)
 
 
-def measure(calls: list[Call]) -> list[float]:
+def measure(calls: Sequence[Call]) -> list[float]:
     """Microseconds a call, one number for each replay of a graph of all calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

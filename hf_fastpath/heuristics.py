@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import enum
 
-from hf_fastpath.ops import WITHOUT_KERNEL
+import torch
+
 from hf_fastpath.ops.kv_int4_append import value_groups
+from hf_fastpath.ops.moe_experts import VARIANTS as EXPERTS_VARIANTS
 from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS, GemmVariant
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
+
+MOE_FEW_ROWS = 64  # of a mixture's rows, the most that its kernel for a few rows is taken for
 
 
 class W4A16Variant(enum.Enum):
@@ -38,11 +42,36 @@ class MoEVariant(enum.Enum):
     CUDA_DEQUANTIZE = "w4a16_dequantize kernel for each chosen expert, then cuBLAS"
 
 
-def moe_variant(device_type: str, reference: bool = False) -> MoEVariant:
-    """As :func:`w4a16_variant`, for a mixture of experts."""
+def moe_variant(
+    device_type: str, rows: int, reference: bool = False, capability: tuple[int, int] = (9, 0)
+) -> MoEVariant:
+    """As :func:`w4a16_variant`, for a mixture of experts, whose op has no fast form for many rows on other GPUs."""
     if reference:
         return MoEVariant.REFERENCE
-    return MoEVariant.CUDA_DEQUANTIZE if device_type == "cuda" and "moe_experts" in WITHOUT_KERNEL else MoEVariant.OP
+    few = rows <= MOE_FEW_ROWS or capability == (9, 0)
+    return MoEVariant.OP if device_type == "cpu" or few else MoEVariant.CUDA_DEQUANTIZE
+
+
+def moe_experts_runs_on(variant: int, capability: tuple[int, int]) -> bool:
+    """As :func:`w4a16_gemm_runs_on`, for a variant of moe_experts."""
+    return capability == (9, 0) if EXPERTS_VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)
+
+
+def moe_experts_variant(rows: int, top_k: int, expert_count: int, capability: tuple[int, int]) -> int:
+    """The variant of moe_experts for ``rows`` rows that go to ``top_k`` experts each.
+
+    The kernel for a few rows, which reads an expert's weights once for each eight of its rows; else the smallest tile
+    that has the rows of an expert if all had as many.
+    """
+    if rows <= MOE_FEW_ROWS or expert_count > 256 or not moe_experts_runs_on(len(EXPERTS_VARIANTS) - 1, capability):
+        return 0
+    each = rows * top_k / expert_count
+    return next((i for i in range(1, len(EXPERTS_VARIANTS)) if EXPERTS_VARIANTS[i].tokens >= each), 4)
+
+
+def moe_router_supports(dtype: torch.dtype, hidden: int, expert_count: int, top_k: int) -> bool:
+    """Whether the CUDA kernel of the router takes such inputs. PyTorch's own operations compute the same of any."""
+    return dtype in (torch.float16, torch.bfloat16) and hidden % 32 == 0 and expert_count <= 256 and top_k <= 32
 
 
 def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16Variant:

@@ -179,17 +179,11 @@ def placements() -> list[OpPlacement]:
 
     def on_cuda(name: str) -> str:
         if torch.cuda.is_available() and name in ops.WITHOUT_KERNEL:
-            return _WITHOUT_KERNEL_PATHS.get(name, "none yet: reference, if asked for")
+            return "none yet: reference, if asked for"
         return cuda
 
     return [OpPlacement(name, _CPU_PATHS.get(name, "reference"), on_cuda(name)) for name in ops.SCHEMAS]
 
-
-_PLAIN = "none yet: PyTorch's operations"
-_WITHOUT_KERNEL_PATHS = {
-    "moe_experts": "none yet: w4a16_dequantize kernel, then cuBLAS",
-    "moe_router": _PLAIN,
-}
 
 # W4A16Linear does not call the op on the CPU: torch's int4 product is many times faster than the reference.
 _CPU_PATHS = {"w4a16_linear": "torch's int4 product; the op itself: reference"}

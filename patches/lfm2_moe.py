@@ -28,7 +28,13 @@ class FusedLfm2MoeDecoderLayer(FusedLfm2Layer, Lfm2MoeDecoderLayer):
 
 
 class FastLfm2MoeTopKRouter(MoERouter, Lfm2MoeTopKRouter):
-    """What an ``Lfm2MoeTopKRouter`` becomes."""
+    """What an ``Lfm2MoeTopKRouter`` becomes beside layers in full precision: the bits stay stock's."""
+
+
+class QuantizedLfm2MoeTopKRouter(FastLfm2MoeTopKRouter):
+    """What it becomes beside packed layers."""
+
+    on_kernel = True
 
 
 RECIPE = Recipe(
@@ -41,4 +47,5 @@ RECIPE = Recipe(
         Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter,
         Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
     },
+    quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter},
 )

@@ -40,6 +40,8 @@ class Recipe:
             subclass without state of its own, so that changing a module's class is all it takes, and to undo it too.
             Where a module may not be fit for it, the subclass has a ``why_not(module)``, which says why or "". One that
             keeps what it can make anew has ``prepare()``, which makes it at once, and ``forget()``.
+        quantized_modules: the same for classes whose modules become another one where layers were packed and run on
+            kernels, since stock's bits are not what is wanted there.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.
     """
 
@@ -49,4 +51,5 @@ class Recipe:
     decoder_layers: str = "model.layers"
     experts: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
+    quantized_modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
     block: Block | None = None

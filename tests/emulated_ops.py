@@ -468,6 +468,68 @@ class EmulatedOps:
         call(torch.empty(int(floats)), None)
         return out
 
+    def moe_router(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        expert_bias: torch.Tensor | None,
+        top_k: int,
+        normalize: bool,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (rows, hidden), count = x.shape, weight.shape[0]
+        logits, shares = x.new_empty(rows, count), x.new_empty(rows, top_k)
+        experts = torch.empty(rows, top_k, dtype=torch.int64)
+        self._library.call(
+            "emulated_moe_router",
+            *(x, weight, expert_bias, logits, shares, experts, rows, hidden, count, top_k, normalize, float(scaling)),
+            *(x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, weight=weight, expert_bias=expert_bias),
+            logits=(logits, OUTPUT),
+            shares=(shares, OUTPUT),
+            experts=(experts, OUTPUT),
+        )
+        return logits, shares, experts
+
+    def moe_experts(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        shares: torch.Tensor,
+        gate_up_qweight: torch.Tensor,
+        gate_up_scales: torch.Tensor,
+        gate_up_zeros: torch.Tensor | None,
+        down_qweight: torch.Tensor,
+        down_scales: torch.Tensor,
+        down_zeros: torch.Tensor | None,
+        intermediate_size: int,
+        gate_up_group_size: int,
+        down_group_size: int,
+        variant: int,
+    ) -> torch.Tensor:
+        (rows, hidden), top_k, count = x.shape, experts.shape[1], gate_up_qweight.shape[0]
+        y = torch.empty_like(x)
+
+        def call(workspace: torch.Tensor | None, size: torch.Tensor | None) -> None:
+            self._library.call(
+                "emulated_moe_experts",
+                *(x, experts, shares, gate_up_qweight, gate_up_scales, gate_up_zeros, gate_up_group_size),
+                *(down_qweight, down_scales, down_zeros, down_group_size, workspace, y),
+                *(rows, top_k, count, hidden, intermediate_size, variant, x.dtype is torch.bfloat16, self.sm_count),
+                size,
+                **_inputs(x=x, experts=experts, shares=shares),
+                **_inputs(gate_up_qweight=gate_up_qweight, gate_up_scales=gate_up_scales, gate_up_zeros=gate_up_zeros),
+                **_inputs(down_qweight=down_qweight, down_scales=down_scales, down_zeros=down_zeros),
+                workspace=(workspace, OUTPUT),
+                y=(y, OUTPUT),
+            )
+
+        size = torch.tensor([2 * rows * top_k * intermediate_size])
+        if variant:
+            call(None, size)
+        call(torch.empty(int(size), dtype=torch.uint8), None)
+        return y
+
     def _floats(self, entry_name: str, *sizes: int) -> int:
         entry = self._library.entry(entry_name)
         entry.restype = ctypes.c_int64

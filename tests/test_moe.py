@@ -11,9 +11,16 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts, Lfm2M
 
 from hf_fastpath import FastpathConfig, Unsupported, expert_search, fastpath_report, patch_model, unpatch_model
 from hf_fastpath.expert_search import ExpertInputs, quantize_experts
-from hf_fastpath.heuristics import MoEVariant, moe_variant
+from hf_fastpath.heuristics import (
+    MOE_FEW_ROWS,
+    MoEVariant,
+    moe_experts_runs_on,
+    moe_experts_variant,
+    moe_variant,
+)
 from hf_fastpath.modules import MoERouter, PackedExperts, packed_experts
 from hf_fastpath.ops import moe_router
+from hf_fastpath.ops.moe_experts import VARIANTS
 from hf_fastpath.quantize import GroupQuantized, quantize_int4
 
 QUIET = {"progress": False}
@@ -126,9 +133,32 @@ def test_every_way_of_computing_gives_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_where_experts_run() -> None:
-    assert moe_variant("cpu") is MoEVariant.OP
-    assert moe_variant("cuda") is MoEVariant.CUDA_DEQUANTIZE
-    assert moe_variant("cuda", reference=True) is MoEVariant.REFERENCE
+    for rows in (1, 1000):
+        assert moe_variant("cpu", rows) is MoEVariant.OP
+        assert moe_variant("cuda", rows, capability=(9, 0)) is MoEVariant.OP
+        assert moe_variant("cuda", rows, reference=True) is MoEVariant.REFERENCE
+    assert moe_variant("cuda", 16, capability=(8, 0)) is MoEVariant.OP
+    assert moe_variant("cuda", 1000, capability=(8, 0)) is MoEVariant.CUDA_DEQUANTIZE
+
+
+def test_the_variant_is_the_smallest_that_has_the_rows_of_an_expert() -> None:
+    for rows in (1, 16, MOE_FEW_ROWS):
+        assert moe_experts_variant(rows, 4, 32, (9, 0)) == 0
+    for rows, tokens in ((65, 32), (256, 32), (512, 64), (600, 128), (2048, 256), (100_000, 256)):
+        assert VARIANTS[moe_experts_variant(rows, 4, 32, (9, 0))].tokens == tokens
+    assert moe_experts_variant(512, 4, 32, (8, 0)) == 0  # where it is asked for: the only form there
+    assert moe_experts_variant(512, 4, 300, (9, 0)) == 0  # more experts than the others take
+    assert [moe_experts_runs_on(i, (8, 9)) for i in range(3)] == [True, False, False]
+
+
+def test_the_router_keeps_the_bits_of_stock_unless_layers_are_packed() -> None:
+    gate = "model.layers.1.feed_forward.gate"
+    exact = patch_model(make_lfm2_moe(), weights=None, kv_cache="static")
+    assert not exact.get_submodule(gate).on_kernel
+    packed = patch_model(make_lfm2_moe(), keep_original=True, **QUIET)
+    assert packed.get_submodule(gate).on_kernel
+    unpatch_model(packed)
+    assert type(packed.get_submodule(gate)) is Lfm2MoeTopKRouter
 
 
 def experts_and_inputs() -> tuple[Any, ExpertInputs]:

@@ -25,7 +25,10 @@ def schema_types(schema: str) -> tuple[list[str], str]:
     match = re.fullmatch(r"\w+\((.*)\) -> (.+)", schema)
     assert match, schema
     arguments = [re.sub(r"\(\w!\)", "", argument).split()[0] for argument in match[1].split(", ")]
-    return [CPP_TYPES[argument] for argument in arguments], CPP_TYPES[match[2]]
+    returned = match[2]
+    if returned not in CPP_TYPES:  # "(Tensor, Tensor)"
+        return [CPP_TYPES[argument] for argument in arguments], f"std::tuple<{returned.strip('()')}>"
+    return [CPP_TYPES[argument] for argument in arguments], CPP_TYPES[returned]
 
 
 def mismatches(source: str) -> list[str]:
@@ -41,7 +44,7 @@ def mismatches(source: str) -> list[str]:
             problems.append(f"{name}: {'not registered' if function is None else 'registered, but said to have none'}")
         if function is None:
             continue
-        definition = re.search(rf"^([\w:<>]+) {function}\(([^)]*)\) \{{", source, re.MULTILINE)
+        definition = re.search(rf"^([\w:<>, ]+) {function}\(([^)]*)\) \{{", source, re.MULTILINE)
         if definition is None:
             problems.append(f"{name}: no function {function}")
             continue

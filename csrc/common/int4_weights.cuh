@@ -15,7 +15,7 @@ template <typename T_, int kGroup, bool kZeros>
 struct Int4Weights {
   using T = T_;
   static constexpr int kUnitCols = 128;  // one group of the largest size: two tiles
-  static constexpr bool kRowScales = false;
+  static constexpr bool kRowScales = false, kHasZeros = kZeros;
   static constexpr int kGroups = kUnitCols / kGroup;
   static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f - kNibbleBias<T_>;
 

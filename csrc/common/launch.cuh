@@ -119,4 +119,17 @@ cudaError_t launch_kernel_early_if_possible(void (*kernel)(Params...), dim3 grid
   return launch_kernel(kernel, grid, block, stream, std::forward<Args>(args)...);
 }
 
+// Whether this GPU's code of the kernel is the one with wgmma: compiled for sm_90a, not PTX of another architecture.
+template <typename Kernel>
+inline bool is_for_this_gpu(Kernel kernel) {
+  int device = 0, major = 0, minor = 0;
+  cudaFuncAttributes attributes = {};
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+                     cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+  if (!known) cudaGetLastError();
+  return known && major == 9 && minor == 0 && attributes.ptxVersion == 90;
+}
+
 }  // namespace hf_fastpath

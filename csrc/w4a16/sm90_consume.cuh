@@ -80,13 +80,11 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[kTokenTiles][4], uin
   wgmma_commit();
 }
 
-// store_tile(acc, place) is called for each tile, and may change nothing in the ring.
-template <typename T, int kGroup, int kTokenTiles, int kStages, typename StoreTile>
+// For a CTA that has at least one tile. store_tile(acc, tile) is called for each, and may change nothing in the ring.
+template <typename T, int kGroup, int kTokenTiles, int kStages, typename Schedule, typename StoreTile>
 __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<kGroup, kTokenTiles>* stages,
-                                        uint64_t* full, uint64_t* empty, const Sm90Params<T>& params, int cta,
+                                        uint64_t* full, uint64_t* empty, bool has_zeros, const Schedule& s, int cta,
                                         int thread, StoreTile store_tile) {
-  const ClusterSchedule& s = params.schedule;
-  const bool has_zeros = params.gemm.zeros != nullptr;
   const int warp = thread / 32, lane = thread % 32;
   uint32_t a[2][kSteps][4];  // one is filled while wgmma reads the other
   PackedWeights<T, kGroup, kTokenTiles> weights;
@@ -122,7 +120,7 @@ __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<
     release(stage == 0 ? kStages - 1 : stage - 1);
 #pragma unroll
     for (int i = 0; i < kTokenTiles * 4; ++i) pin_register(acc[i / 4][i % 4]);
-    store_tile(acc, s.place(tile));
+    store_tile(acc, tile);
   }
 }
 

@@ -10,13 +10,36 @@ namespace hf_fastpath {
 
 constexpr int kStageCols = 64;  // one packed tile; two stages are a unit
 
+// A ninth warp is the third of its scheduler, whose registers are shared equally at the start: 168 for each thread.
+// Where accumulators need more, the producer has three idle companions, and the four give away what they do not need.
+template <int kCtasPerSm>
+constexpr int kSm90Threads = kGemmThreads + (kCtasPerSm == 1 ? 128 : 32);
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
 template <typename T>
-struct Sm90Params {
+struct Sm90Operands {
   GemmParams<T> gemm;
-  ClusterSchedule schedule;
-  TensorMap x, y, weights, scales, zeros;
-  bool x_mapped, y_mapped;  // else x is loaded, or y stored, by ordinary instructions
+  TensorMap x, weights, scales, zeros;
+  bool x_mapped;  // else x is loaded by ordinary instructions
 };
+
+template <typename T>
+struct Sm90Params : Sm90Operands<T> {
+  ClusterSchedule schedule;
+  TensorMap y;
+  bool y_mapped;  // else y is stored by ordinary instructions
+};
+
+// Where a tile begins: in the weight's tiles of rows, in the rows of x. Another schedule than ClusterSchedule has an
+// overload of its own.
+struct Corner {
+  int row_tile, token;
+};
+template <int kTokenTiles>
+__device__ __forceinline__ Corner corner_of(const ClusterSchedule& s, int tile) {
+  const Place place = s.place(tile);
+  return {place.row_block * kGemmWarps, place.token_block * 8 * kTokenTiles};
+}
 
 // Everything as it is in global memory: all of it arrives by the engine that copies boxes of matrices.
 template <int kGroup, int kTokenTiles>
@@ -36,13 +59,18 @@ struct StageCursor {
   int tile, col_tile;
   int begin, end;  // col_tile in each tile
 
-  __device__ __forceinline__ StageCursor(const ClusterSchedule& s, int cta)
+  template <typename Schedule>
+  __device__ __forceinline__ StageCursor(const Schedule& s, int cta)
       : tile(cta / s.splits), begin(2 * s.begin(cta % s.splits)), end(2 * s.begin(cta % s.splits + 1)) {
     col_tile = begin;
   }
-  __device__ __forceinline__ bool done(const ClusterSchedule& s) const { return tile >= s.count(); }
+  template <typename Schedule>
+  __device__ __forceinline__ bool done(const Schedule& s) const {
+    return tile >= s.count();
+  }
   // Returns whether that leads to another tile.
-  __device__ __forceinline__ bool advance(const ClusterSchedule& s) {
+  template <typename Schedule>
+  __device__ __forceinline__ bool advance(const Schedule& s) {
     if (++col_tile < end) return false;
     col_tile = begin;
     tile += s.clusters;
@@ -53,9 +81,9 @@ struct StageCursor {
 // One thread's work. Beyond the last row or column of tiles the engine writes zeros.
 template <typename T, int kGroup, int kTokenTiles>
 __device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
-                                             const Sm90Params<T>& params, int row_block, int col_tile) {
+                                             const Sm90Operands<T>& params, int first_tile, int col_tile) {
   const bool has_zeros = params.gemm.zeros != nullptr;
-  const int first_tile = row_block * kGemmWarps, group = col_tile * kStageCols / kGroup;
+  const int group = col_tile * kStageCols / kGroup;
   mbarrier_arrive_expecting(full, static_cast<int>(sizeof stage.weights + sizeof stage.scales) +
                                       (has_zeros ? static_cast<int>(sizeof stage.zeros) : 0));
   tensor_load(stage.weights, params.weights, first_tile, col_tile * 128, full);
@@ -66,10 +94,10 @@ __device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles>& sta
 // x of a stage without a map: rows that do not start at multiples of 16 bytes. The same bytes at the same places.
 template <int kTokenTiles, typename T>
 __device__ __forceinline__ void store_x(unsigned char (&x)[8 * kTokenTiles][128], const GemmParams<T>& p,
-                                        int token_block, int first_col, int lane) {
+                                        int first_token, int first_col, int lane) {
   const int chunk = lane % 8, col = first_col + chunk * 8;
   for (int token = lane / 8; token < 8 * kTokenTiles; token += 4) {
-    const int64_t row = token_block * 8 * kTokenTiles + token;
+    const int64_t row = first_token + token;
     uint4 values = make_uint4(0, 0, 0, 0);
     if (row < p.m && col < p.k) values = load_8x16bit<false>(p.x + row * p.x_row_stride + col);
     *reinterpret_cast<uint4*>(&x[token][(chunk ^ token % 8) * 16]) = values;
@@ -79,44 +107,45 @@ __device__ __forceinline__ void store_x(unsigned char (&x)[8 * kTokenTiles][128]
 
 template <typename T, int kGroup, int kTokenTiles>
 __device__ __forceinline__ void load_x(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
-                                       const Sm90Params<T>& params, int token_block, int col_tile, int lane) {
+                                       const Sm90Operands<T>& params, int first_token, int col_tile, int lane) {
   if (params.x_mapped) {
     if (lane) return;
     mbarrier_arrive_expecting(full, sizeof stage.x);
-    tensor_load(stage.x, params.x, token_block * 8 * kTokenTiles, col_tile * kStageCols, full);
+    tensor_load(stage.x, params.x, first_token, col_tile * kStageCols, full);
     return;
   }
-  store_x<kTokenTiles>(stage.x, params.gemm, token_block, col_tile * kStageCols, lane);
+  store_x<kTokenTiles>(stage.x, params.gemm, first_token, col_tile * kStageCols, lane);
   __syncwarp();
   if (lane == 0) mbarrier_arrive(full);
 }
 
 // One warp's work. The weights of the first stages are asked for while the kernel before this one may still run.
-template <typename T, int kGroup, int kTokenTiles, int kStages>
+template <typename T, int kGroup, int kTokenTiles, int kStages, typename Schedule>
 __device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles>* stages, uint64_t* full, uint64_t* empty,
-                                        const Sm90Params<T>& params, int cta, int lane) {
-  const ClusterSchedule& s = params.schedule;
+                                        const Sm90Operands<T>& params, const Schedule& s, int cta, int lane) {
   StageCursor now(s, cta);
   if (lane == 0) {
     StageCursor ahead = now;
     for (int stage = 0; stage < kStages && !ahead.done(s); ++stage) {
-      load_weights<T>(stages[stage], full + stage, params, s.place(ahead.tile).row_block, ahead.col_tile);
+      load_weights<T>(stages[stage], full + stage, params, corner_of<kTokenTiles>(s, ahead.tile).row_tile,
+                      ahead.col_tile);
       ahead.advance(s);
     }
   }
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  Place place = s.place(now.tile);
+  Corner corner = {};
+  if (!now.done(s)) corner = corner_of<kTokenTiles>(s, now.tile);
   int stage = 0, phase = 0;
   bool first_round = true;
   while (!now.done(s)) {
     if (!first_round) {
       mbarrier_wait(empty + stage, phase ^ 1);
-      if (lane == 0) load_weights<T>(stages[stage], full + stage, params, place.row_block, now.col_tile);
+      if (lane == 0) load_weights<T>(stages[stage], full + stage, params, corner.row_tile, now.col_tile);
     }
-    load_x<T>(stages[stage], full + stage, params, place.token_block, now.col_tile, lane);
+    load_x<T>(stages[stage], full + stage, params, corner.token, now.col_tile, lane);
     if (++stage == kStages) stage = 0, phase ^= 1, first_round = false;
-    if (now.advance(s)) place = s.place(now.tile);
+    if (now.advance(s) && !now.done(s)) corner = corner_of<kTokenTiles>(s, now.tile);
   }
   __syncwarp();
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_fastpath.ops._library import WITHOUT_KERNEL
+from hf_fastpath.heuristics import moe_router_supports
 from hf_fastpath.ops.moe_router import moe_router
 
 
 class MoERouter(nn.Module):
     """The forward pass of a mixin; the other base class is transformers' sigmoid router, which keeps gradients."""
+
+    on_kernel = False  # on CUDA: the kernel, which adds in another order than stock's product
 
     weight: nn.Parameter
     top_k: int
@@ -25,6 +27,9 @@ class MoERouter(nn.Module):
         if torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad):
             logits, shares, experts = super().forward(hidden_states, expert_bias)
             return logits, shares, experts
+        fits = hidden_states.dtype == self.weight.dtype and moe_router_supports(
+            hidden_states.dtype, hidden_states.shape[1], self.weight.shape[0], self.top_k
+        )
         return moe_router(
             hidden_states,
             self.weight,
@@ -32,5 +37,5 @@ class MoERouter(nn.Module):
             self.top_k,
             self.norm_topk_prob,
             self.routed_scaling_factor,
-            reference=hidden_states.is_cuda and "moe_router" in WITHOUT_KERNEL,
+            reference=hidden_states.is_cuda and not (self.on_kernel and fits),
         )

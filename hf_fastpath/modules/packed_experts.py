@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from hf_fastpath import packing
-from hf_fastpath.heuristics import MoEVariant, moe_variant
+from hf_fastpath.heuristics import MoEVariant, moe_experts_variant, moe_variant
 from hf_fastpath.ops.moe_experts import expert_by_expert, moe_experts
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.quantize import GroupQuantized
-from hf_fastpath.runtime import require_device
+from hf_fastpath.runtime import gpu_properties, require_device
 
 
 class PackedStack(nn.Module):
@@ -100,11 +100,16 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        variant = moe_variant(hidden_states.device.type, self.reference)
-        if variant is not MoEVariant.REFERENCE:
+        rows, dtype = hidden_states.shape[0], hidden_states.dtype
+        capability = (9, 0)
+        if hidden_states.is_cuda and not self.reference:
             require_device(hidden_states.device)
+            properties = gpu_properties(hidden_states.device)
+            capability = (properties.major, properties.minor)
+        variant = moe_variant(hidden_states.device.type, rows, self.reference, capability)
+        if variant is MoEVariant.OP and hidden_states.is_cuda and dtype != self.scales.dtype:
+            variant = MoEVariant.CUDA_DEQUANTIZE  # the kernels take no other than the scales'
         if variant is MoEVariant.CUDA_DEQUANTIZE or (hidden_states.requires_grad and torch.is_grad_enabled()):
-            dtype = hidden_states.dtype
             return expert_by_expert(
                 hidden_states,
                 top_k_index,
@@ -125,6 +130,7 @@ class PackedExperts(nn.Module):
             self.down.shape[1],
             self.gate_up.group_size,
             self.down.group_size,
+            moe_experts_variant(rows, top_k_index.shape[1], self.gate_up.count, capability),
             reference=variant is MoEVariant.REFERENCE,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,34 @@ from hf_fastpath.ops import _library
 SCHEMA = (
     "moe_experts(Tensor x, Tensor experts, Tensor shares, Tensor gate_up_qweight, Tensor gate_up_scales, "
     "Tensor? gate_up_zeros, Tensor down_qweight, Tensor down_scales, Tensor? down_zeros, int intermediate_size, "
-    "int gate_up_group_size, int down_group_size) -> Tensor"
+    "int gate_up_group_size, int down_group_size, int variant) -> Tensor"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsVariant:
+    """One form of the CUDA kernels.
+
+    instruction: "mma" (mma.sync, compute capability 8.0 and newer), made for a few rows: each row's bits are the same
+        whatever the others are. Or "wgmma" (9.0 only), which sorts the rows by expert first.
+    tokens: rows of an expert that its weights meet at a time.
+    """
+
+    instruction: str
+    tokens: int
+
+    @property
+    def exact_weights(self) -> bool:
+        """As that of :class:`hf_fastpath.ops.w4a16_gemm.GemmVariant`."""
+        return self.instruction == "mma"
+
+    @property
+    def name(self) -> str:
+        """For tables: "mma_8"."""
+        return f"{self.instruction}_{self.tokens}"
+
+
+VARIANTS = (ExpertsVariant("mma", 8), *(ExpertsVariant("wgmma", tokens) for tokens in (32, 64, 128, 256)))
 
 Weights = Callable[[int], torch.Tensor]  # of an expert
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,6 +85,7 @@ def moe_experts_reference(
     intermediate_size: int,
     gate_up_group_size: int,
     down_group_size: int,
+    variant: int,
 ) -> torch.Tensor:
     hidden = x.shape[1]
 
@@ -90,11 +118,12 @@ def _fake(
     intermediate_size: int,
     gate_up_group_size: int,
     down_group_size: int,
+    variant: int,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-_op = _library.define(SCHEMA, moe_experts_reference, _fake, kernel=False)
+_op = _library.define(SCHEMA, moe_experts_reference, _fake)
 
 
 def moe_experts(
@@ -110,6 +139,7 @@ def moe_experts(
     intermediate_size: int,
     gate_up_group_size: int,
     down_group_size: int,
+    variant: int,
     *,
     reference: bool = False,
 ) -> torch.Tensor:
@@ -124,7 +154,13 @@ def moe_experts(
             I..2 I - 1 up's.
         down_qweight, down_scales, down_zeros: the experts' packed ``(H, I)`` weights, likewise.
         intermediate_size: I. gate_up_group_size divides H, down_group_size I.
+        variant: index into :data:`VARIANTS`; every variant takes every number of rows. :mod:`hf_fastpath.heuristics`
+            knows which to take. The CPU implementation has one form and ignores it.
         reference: run the reference implementation, on any device.
+
+    On CUDA x is aligned to 16 bytes, H and I are multiples of 32, and x and the scales have one dtype; an expert that
+    there is not ends the kernel with an error of the device. "wgmma" variants need a workspace of 15 KB for each row
+    and expert at H = 2048, I = 1792, of up to 16,384 of these at a time, and take up to 256 experts.
 
     Products are accumulated in float32. gate, up, silu(gate) and its product with up are each rounded to ``x.dtype``;
     the sum over k is taken in float32, in the order of k, and rounded once.
@@ -143,4 +179,5 @@ def moe_experts(
         intermediate_size,
         gate_up_group_size,
         down_group_size,
+        variant,
     )

@@ -43,7 +43,7 @@ def _fake(
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
 
 
-_op = _library.define(SCHEMA, moe_router_reference, _fake, kernel=False)
+_op = _library.define(SCHEMA, moe_router_reference, _fake)
 
 
 def moe_router(
@@ -64,11 +64,12 @@ def moe_router(
 
     Args:
         x: ``(M, H)``; weight: ``(E, H)``, both of one dtype, in which logits, scores and shares are rounded after each
-            operation, as transformers does. Logits are accumulated in float32.
+            operation, as transformers does. Logits are accumulated in float32. On CUDA float16 or bfloat16, contiguous,
+            aligned to 16 bytes, H a multiple of 32, E up to 256 and top_k up to 32.
         expert_bias: float32 ``(E,)`` or None.
         reference: run the reference implementation, on any device.
 
-    ``experts`` is int64.
+    ``experts`` is int64. A row's results do not depend on the other rows.
     """
     run = moe_router_reference if reference else _op
     return run(x, weight, expert_bias, top_k, normalize, scaling)

@@ -162,6 +162,10 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, EMULATED_SITE) 
   return static_cast<unsigned>(lane.value);
 }
 
+inline void __trap() {
+  cuda_emulator::fault("__trap");
+}
+
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 using std::max;
 using std::min;
@@ -176,6 +180,9 @@ T __ldcg(const T* p) {
   return *p;
 }
 
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -204,3 +204,37 @@ EXPORT int emulated_w4a16_short_conv(const void* x, int64_t x_row_stride, const 
   conv.channels = channels, conv.taps = taps;
   return launch_w4a16_short_conv(args, conv, dtype_of(bfloat16), sm_count, nullptr);
 }
+
+EXPORT int emulated_moe_router(const void* x, const void* weight, const float* bias, void* logits, void* shares,
+                               int64_t* experts, int rows, int hidden, int expert_count, int top_k, int normalize,
+                               float scaling, int bfloat16, int sm_count) {
+  const MoeRouterArgs args{x,    weight, bias,         logits, shares,         experts,
+                           rows, hidden, expert_count, top_k,  normalize != 0, scaling};
+  return launch_moe_router(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+// `workspace_bytes`: only says how many those of variants other than 0 are.
+EXPORT int emulated_moe_experts(const void* x, const int64_t* experts, const void* shares, const void* up_qweight,
+                                const void* up_scales, const uint8_t* up_zeros, int up_group, const void* down_qweight,
+                                const void* down_scales, const uint8_t* down_zeros, int down_group, void* workspace,
+                                void* y, int rows, int top_k, int expert_count, int hidden, int intermediate,
+                                int variant, int bfloat16, int sm_count, int64_t* workspace_bytes) {
+  const MoeExpertsArgs args{x,
+                            experts,
+                            shares,
+                            {up_qweight, up_scales, up_zeros, up_group},
+                            {down_qweight, down_scales, down_zeros, down_group},
+                            workspace,
+                            y,
+                            rows,
+                            top_k,
+                            expert_count,
+                            hidden,
+                            intermediate};
+  if (workspace_bytes) {
+    *workspace_bytes = moe_grouped_workspace_bytes(args);
+    return 0;
+  }
+  if (variant == 0) return launch_moe_experts(args, dtype_of(bfloat16), sm_count, nullptr);
+  return launch_moe_grouped(args, workspace, variant, dtype_of(bfloat16), sm_count, nullptr);
+}

@@ -1,0 +1,261 @@
+// The router of a mixture of experts: logits, the experts with the largest scores, and their shares.
+//
+// Eight rows of x and 16 experts meet in one mma.m16n8k16; x and the router's weight are read in the order in which
+// they lie in memory, eight neighbouring columns a lane, since it does not matter which column the tensor core calls
+// "k". The warps divide the columns, and where the GPU has clusters so do the CTAs of one, as a single multiprocessor
+// would read the weight too slowly; their parts are added in the order of the columns. Then a warp ranks the experts of
+// a row.
+#include "common/dtype.cuh"
+#include "common/launch.cuh"
+#include "common/memory.cuh"
+#include "common/ptx_sm90.cuh"
+#include "kernels.h"
+
+namespace hf_fastpath {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kRows = 8;           // of x at a time; as many as warps, each of which ranks the experts of one
+constexpr int kClusterSize = 8;    // CTAs
+constexpr int kStepCols = 32;      // columns that a warp takes at a time
+constexpr float kEpsilon = 1e-6f;  // in a share's denominator
+static_assert(kRows == kWarps);
+
+#if defined(HF_FASTPATH_EMULATED) || __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+
+template <typename T>
+struct Params {
+  const T* x;
+  const T* weight;
+  const float* bias;
+  T* logits;
+  T* shares;
+  int64_t* experts;
+  int rows, hidden, expert_count, top_k;
+  bool normalize;
+  float scaling;
+
+  __host__ __device__ int padded_experts() const { return (expert_count + 15) / 16 * 16; }
+};
+
+// A CTA's shared memory: [warp][expert][row] of a warp's sums, [expert][row] of the CTA's, and of the logits; chosen
+// experts of each row.
+struct Memory {
+  float4* parts;
+  float4* sums;
+  float* logits;
+  int* chosen;
+
+  static __host__ __device__ int bytes(int padded) { return padded * kRows * 4 * (kWarps + 2) + kRows * padded * 4; }
+  __device__ __forceinline__ explicit Memory(int padded) {
+    parts = reinterpret_cast<float4*>(dynamic_shared());
+    sums = parts + kWarps * padded * kRows / 4;
+    logits = reinterpret_cast<float*>(sums + padded * kRows / 4);
+    chosen = reinterpret_cast<int*>(logits + padded * kRows);
+  }
+};
+
+// The steps of columns that a warp of the cluster takes.
+struct Share {
+  int first, end;
+
+  __device__ __forceinline__ Share(int hidden, int rank, int ctas) {
+    const int steps = hidden / kStepCols, part = rank * kWarps + threadIdx.x / 32, parts = ctas * kWarps;
+    first = steps * part / parts;
+    end = steps * (part + 1) / parts;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ float rounded(float value) {
+  return to_float(from_float<T>(value));
+}
+
+// This warp's part of the sums of x's rows first .. first + 8.
+template <typename T>
+__device__ __forceinline__ void multiply(const Params<T>& p, const Memory& memory, const Share& share, int first) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const T* const row = p.x + static_cast<int64_t>(min(first + g, p.rows - 1)) * p.hidden + 8 * t;
+  float* const parts = reinterpret_cast<float*>(memory.parts + warp * p.padded_experts() * kRows / 4);
+  for (int tile = 0; tile < p.padded_experts(); tile += 16) {
+    const T* const low = p.weight + static_cast<int64_t>(min(tile + g, p.expert_count - 1)) * p.hidden + 8 * t;
+    const T* const high = p.weight + static_cast<int64_t>(min(tile + g + 8, p.expert_count - 1)) * p.hidden + 8 * t;
+    float acc[4] = {};
+#pragma unroll 2
+    for (int step = share.first; step < share.end; ++step) {
+      const uint4 a0 = load_8x16bit<true>(low + step * kStepCols), a1 = load_8x16bit<true>(high + step * kStepCols);
+      const uint4 b = load_early16(row + step * kStepCols);
+      mma_m16n8k16<T>(acc, {a0.x, a1.x, a0.y, a1.y}, b.x, b.y);
+      mma_m16n8k16<T>(acc, {a0.z, a1.z, a0.w, a1.w}, b.z, b.w);
+    }
+    *reinterpret_cast<float2*>(parts + (tile + g) * kRows + 2 * t) = make_float2(acc[0], acc[1]);
+    *reinterpret_cast<float2*>(parts + (tile + g + 8) * kRows + 2 * t) = make_float2(acc[2], acc[3]);
+  }
+}
+
+__device__ __forceinline__ void add(float4& sum, const float4& part) {
+  sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+}
+
+// Where a score stands: NaN before all others, as in torch.sort; zeros of both signs are equal.
+__device__ __forceinline__ uint32_t rank_key(float score) {
+  if (score != score) return 0xffffffffu;
+  const uint32_t bits = __float_as_uint(score + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The experts of one row by falling score, of equal ones the first: an expert's place is how many come before it. The
+// row's logits become scores; keys[e] is where expert e's stands, and below all others from the last expert on.
+template <typename T>
+__device__ __forceinline__ void choose(const Params<T>& p, float* scores, uint32_t* keys, int* chosen, int64_t row,
+                                       int lane) {
+  const int padded = p.padded_experts();
+  for (int e = lane; e < padded; e += 32) {
+    const float score = rounded<T>(1.0f / (1.0f + expf(-scores[e])));
+    scores[e] = score;
+    keys[e] = e < p.expert_count ? rank_key(p.bias ? score + p.bias[e] : score) : 0;
+  }
+  __syncwarp();
+  for (int e = lane; e < p.expert_count; e += 32) {
+    const uint32_t key = keys[e];
+    int place = 0;
+#pragma unroll 4
+    for (int i = 0; i < padded / 4; ++i) {
+      const uint4 others = reinterpret_cast<const uint4*>(keys)[i];
+      place += (others.x > key || (others.x == key && 4 * i < e)) +
+               (others.y > key || (others.y == key && 4 * i + 1 < e)) +
+               (others.z > key || (others.z == key && 4 * i + 2 < e)) +
+               (others.w > key || (others.w == key && 4 * i + 3 < e));
+    }
+    if (place < p.top_k) chosen[place] = e;
+  }
+  __syncwarp();
+  float share = 0.0f, sum = 0.0f;
+  int expert = 0;
+  if (lane < p.top_k) expert = chosen[lane], share = scores[expert];
+  for (int k = 0; k < p.top_k; ++k) sum += __shfl_sync(0xffffffffu, share, k);
+  if (p.normalize) share = rounded<T>(share / rounded<T>(rounded<T>(sum) + kEpsilon));
+  if (lane >= p.top_k) return;
+  p.shares[row * p.top_k + lane] = from_float<T>(share * p.scaling);
+  p.experts[row * p.top_k + lane] = expert;
+}
+
+// Between the CTAs of a cluster, or the threads of a CTA that is alone.
+template <int kCtas>
+__device__ __forceinline__ void wait_for_sums() {
+  if constexpr (kCtas > 1) {
+    cluster_barrier();
+  } else {
+    __syncthreads();
+  }
+}
+template <int kCtas>
+__device__ __forceinline__ void wait_for_readers() {
+  if constexpr (kCtas > 1) {
+    cluster_barrier_of_readers();
+  } else {
+    __syncthreads();
+  }
+}
+
+// The logits, from the sums of all CTAs, by the first one.
+template <typename T, int kCtas>
+__device__ __forceinline__ void add_sums(const Memory& memory, int padded) {
+  for (int i = threadIdx.x; i < padded * kRows / 4; i += kThreads) {
+    float4 sum = memory.sums[i];
+    if constexpr (kCtas > 1) {
+#pragma unroll
+      for (int other = 1; other < kCtas; ++other) add(sum, load_from_cluster(memory.sums + i, other));
+    }
+    const int expert = i / 2, row = i % 2 * 4;
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) memory.logits[(row + j) * padded + expert] = rounded<T>(values[j]);
+  }
+}
+
+template <typename T, int kCtas>
+__device__ __forceinline__ void route(const Params<T>& p) {
+  const int padded = p.padded_experts(), quads = padded * kRows / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = blockIdx.x % kCtas, clusters = gridDim.x / kCtas;
+  const Memory memory(padded);
+  const Share share(p.hidden, rank, kCtas);
+  for (int e = lane; e < p.expert_count; e += 32) {
+    for (int step = share.first; step < share.end; ++step) {
+      prefetch_l2(p.weight + static_cast<int64_t>(e) * p.hidden + step * kStepCols);
+    }
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_begin();
+  for (int first = blockIdx.x / kCtas * kRows; first < p.rows; first += clusters * kRows) {
+    multiply(p, memory, share, first);
+    __syncthreads();
+    for (int i = threadIdx.x; i < quads; i += kThreads) {
+      float4 sum = memory.parts[i];
+#pragma unroll
+      for (int part = 1; part < kWarps; ++part) add(sum, memory.parts[part * quads + i]);
+      memory.sums[i] = sum;
+    }
+    wait_for_sums<kCtas>();
+    if (rank == 0) {
+      add_sums<T, kCtas>(memory, padded);
+      __syncthreads();
+      float* const logits = memory.logits + warp * padded;
+      const int64_t row = first + warp;
+      if (row < p.rows) {
+        for (int e = lane; e < p.expert_count; e += 32) p.logits[row * p.expert_count + e] = from_float<T>(logits[e]);
+        // The warps' sums have been added: their memory is free.
+        choose(p, logits, reinterpret_cast<uint32_t*>(memory.parts) + warp * padded, memory.chosen + warp * padded, row,
+               lane);
+      }
+    }
+    wait_for_readers<kCtas>();
+  }
+}
+
+template <typename T, int kCtas>
+__global__ void __launch_bounds__(kThreads) moe_router_kernel(const Params<T> p) {
+  if constexpr (kCtas == 1 || kHasClusters) {
+    route<T, kCtas>(p);
+  } else {
+    __trap();  // launch() does not come here
+  }
+}
+
+template <typename T>
+cudaError_t launch(const MoeRouterArgs& a, int sm_count, cudaStream_t stream) {
+  const Params<T> p = {static_cast<const T*>(a.x),
+                       static_cast<const T*>(a.weight),
+                       a.bias,
+                       static_cast<T*>(a.logits),
+                       static_cast<T*>(a.shares),
+                       a.experts,
+                       a.rows,
+                       a.hidden,
+                       a.expert_count,
+                       a.top_k,
+                       a.normalize,
+                       a.scaling};
+  const int bytes = Memory::bytes(p.padded_experts()), blocks = (a.rows + kRows - 1) / kRows;
+  if (has_early_launch()) {
+    const int clusters = std::min(blocks, std::max(1, 2 * sm_count / kClusterSize));
+    return launch_kernel_in_clusters(moe_router_kernel<T, kClusterSize>, clusters * kClusterSize, kThreads,
+                                     kClusterSize, bytes, stream, p);
+  }
+  return launch_kernel_with_shared(moe_router_kernel<T, 1>, std::min(blocks, 2 * sm_count), kThreads, bytes, stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_moe_router(const MoeRouterArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {
+  if (args.expert_count > kMaxRouterExperts || args.top_k > kMaxRouterTopK || args.hidden % kStepCols)
+    return cudaErrorInvalidValue;
+  if (dtype == Dtype::kFloat16) return launch<__half>(args, sm_count, stream);
+  return launch<__nv_bfloat16>(args, sm_count, stream);
+}
+
+}  // namespace hf_fastpath
