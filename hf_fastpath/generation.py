@@ -24,6 +24,7 @@ from hf_fastpath.caches import FastCache, Fp8KVCache, H2OKVCache, Int4KIVICache,
 from hf_fastpath.caches.attention import ATTENTION_NAME, register_attention
 from hf_fastpath.config import KVFormat
 from hf_fastpath.decode_loop import decode
+from hf_fastpath.heuristics import attn_decode_supports
 from hf_fastpath.token_choice import Rule, settings_of
 
 CACHES: dict[KVFormat, type[FastCache]] = {
@@ -94,8 +95,11 @@ def static_in_kernel(model: Any, state: Any) -> bool:
     that it does not give the bits of the stock model in any case. state: its PatchState."""
     if state.config.kv_cache is not KVFormat.STATIC or state.config.weights is None or state.reference:
         return False
-    stock = state.attn_implementation in (None, "sdpa")
-    return stock and model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16)
+    if state.attn_implementation not in (None, "sdpa") or model.device.type != "cuda":
+        return False
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return model.dtype in (torch.float16, torch.bfloat16) and attn_decode_supports(head_dim)
 
 
 def _new_cache(model: Any, kv_format: KVFormat, tokens: int) -> FastCache:

@@ -6,11 +6,12 @@ import torch
 
 from hf_fastpath.caches.base import FastCache, FastLayer
 from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_supports, kv_append_supports
 from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops.attn_decode_static import attn_decode_static
 from hf_fastpath.ops.kv_static_append import kv_static_append
-from hf_fastpath.runtime import why_no_kernels
+from hf_fastpath.runtime import is_capturing, why_no_kernels
 
 
 class StaticKVLayer(FastLayer):
@@ -72,6 +73,8 @@ class StaticKVLayer(FastLayer):
             shape = (*key.shape[:2], self.length, key.shape[3])
             keys, values = (LazyKV(self, which, shape, key.dtype, key.device) for which in ("keys", "values"))
             return keys, values
+        if is_capturing(key.device):
+            raise Unsupported("a CUDA graph cannot hold a static KV cache that transformers attends to")
         return self.storage[0][:, :, : self.length], self.storage[1][:, :, : self.length]
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
