@@ -26,4 +26,5 @@ RECIPE = Recipe(
     model_classes=(Lfm2ForCausalLM,),
     linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
     modules={Lfm2ShortConv: FastLfm2ShortConv},
+    capturable=True,
 )

@@ -29,4 +29,5 @@ RECIPE = Recipe(
     experts={"feed_forward.experts": Lfm2MoeExperts},
     modules={Lfm2MoeShortConv: FastLfm2MoeShortConv, Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter},
     quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter},
+    capturable=True,
 )
