@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -136,11 +137,21 @@ class TaskSource:
         from lm_eval import tasks
         from lm_eval.tasks import TaskManager
 
+        if not self.data_dir:
+            return _hub_manager()
         self.folder.mkdir(parents=True, exist_ok=True)
         for leaf in leaves:
             text = _filled(leaf, self._found[leaf], Path(tasks.__file__).parent)
             (self.folder / f"{_local_name(leaf)}.yaml").write_text(text, encoding="utf-8")
-        return TaskManager(include_path=str(self.folder))
+        return TaskManager(include_path=str(self.folder), include_defaults=False)
+
+
+@functools.cache
+def _hub_manager() -> Any:
+    """lm-eval's own tasks; reading what they are takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def wikitext2_text(data_dir: Path | None) -> str:
