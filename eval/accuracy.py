@@ -1,7 +1,8 @@
 """``hf-fastpath eval --tasks``: benchmarks and WikiText-2 of a model as it came and as patched, side by side.
 
 What is finished of a configuration is kept in ``OUT.parts/`` at once, and read back by the next run with the same
-settings. Several processes (``accelerate launch -m hf_fastpath.cli eval ...``) share the questions and the windows.
+settings. Several processes (``accelerate launch --num_processes 2 -m hf_fastpath.cli eval ...``) share the questions
+and the windows.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ def draw(report: Row, out: Path) -> list[Path]:
     settings = report["settings"]
     stock, *others = report["configurations"]
     note = f"{settings['model']}, {settings['device']}, torch {settings['versions']['torch']}, {settings['dtype']}"
-    drawn = []
+    drawn: list[Path] = []
+    if not others:
+        return drawn
     if any("accuracy" in found for found in stock["benchmarks"].values()):
         drawn.append(_tradeoff(stock, others, note, out.with_name(f"{out.name}_tradeoff.png")))
     if WIKITEXT2 in stock:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from hf_fastpath.eval import task_data
@@ -117,13 +118,11 @@ def test_an_empty_file_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_task_of_the_hub_gets_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no task 'hellaswagg'; did you mean .*hellaswag"):
+    with pytest.raises(ValueError, match=r"no task 'hellaswagg'; did you mean .*hellaswag"):
         TaskSource(None, tmp_path / "tasks").benchmarks([("hellaswagg", 0)])
 
 
-def test_the_hub_offline_says_what_to_do(tmp_path: Path) -> None:
-    import datasets
-
-    datasets.config.HF_HUB_OFFLINE = True
-    with pytest.raises(ValueError, match="cannot load the data of task 'piqa'.*--data-dir"):
+def test_the_hub_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot load the data of task 'piqa'.*--data-dir"):
         TaskSource(None, tmp_path / "tasks").benchmarks([("piqa", 0)])
