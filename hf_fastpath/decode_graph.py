@@ -288,9 +288,8 @@ class DecodeGraphs:
         for name, module in modules:
             hooks: Any = module._forward_pre_hooks if name else tuple(model._forward_pre_hooks) != self._root_hooks
             # transformers leaves hooks behind for hidden states and attention weights, which do nothing otherwise.
-            hooks = hooks or any(
-                getattr(hook, "__module__", "") != OUTPUT_HOOKS for hook in module._forward_hooks.values()
-            )
+            after = (getattr(hook, "__module__", "") for hook in module._forward_hooks.values())
+            hooks = hooks or any(name_of != OUTPUT_HOOKS for name_of in after)
             if hooks or "forward" in module.__dict__ or has_global_hooks:
                 return f"{name or 'the model'} has a forward hook"
         addresses = _addresses(model)
