@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.nn.modules import module as torch_module
 
 from hf_fastpath.packing import ceil_div
 
@@ -26,6 +27,8 @@ MAX_GRAPHS = 32
 
 # Slots that no cache uses are kept while they take at most this part of the GPU's memory.
 KEPT_PART_OF_MEMORY = 1 / 16
+
+OUTPUT_HOOKS = "transformers.utils.output_capturing"
 
 
 class Graph(Protocol):
@@ -281,9 +284,13 @@ class DecodeGraphs:
             for (_, module), (known, kind) in zip(modules, noted, strict=True)
         ):
             return "modules were added, wrapped or replaced after patch_model()"
+        has_global_hooks = torch_module._has_any_global_hook()
         for name, module in modules:
-            hooks = module._forward_pre_hooks if name else tuple(model._forward_pre_hooks) != self._root_hooks
-            if module._forward_hooks or hooks or "forward" in module.__dict__:
+            hooks: Any = module._forward_pre_hooks if name else tuple(model._forward_pre_hooks) != self._root_hooks
+            # transformers leaves hooks behind for hidden states and attention weights, which do nothing otherwise.
+            after = (getattr(hook, "__module__", "") for hook in module._forward_hooks.values())
+            hooks = hooks or any(name_of != OUTPUT_HOOKS for name_of in after)
+            if hooks or "forward" in module.__dict__ or has_global_hooks:
                 return f"{name or 'the model'} has a forward hook"
         addresses = _addresses(model)
         if addresses != self._addresses:

@@ -248,6 +248,8 @@ def test_what_no_graph_serves_runs_as_before(patched: Any, how: dict[str, Any]) 
         got, want = got.sequences, want.sequences
     assert torch.equal(got, want)
     assert log_of(patched) == []
+    check_alike(patched, **inputs, **GREEDY)  # nothing is left behind
+    assert log_of(patched)
 
 
 def test_an_assistant(patched: Any) -> None:
