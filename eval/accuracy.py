@@ -7,16 +7,14 @@ and the windows.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import hashlib
 import importlib.metadata
-import io
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,62 +24,14 @@ from rich.console import Console
 from hf_fastpath import FastpathConfig, info, patch_model
 from hf_fastpath.checks import check_model
 from hf_fastpath.eval import demo
-from hf_fastpath.eval.compare import bar, empty_cache
+from hf_fastpath.eval.accuracy_job import Job, Request, benchmark_answers, perplexity, size_and_speed
+from hf_fastpath.eval.compare import empty_cache
 from hf_fastpath.eval.loading import Loaded, load
-from hf_fastpath.eval.measure import cache_bytes_per_token, decode_rates, float32_parameters, weight_bytes
 from hf_fastpath.eval.processes import Processes
 from hf_fastpath.eval.sweep import STOCK, Candidate, Parts
-from hf_fastpath.eval.task_data import WIKITEXT2, WIKITEXT2_FILE, Benchmark, TaskSource, parse_names, wikitext2_text
-from hf_fastpath.eval.wikitext import WINDOW, StockPredictions, Text, score_text
+from hf_fastpath.eval.task_data import WIKITEXT2, WIKITEXT2_FILE, TaskSource, parse_names, wikitext2_text
+from hf_fastpath.eval.wikitext import Text
 from hf_fastpath.patches import find_recipe
-
-SEED = 1234  # lm-eval's own
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the command line asked for.
-
-    tasks: see :func:`hf_fastpath.eval.task_data.parse_names`. limit: questions of each, of which the tasks of a group
-    have an equal share, rounded up; None is all. windows: of WikiText-2; compared: of them, those in which predictions
-    are compared with stock's. new_tokens: of a speed run; 0 measures none. out: the report's path without its ending.
-    """
-
-    candidates: list[Candidate]
-    tasks: str
-    out: Path
-    model: str | None = None
-    shots: int | None = None
-    limit: int | None = None
-    data_dir: Path | None = None
-    device: str = "auto"
-    dtype: str = "bf16"
-    kv_chunk: int = 64
-    batch_size: int = 16
-    window: int = WINDOW
-    windows: int | None = None
-    compared: int = 4
-    new_tokens: int = 32
-    seed: int = SEED
-    calibration: Path | None = None
-
-
-@dataclasses.dataclass
-class Job:
-    """A request whose every part is there and fits: what is left is the long work."""
-
-    request: Request
-    benchmarks: list[Benchmark]
-    tasks: dict[str, Any]
-    text: Text | None
-    settings: dict[str, Any]
-    calibration: torch.Tensor | None
-    folder: Path  # empty, and gone afterwards
-    parts: Parts
-    processes: Processes
-    console: Console
-    stock: StockPredictions = dataclasses.field(default_factory=StockPredictions)
-    encoded: dict[Any, list[int]] = dataclasses.field(default_factory=dict)
 
 
 def run(request: Request, console: Console) -> dict[str, Any]:
@@ -164,20 +114,22 @@ def prepare(request: Request, console: Console, processes: Processes, folder: Pa
 
 def measure(job: Job, candidate: Candidate) -> dict[str, Any]:
     """The results of a candidate by their names: ``"speed"``, ``"wikitext2"`` and the benchmarks'."""
-    steps: dict[str, Callable[[Loaded], Any]] = {"speed": lambda loaded: _size_and_speed(job, candidate, loaded)}
+    steps: dict[str, Callable[[Loaded], Any]] = {"speed": lambda loaded: size_and_speed(job, candidate, loaded)}
     if job.text is not None:
-        steps[WIKITEXT2] = lambda loaded: _perplexity(job, candidate, loaded)
+        steps[WIKITEXT2] = lambda loaded: perplexity(job, candidate, loaded)
     for benchmark in job.benchmarks:
-        steps[benchmark.name] = lambda loaded, benchmark=benchmark: _benchmark(job, candidate, loaded, benchmark)  # type: ignore[misc]
+        steps[benchmark.name] = lambda loaded, benchmark=benchmark: benchmark_answers(job, candidate, loaded, benchmark)  # type: ignore[misc]
     keys = {name: _key(job, candidate, name) for name in steps}
     found = {name: job.processes.gather(job.parts.get(key))[0] for name, key in keys.items()}
     missing = [name for name, result in found.items() if result is None]
     if not missing:
         job.console.print("  read back", highlight=False)
         return found
-    if WIKITEXT2 in missing and candidate is not STOCK and job.request.compared and not job.stock:
-        with _model(job, STOCK) as loaded:  # an interrupted run: the predictions to compare with are not kept
-            _perplexity(job, STOCK, loaded)
+    compares = WIKITEXT2 in missing and candidate is not STOCK and job.request.compared > 0
+    if compares and not any(job.processes.gather(bool(job.stock))):
+        # After an interruption: the predictions to compare with are not kept. All processes or none make them again.
+        with _model(job, STOCK) as loaded:
+            perplexity(job, STOCK, loaded)
     with _model(job, candidate) as loaded:
         for name in missing:
             found[name] = steps[name](loaded)
@@ -218,82 +170,6 @@ def _packing(config: FastpathConfig) -> str:
     return "packed-" + hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:16]
 
 
-def _size_and_speed(job: Job, candidate: Candidate, loaded: Loaded) -> dict[str, Any]:
-    """Bytes, and greedy batch-1 decode speed with generate()."""
-    speed, tokens = None, job.request.new_tokens
-    if tokens:
-        with bar(job.console, "  decode speed") as step:
-            rate = decode_rates(loaded.model, demo.encode_prompt(loaded, demo.PROMPT), tokens, progress=step)
-        speed = dataclasses.asdict(rate)
-    kv_bytes = cache_bytes_per_token(loaded.model, empty_cache(loaded.model, candidate.config))
-    return {"decode": speed, "weight_bytes": weight_bytes(loaded.model), "kv_bytes_per_token": kv_bytes}
-
-
-def _perplexity(job: Job, candidate: Candidate, loaded: Loaded) -> dict[str, Any]:
-    assert job.text is not None
-    request = job.request
-    with _precision(loaded), bar(job.console, "  WikiText-2") as step:
-        return score_text(
-            loaded.model,
-            job.text,
-            lambda: empty_cache(loaded.model, candidate.config),
-            kv_chunk=request.kv_chunk or job.text.windows.shape[1],
-            batch_size=request.batch_size,
-            stock=job.stock if request.compared else None,
-            compared=request.compared,
-            processes=job.processes,
-            progress=step,
-        ).to_dict()
-
-
-def _benchmark(job: Job, candidate: Candidate, loaded: Loaded, benchmark: Benchmark) -> dict[str, Any]:
-    """``metrics``: lm-eval's, of every leaf. ``items``: of multiple choice, a row a question: the log-likelihoods of
-    its choices, 1 where it is answered rightly by likelihood, and by likelihood a character. ``prompts``: their hash.
-    ``tokens``: the mean length of what the model reads.
-    """
-    from lm_eval.evaluator import evaluate
-
-    from hf_fastpath.eval.lm import FastpathLM
-
-    request = job.request
-    tasks = {leaf: job.tasks[leaf] for leaf in benchmark.leaves}
-    for task in tasks.values():
-        task.set_config(key="num_fewshot", value=benchmark.shots)
-        task.set_fewshot_seed(seed=request.seed)
-    with _precision(loaded), bar(job.console, f"  {benchmark.name}, {benchmark.shots}-shot") as step:
-        lm = FastpathLM(
-            loaded.model,
-            loaded.tokenizer,
-            request.kv_chunk,
-            batch_size=request.batch_size,
-            on_progress=step,
-            encoded=job.encoded,
-        )
-        with contextlib.redirect_stderr(io.StringIO()):  # bars over the questions, which take no time
-            results: Any = evaluate(
-                lm,
-                {"tasks": tasks, "groups": {}, "group_map": {}},
-                limit=benchmark.limit(request.limit),
-                bootstrap_iters=0,
-            )
-    items, prompts = [], hashlib.sha256()
-    for leaf in benchmark.leaves:
-        multiple_choice = job.tasks[leaf].OUTPUT_TYPE == "multiple_choice"
-        for sample in sorted(results["samples"][leaf], key=lambda sample: sample["doc_id"]):
-            prompts.update(f"{sample['doc_hash']}{sample['prompt_hash']}".encode())
-            if multiple_choice:
-                likelihoods = [round(answer[0], 5) for answer in sample["filtered_resps"]]
-                items.append([likelihoods, int(sample["acc"]), int(sample.get("acc_norm", sample["acc"]))])
-    metrics = {
-        leaf.removesuffix("_local"): {
-            name: value for name, value in results["results"][leaf].items() if isinstance(value, int | float)
-        }
-        for leaf in benchmark.leaves
-    }
-    tokens = lm.tokens_seen / max(lm.requests_seen, 1)
-    return {"metrics": metrics, "items": items, "prompts": prompts.hexdigest(), "mode": lm.mode, "tokens": tokens}
-
-
 def _key(job: Job, candidate: Candidate, name: str) -> dict[str, Any]:
     """Everything that a result depends on."""
     settings = dict(job.settings)
@@ -305,10 +181,6 @@ def _key(job: Job, candidate: Candidate, name: str) -> dict[str, Any]:
     shots = {benchmark.name: benchmark.shots for benchmark in job.benchmarks}.get(name)
     config = candidate.config.to_dict() | {"progress": None} if candidate.config else None
     return {"what": name, "shots": shots, "config": config, "settings": settings}
-
-
-def _precision(loaded: Loaded) -> Any:
-    return float32_parameters(loaded.model) if demo.fits_float32(loaded.model) else nullcontext()
 
 
 def _check_out(out: Path) -> None:

@@ -54,8 +54,8 @@ class FastpathLM(HFLM):
         tokenizer: the model's; needed beside a model that was not loaded from a folder or the hub.
         kv_chunk: tokens fed at once; 1 is token by token. It changes the speed, not what is measured. 0 is HFLM's own
             single pass, where the cache is written but a quantized one is not read: for comparison.
-        device, dtype: of a path or hub id: ``"auto"``, ``"cpu"``, ``"cuda"``; ``"bf16"``, ``"fp16"``, ``"fp32"``,
-            ``"auto"`` or torch's names.
+        device: of a path or hub id: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        dtype: likewise: ``"bf16"``, ``"fp16"``, ``"fp32"``, ``"auto"``, or torch's names.
         batch_size: requests at once.
         on_progress: called with (requests done, requests in all) of this process.
         encoded: token ids by text, filled here: for several models of one tokenizer, which takes longer than a small
@@ -84,7 +84,9 @@ class FastpathLM(HFLM):
         processes = Processes()
         if isinstance(pretrained, str):
             name = str(dtype).removeprefix("torch.") if dtype else "auto"
-            where = (device or "auto").split(":")[0]
+            where, _, number = (device or "auto").partition(":")
+            if number:
+                torch.cuda.set_device(int(number))
             loaded = load(pretrained, where, _DTYPES.get(name, name))
             model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
             if not hasattr(model, STATE):

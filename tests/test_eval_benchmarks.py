@@ -126,7 +126,7 @@ def stock_answers(lm: Any, request: accuracy.Request, leaf: str, shots: int) -> 
 def test_an_interrupted_run_goes_on_where_it_was(request_: accuracy.Request, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(dataclasses.replace(request_, out=request_.out.with_name("whole")))
     measured: list[tuple[str, str]] = []
-    perplexity, benchmark = accuracy._perplexity, accuracy._benchmark
+    perplexity, benchmark = accuracy.perplexity, accuracy.benchmark_answers
 
     def counted_perplexity(job: Any, candidate: Any, loaded: Any) -> Any:
         measured.append((candidate.name, "wikitext2"))
@@ -138,8 +138,8 @@ def test_an_interrupted_run_goes_on_where_it_was(request_: accuracy.Request, mon
             raise KeyboardInterrupt
         return benchmark(job, candidate, loaded, which)
 
-    monkeypatch.setattr(accuracy, "_perplexity", counted_perplexity)
-    monkeypatch.setattr(accuracy, "_benchmark", counted_benchmark)
+    monkeypatch.setattr(accuracy, "perplexity", counted_perplexity)
+    monkeypatch.setattr(accuracy, "benchmark_answers", counted_benchmark)
     stop = True
     with pytest.raises(KeyboardInterrupt):
         run(request_)
@@ -175,7 +175,7 @@ def test_other_settings_are_measured_anew(request_: accuracy.Request) -> None:
 def test_two_processes_find_what_one_finds(request_: accuracy.Request) -> None:
     """With one question at a time and one thread: who shares a batch, and a sum, changes the last bits."""
     request = dataclasses.replace(
-        request_, candidates=request_.candidates[:2], tasks="wikitext2,hellaswag:1", batch_size=1, limit=3
+        request_, candidates=request_.candidates[:2], tasks="wikitext2,hellaswag:1", batch_size=1, limit=3, compared=1
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -186,7 +186,7 @@ def test_two_processes_find_what_one_finds(request_: accuracy.Request) -> None:
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "hf_fastpath.cli", "eval", "--model", str(request.model)]
     command += ["--tasks", request.tasks, "--data-dir", str(SAMPLE), "--out", str(both), "--device", "cpu"]
-    command += ["--limit", "3", "--window", "200", "--max-windows", "3", "--compared-windows", "2"]
+    command += ["--limit", "3", "--window", "200", "--max-windows", "3", "--compared-windows", "1"]
     command += ["--max-new-tokens", "0", "--batch-size", "1", "--weights", "none", "--kv-cache", "int4"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=both.parent)
