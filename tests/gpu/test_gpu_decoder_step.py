@@ -1,4 +1,4 @@
-"""Decoder layers in six kernels, on the GPU: against transformers' own layers, rows in any batch, capture."""
+"""Decoder layers in six operations, on the GPU: against transformers' own layers, rows in any batch, capture."""
 
 from __future__ import annotations
 
