@@ -27,13 +27,14 @@ struct Values {
   static constexpr int kWords = kCount * sizeof(T) % 16 ? 0 : kCount * sizeof(T) / 16;
   alignas(16) T value[kCount];
 
-  // kWritten: by this kernel; what is not is loaded where that stands, however much later it is used.
-  template <bool kWritten = false>
+  // kWeights: no kernel writes it meanwhile. Only such memory may be read by the non-coherent path: those loads move
+  // to before wait_for_previous_kernel().
+  template <bool kWeights = false>
   __device__ __forceinline__ void load(const T* p) {
     if constexpr (kWords > 0) {
       const uint4* source = reinterpret_cast<const uint4*>(p);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) words()[i] = kWritten ? source[i] : load_early16(source + i);
+      for (int i = 0; i < kWords; ++i) words()[i] = kWeights ? load_early16(source + i) : source[i];
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) value[i] = p[i];
@@ -107,8 +108,8 @@ struct Convolution {
   float window[kTaps][kChannels] = {};
 
   __device__ __forceinline__ Convolution(const ShortConvArgs& p, int channel) {
-    weight.load(static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * kTaps);
-    if (p.bias) bias.load(static_cast<const T*>(p.bias) + channel);
+    weight.template load<true>(static_cast<const T*>(p.weight) + static_cast<int64_t>(channel) * kTaps);
+    if (p.bias) bias.template load<true>(static_cast<const T*>(p.bias) + channel);
   }
   __device__ __forceinline__ void go_on_from(const State& state) {
 #pragma unroll
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
   Row<T, kChannels>(p, batch, channel).load(token, p, 0);
   T* const target = state_of<T, kTaps>(p, batch, channel);
   Values<T, kTaps * kChannels> state;
-  state.template load<true>(target);
+  state.load(target);
   convolution.go_on_from(state);
   convolution.push(token);
   convolution.out(token).store(static_cast<T*>(p.out) + batch * p.channels + channel);
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
 template <typename T, int kTaps, int kChannels>
 __device__ __forceinline__ void write_state(const ShortConvArgs& p, const Row<T, kChannels>& row, int end, T* target) {
   Values<T, kTaps * kChannels> state;
-  state.template load<true>(target);
+  state.load(target);
 #pragma unroll 1
   for (int i = 0; i < min(end, kTaps); ++i) {  // by moving them to the place before: registers have no indices
 #pragma unroll
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) chunks_kernel(const __grid_constant_
   T* const target = state_of<T, kTaps>(p, batch, channel);
   if (first == 0) {
     Values<T, kTaps * kChannels> state;
-    state.template load<true>(target);
+    state.load(target);
     convolution.go_on_from(state);
   } else {
 #pragma unroll
