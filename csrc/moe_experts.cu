@@ -23,21 +23,17 @@ struct Params {
   int hidden, intermediate;
 };
 
-// For how many pairs a kernel is made. kFew: the second kernel finds room beside the first, each having half of a
-// multiprocessor's registers. Else two CTAs of the first one share a multiprocessor, and rows of x take room in their
-// rings: kSome has half of a slot's.
-enum class Form { kFew, kSome, kMany };
-constexpr int kFewPairs = 8, kSomeRows = 16;
+// What a kernel is made for. kFew pairs: the second kernel finds room beside the first, each having half of a
+// multiprocessor's registers. More: two CTAs of the first one share a multiprocessor. kAny: that, with a K of any size.
+enum class Form { kFew, kMore, kAny };
+constexpr int kFewPairs = 8;
 
 constexpr int kGateUpWarps = 8;
 template <Form kForm>
-constexpr int kGateUpStages = kForm == Form::kFew    ? 6
-                              : kForm == Form::kSome ? 4
-                                                     : 3;
+constexpr int kGateUpStages = kForm == Form::kFew ? 4 : 3;
 template <Form kForm>
 constexpr int kDownWarps = kForm == Form::kFew ? 8 : 16;
-template <Form kForm>
-constexpr int kDownStages = kForm == Form::kMany ? 3 : 5;
+constexpr int kDownStages = 4;
 
 template <typename W, Form kForm>
 __global__ void __launch_bounds__(32 * kGateUpWarps, 2) gate_up_kernel(const Params<typename W::T> p) {
@@ -57,9 +53,8 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, 2) gate_up_kernel(const Par
       p.inner[static_cast<int64_t>(pair) * p.intermediate + row_tile * 16 + out] = result;
     }
   };
-  multiply_slots(
-      memory, p.gate_up, p.x, row_tile, half, count * share / shares, count * (share + 1) / shares,
-      p.choices.slot_pairs, [] {}, round);
+  multiply_slots<kForm != Form::kAny>(
+      memory, p.gate_up, p.x, row_tile, half, count * share / shares, count * (share + 1) / shares, [] {}, round);
 }
 
 template <typename W, Form kForm>
@@ -67,11 +62,11 @@ __global__ void __launch_bounds__(32 * kDownWarps<kForm>, kForm == Form::kFew ? 
     down_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
   constexpr int kThreads = 32 * kDownWarps<kForm>;
-  using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages<kForm>>;
+  using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages>;
   auto& memory = *reinterpret_cast<Shared*>(dynamic_shared());
   const int row_tile = blockIdx.x, top_k = p.choices.top_k, pairs = p.choices.rows * top_k;
   float* const products =  // [pair][output]
-      memory.partials(p.choices.slot_pairs) + Shared::partial_floats(p.down, pairs);
+      memory.partials() + Shared::partial_floats(p.down, pairs);
   // The kernel before let this one begin when it had waited for those that computed `experts`.
   make_slots(memory.slots, memory.scratch(), p.choices, 1);
   const auto ready = [] {
@@ -84,7 +79,7 @@ __global__ void __launch_bounds__(32 * kDownWarps<kForm>, kForm == Form::kFew ? 
       products[pair * 16 + out] = sums.total(i / 16, out) * to_float(p.shares[pair]);
     }
   };
-  multiply_slots(memory, p.down, p.inner, row_tile, 1, 0, memory.slots.count, p.choices.slot_pairs, ready, round);
+  multiply_slots<kForm != Form::kAny>(memory, p.down, p.inner, row_tile, 1, 0, memory.slots.count, ready, round);
   __syncthreads();
   for (int i = threadIdx.x; i < p.choices.rows * 16; i += kThreads) {
     const int row = i / 16, out = i % 16;
@@ -104,15 +99,15 @@ template <typename W, Form kForm>
 cudaError_t launch_gate_up(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   using Shared = Memory<W, 2, kGateUpWarps, kGateUpStages<kForm>>;
   const int half = p.gate_up.row_tiles / 2, shares = std::max(1, (kForm == Form::kFew ? 1 : 2) * sm_count / half);
-  const int bytes = Shared::bytes(p.gate_up, p.choices.rows * p.choices.top_k, p.choices.slot_pairs);
+  const int bytes = Shared::bytes(p.gate_up, p.choices.rows * p.choices.top_k);
   return launch_early(gate_up_kernel<W, kForm>, half * shares, 32 * kGateUpWarps, bytes, stream, p);
 }
 
 template <typename W, Form kForm>
 cudaError_t launch_down(const Params<typename W::T>& p, cudaStream_t stream) {
-  using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages<kForm>>;
+  using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages>;
   const int pairs = p.choices.rows * p.choices.top_k;
-  const int bytes = Shared::bytes(p.down, pairs, p.choices.slot_pairs) + 4 * pairs * 16;
+  const int bytes = Shared::bytes(p.down, pairs) + 4 * pairs * 16;
   return launch_early(down_kernel<W, kForm>, p.down.row_tiles, 32 * kDownWarps<kForm>, bytes, stream, p);
 }
 
@@ -127,13 +122,10 @@ cudaError_t launch_form(const MoeExpertsArgs& a, const Params<T>& p, int sm_coun
 }
 
 template <typename T>
-cudaError_t launch_rows(const MoeExpertsArgs& a, Params<T>& p, int sm_count, cudaStream_t stream) {
-  const int rows = p.choices.rows;
-  const bool few = rows * p.choices.top_k <= kFewPairs;
-  p.choices.slot_pairs = rows == 1 ? 1 : few ? 2 : rows <= kSomeRows ? kMaxSlotPairs / 2 : kMaxSlotPairs;
-  if (few) return launch_form<T, Form::kFew>(a, p, sm_count, stream);
-  return rows <= kSomeRows ? launch_form<T, Form::kSome>(a, p, sm_count, stream)
-                           : launch_form<T, Form::kMany>(a, p, sm_count, stream);
+cudaError_t launch_rows(const MoeExpertsArgs& a, const Params<T>& p, int sm_count, cudaStream_t stream) {
+  if (!is_plain(p.gate_up) || !is_plain(p.down)) return launch_form<T, Form::kAny>(a, p, sm_count, stream);
+  return p.choices.rows * p.choices.top_k <= kFewPairs ? launch_form<T, Form::kFew>(a, p, sm_count, stream)
+                                                       : launch_form<T, Form::kMore>(a, p, sm_count, stream);
 }
 
 template <typename T>
@@ -142,7 +134,7 @@ cudaError_t launch(const MoeExpertsArgs& a, int sm_count, cudaStream_t stream) {
                  static_cast<const T*>(a.shares),
                  static_cast<T*>(a.inner),
                  static_cast<T*>(a.y),
-                 {a.experts, 0, a.top_k, a.expert_count, 0},
+                 {a.experts, 0, a.top_k, a.expert_count},
                  make_part(a.gate_up, 2 * a.intermediate, a.hidden, a.gate_up.group_size),
                  make_part(a.down, a.hidden, a.intermediate, a.down.group_size),
                  a.hidden,

@@ -18,7 +18,7 @@ struct Int8Weights {
   static constexpr int kGroups = 0;
 
   template <int kTiles>
-  struct Stage {
+  struct StageOf {
     uint4 tile[kTiles][2][32];
   };
 
@@ -27,7 +27,7 @@ struct Int8Weights {
    public:
     __device__ __forceinline__ Source(const Params<T>& p, int first_row_tile, int padded_units, int lane)
         : tiles_(p, first_row_tile, padded_units, lane) {}
-    __device__ __forceinline__ void copy(Stage<linear::kRowTiles<kEpilogue>>& stage, const Params<T>& p,
+    __device__ __forceinline__ void copy(StageOf<linear::kRowTiles<kEpilogue>>& stage, const Params<T>& p,
                                          const linear::Cursor<kEpilogue, kWarps>& at, int lane) const {
       tiles_.copy(stage.tile, p, at, lane);
     }
@@ -39,7 +39,7 @@ struct Int8Weights {
 
   // acc += the unit's products, for row tile r.
   template <int kColTiles, int kTiles>
-  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage<kTiles>& stage, int r,
+  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const StageOf<kTiles>& stage, int r,
                                                   const Activations<kColTiles, kUnitCols>& x,
                                                   const linear::GroupSums<0, kColTiles>&, int lane) {
 #pragma unroll

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_fastpath import patch_model, unpatch_model
+from hf_fastpath import patch_model
 from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.measure import decode_rate, weight_bytes
 
@@ -34,6 +36,7 @@ COLUMNS = (
 )
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
+        "model_type": "llama",
         "vocab_size": 128256,
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -42,25 +45,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
     },
+    "lfm2.5-8b-a1b": {
+        "model_type": "lfm2_moe",
+        "vocab_size": 128000,
+        "num_hidden_layers": 24,
+        "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+    },
 }
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,
     "lossless": {"weights": None, "kv_cache": "static"},
     "int8 kv": {"weights": None, "kv_cache": "int8"},
     "w4a16 + int8 kv": {},
+    "w4a16 + int8 kv, int8 head": {"lm_head": "int8"},
+    "w4a16 + int4 kv": {"kv_cache": "int4"},
 }
 
 
-def random_llama(shape: str, device: str) -> LlamaForCausalLM:
+def random_model(shape: str, device: str) -> Any:
     """A bf16 model of a real shape; its weights are as the config initializes them."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None, dtype="bfloat16")
+    settings = dict(SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            return LlamaForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 @torch.inference_mode()
@@ -96,7 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times generate(); see the top of the file for the columns.")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--scale-search", default="auto", help="of int4 weights; takes time, and changes no speed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
@@ -111,24 +121,32 @@ def main() -> None:
         "transformers": transformers.__version__,
         "commit": arguments.commit or commit_of(Path(__file__).parent),
     }
-    model = random_llama(arguments.shape, "cuda")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for variant, overrides in VARIANTS.items():
-            start = time.perf_counter()
-            if overrides is not None:
-                patch_model(model, **overrides)
-            torch.cuda.synchronize()
-            patched = {"variant": variant, "patch_s": round(time.perf_counter() - start, 1)}
-            for batch in arguments.batch:
-                numbers = measure(model, batch, arguments.prompt, arguments.new, arguments.runs)
-                writer.writerow(machine | patched | numbers)
-                file.flush()
-                print(patched | numbers, flush=True)
-            if overrides is not None and overrides.get("weights", "w4a16") is None:
-                unpatch_model(model)
+        for row in rows(arguments):
+            writer.writerow(machine | row)
+            file.flush()
+            print(row, flush=True)
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The numbers of every variant and batch size, each variant with a model of its own, one in memory at a time."""
+    for variant in arguments.variant:
+        overrides = VARIANTS[variant]
+        model = random_model(arguments.shape, "cuda")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        if overrides is not None:
+            patch_model(model, scale_search=arguments.scale_search, progress=False, **overrides)
+        torch.cuda.synchronize()
+        patched = {"variant": variant, "patch_s": round(time.perf_counter() - start, 1)}
+        for batch in arguments.batch:
+            yield patched | measure(model, batch, arguments.prompt, arguments.new, arguments.runs)
+        del model
+        gc.collect()  # modules refer to each other
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

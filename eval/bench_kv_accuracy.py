@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,11 +31,11 @@ import torch
 from rich.console import Console
 
 from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, StaticKVCache, info, register
-from hf_fastpath.caches import CompressedCache, FastLayer
+from hf_fastpath.caches import CompressedCache
 from hf_fastpath.caches.attention import ATTENTION_NAME
-from hf_fastpath.caches.grouped import GroupedLayer
 from hf_fastpath.caches.static import StaticKVLayer
 from hf_fastpath.eval.bench_ops import commit_of
+from hf_fastpath.eval.chunks import attention_layer, logits_in_chunks
 from hf_fastpath.eval.compare import bar
 from hf_fastpath.eval.loading import load
 from hf_fastpath.eval.perplexity import SLICE, Divergence, Perplexity, score
@@ -47,8 +46,6 @@ COLUMNS = (
     *("model", "cache", "options", "bytes_of_fp16", "ppl", "ppl_change", "ppl_change_se", "rms", "kl", "top1"),
     *("window", "tokens", "seconds", "device", "torch", "transformers", "commit"),
 )
-
-CHUNK_TOKENS = 64
 
 Row = dict[str, Any]
 
@@ -130,24 +127,6 @@ def variants(window: int) -> list[Variant]:
     ]
 
 
-def attention_layer(cache: Any) -> tuple[int, Any]:
-    """The first layer with keys and values, and its number."""
-    return next((index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, FastLayer))
-
-
-def chunk_sizes(layer: Any, tokens: int) -> list[int]:
-    """Chunks of up to 64 tokens in which every token sees what it sees in decoding.
-
-    Caches that keep the tokens of a group that is not full in full precision round them when the last one comes, which
-    must be alone for it: the others of the chunk came before it.
-    """
-    if not isinstance(layer, GroupedLayer):
-        return [min(CHUNK_TOKENS, tokens - start) for start in range(0, tokens, CHUNK_TOKENS)]
-    filling = [last for last in range(layer.sinks + layer.group_tokens - 1, tokens, layer.group_tokens)]
-    cuts = sorted({0, tokens, *filling, *(last + 1 for last in filling)})
-    return [stop - start for start, stop in itertools.pairwise(cuts)]
-
-
 @torch.inference_mode()
 def decode_perplexity(
     model: Any,
@@ -165,17 +144,16 @@ def decode_perplexity(
         on_logits: called with the logits of one position ``(n, vocabulary)`` after the other.
     """
     nll, top1, start = [], [], 0
-    sizes = chunk_sizes(attention_layer(cache)[1], windows.shape[1] - 1)
-    for done, size in enumerate(sizes):
-        stop = start + size
-        logits = model(input_ids=windows[:, start:stop], past_key_values=cache, use_cache=True).logits
-        part_nll, part_top1 = score(logits.flatten(0, 1), windows[:, start + 1 : stop + 1].flatten())
+    tokens = windows.shape[1] - 1
+    for logits in logits_in_chunks(model, windows[:, :-1], cache):
+        size = logits.shape[1]
+        part_nll, part_top1 = score(logits.flatten(0, 1), windows[:, start + 1 : start + size + 1].flatten())
         nll.append(part_nll.view(-1, size))
         top1.append(part_top1.view(-1, size))
         for position in logits.unbind(1):
             on_logits(position)
-        progress(done + 1, len(sizes))
-        start = stop
+        start += size
+        progress(start, tokens)
     return Perplexity.of(torch.cat(nll, 1).flatten(), torch.cat(top1, 1).flatten())
 
 

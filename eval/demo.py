@@ -77,7 +77,7 @@ def run(request: Request, console: Console) -> list[Measured]:
     todo = compare.variants(shown)
     for index, config in enumerate(todo):
         last = index == len(todo) - 1
-        patch_model(loaded.model, config, calibration=calibration if _packs_int4(config) else None)
+        patch_model(loaded.model, config, calibration=calibration if packs_int4(config) else None)
         if last and request.new_tokens:
             stream(loaded, request.prompt, console, max_new_tokens=max(request.new_tokens, 64), do_sample=False)
         results.append(compare.measure(loaded.model, config, settings, console))
@@ -92,7 +92,8 @@ def run(request: Request, console: Console) -> list[Measured]:
     return results
 
 
-def _packs_int4(config: FastpathConfig) -> bool:
+def packs_int4(config: FastpathConfig) -> bool:
+    """Whether something becomes int4, for which a calibration text is read."""
     return config.weights is not None or config.lm_head is HeadFormat.INT4
 
 
@@ -100,7 +101,7 @@ def read_calibration(loaded: Loaded, config: FastpathConfig, path: Path | None) 
     """The tokens of a calibration text; asking for one that nothing would read raises ValueError."""
     if path is None:
         return None
-    if not _packs_int4(config):
+    if not packs_int4(config):
         raise ValueError("--calibration is for int4 weights, and these options leave all as they are")
     if config.scale_search not in (ScaleSearch.AUTO, ScaleSearch.OUTPUT):
         raise ValueError(f"--calibration needs --scale-search output: {config.scale_search.value!r} reads no text")
@@ -125,11 +126,15 @@ def perplexity_settings(loaded: Loaded, request: Request) -> Settings:
     ids = torch.tensor(loaded.tokenizer(text, verbose=False).input_ids)
     limit = getattr(loaded.model.config, "max_position_embeddings", None) or request.window
     prompt = encode_prompt(loaded, request.prompt) if request.new_tokens else None
-    # Rounding to bf16 moves the perplexity by as much as the int8 cache does. Kernels on a GPU are for 16 bits only.
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    float32 = loaded.model.device.type == "cpu" and parameters <= _FLOAT32_PARAMETERS
     window = min(request.window, limit)
-    return Settings(ids, window, request.max_windows, float32, prompt, request.new_tokens)
+    return Settings(ids, window, request.max_windows, fits_float32(loaded.model), prompt, request.new_tokens)
+
+
+def fits_float32(model: Any) -> bool:
+    """Whether accuracy is measured in float32: on the CPU, where that is not too large. Rounding to bf16 moves the
+    perplexity by as much as the int8 cache does. Kernels on a GPU are for 16 bits only."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return bool(model.device.type == "cpu" and parameters <= _FLOAT32_PARAMETERS)
 
 
 def _caption(loaded: Loaded, request: Request, settings: Settings, results: list[Measured]) -> str:

@@ -59,7 +59,7 @@ def load(
             checkpoints need.
 
     Raises:
-        Unsupported: the model, or the device, is not there, or the model cannot be patched.
+        Unsupported: the model, its tokenizer or the device is not there, or the model cannot be patched.
     """
     options: dict[str, Any] = {"dtype": pick_dtype(dtype)}
     target = pick_device(device)
@@ -74,6 +74,8 @@ def load(
         raise
     except (OSError, ValueError) as error:  # no such model, or not one that generates text
         raise Unsupported(f"cannot load {str(path)!r}: {str(error).strip().splitlines()[0]}") from error
+    if not tokenizer.vocab_size:  # what transformers makes of a folder without one
+        raise Unsupported(f"{str(path)!r} has no tokenizer: save the model's there (tokenizer.save_pretrained)")
     name = smollm2.NAME if model is None else Path(model).name
     return Loaded(loaded.to(target).eval(), tokenizer, name)
 

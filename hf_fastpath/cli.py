@@ -11,7 +11,29 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_fastpath import FastpathConfig, __version__
+from hf_fastpath import __version__, cli_eval
+from hf_fastpath.cli_options import (
+    Calibration,
+    Device,
+    Dtype,
+    Family,
+    GroupSize,
+    Head,
+    Json,
+    KVBudget,
+    KVCache,
+    MaxWindows,
+    Model,
+    Prompt,
+    Search,
+    Text,
+    Weights,
+    Window,
+    ZeroPoints,
+    build_config,
+    shipped,
+    text_options,
+)
 from hf_fastpath.config import KV_BUDGET, ScaleSearch
 
 app = typer.Typer(
@@ -23,57 +45,6 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Benchmarks on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-
-Model = Annotated[str | None, typer.Option("--model", metavar="PATH_OR_ID", help="Default: SmolLM2-135M-Instruct.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", help="What to ask the model.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32 or auto (what the checkpoint names).")]
-Weights = Annotated[str, typer.Option("--weights", help="w4a16 or none.")]
-Head = Annotated[str, typer.Option("--lm-head", help="int4, int8 or none.")]
-KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, fp8, int4, h2o, static or none.")]
-KVBudget = Annotated[int, typer.Option("--kv-budget", help="Tokens that --kv-cache h2o keeps.")]
-GroupSize = Annotated[int, typer.Option("--group-size", help="Weights that share a scale: 128, 64 or 32.")]
-ZeroPoints = Annotated[bool, typer.Option("--zero-points/--no-zero-points", help="Asymmetric int4.")]
-Search = Annotated[str | None, typer.Option("--scale-search", help="How scales are chosen (see FastpathConfig).")]
-Calibration = Annotated[
-    Path | None, typer.Option("--calibration", help="UTF-8 text to choose int4 weights by. Default: the model's own.")
-]
-Text = Annotated[
-    Path | None, typer.Option("--text", help="UTF-8 text for the perplexity. Default: WikiText-2's start.")
-]
-Window = Annotated[int, typer.Option("--window", help="Tokens in one forward pass of the perplexity.")]
-MaxWindows = Annotated[int, typer.Option("--max-windows", help="Windows to measure; 0 is all of the text.")]
-Family = Annotated[
-    str | None, typer.Option("--family", help="lfm2 or gpt2: a small story model that ships with the package.")
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")]
-
-
-def _config(
-    weights: str, lm_head: str, kv_cache: str, kv_budget: int, group_size: int, zero_points: bool, search: str | None
-) -> FastpathConfig:
-    fields: dict[str, Any] = {"kv_budget": kv_budget, "group_size": group_size, "zero_points": zero_points}
-    for name, value in (("weights", weights), ("lm_head", lm_head), ("kv_cache", kv_cache)):
-        fields[name] = None if value.lower() == "none" else value
-    if search is not None:
-        fields["scale_search"] = search
-    return FastpathConfig(**fields)
-
-
-def _text_options(text: Path | None, window: int, max_windows: int) -> dict[str, Any]:
-    options: dict[str, Any] = {"window": window, "max_windows": max_windows or None}
-    return {**options, "text": text} if text else options
-
-
-def _shipped(family: str | None, model: str | None, text: Path | None) -> tuple[str | None, Path | None]:
-    """The model and the text of ``--family``, where it is given."""
-    from hf_fastpath.eval import story_models
-
-    if family is None:
-        return model, text
-    if model is not None:
-        raise ValueError("--family names a model that ships with the package: leave out --model")
-    return str(story_models.folder(family)), text or story_models.HELD_OUT
 
 
 @app.command()
@@ -100,40 +71,16 @@ def demo(
     """Stock against patched on a real model: speed, memory, perplexity, and a generation to read."""
     from hf_fastpath.eval import demo as job
 
-    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
-    model, text = _shipped(family, model, text)
+    config = build_config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
+    model, text = shipped(family, model, text)
     prompt = prompt or (job.STORY_PROMPT if family else job.PROMPT)
     speed: dict[str, Any] = {"prompt": prompt, "new_tokens": max_new_tokens}
-    options = speed | _text_options(text, window, max_windows)
+    options = speed | text_options(text, window, max_windows)
     request = job.Request(config, model, device, dtype, **options, json=json, calibration=calibration)
     job.run(request, Console())
 
 
-@app.command("eval")
-def evaluate(
-    model: Model = None,
-    text: Text = None,
-    window: Window = 1024,
-    max_windows: MaxWindows = 0,
-    device: Device = "auto",
-    dtype: Dtype = "bf16",
-    weights: Weights = "w4a16",
-    lm_head: Head = "none",
-    kv_cache: KVCache = "int8",
-    kv_budget: KVBudget = KV_BUDGET,
-    group_size: GroupSize = 128,
-    zero_points: ZeroPoints = True,
-    scale_search: Search = None,
-    calibration: Calibration = None,
-    json: Json = None,
-) -> None:
-    """Perplexity of a text, stock against patched, with the quantized cache in the loop."""
-    from hf_fastpath.eval import demo as job
-
-    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
-    options = _text_options(text, window, max_windows)
-    request = job.Request(config, model, device, dtype, new_tokens=0, **options, json=json, calibration=calibration)
-    job.run(request, Console())
+app.command("eval")(cli_eval.evaluate)
 
 
 @app.command()
@@ -158,8 +105,8 @@ def verify(
     from hf_fastpath.eval import verify as job
     from hf_fastpath.eval.perplexity import SLICE
 
-    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
-    model, text = _shipped(family, model, text)
+    config = build_config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
+    model, text = shipped(family, model, text)
     request = job.Request(config, model, text or SLICE, device, dtype, tokens, max_new_tokens, json)
     job.run(request, Console())
 
@@ -192,7 +139,7 @@ def generate(
     from hf_fastpath.eval import demo as job
 
     console = Console()
-    config = _config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
+    config = build_config(weights, lm_head, kv_cache, kv_budget, group_size, zero_points, scale_search)
     if calibration is None and config.scale_search is not ScaleSearch.OUTPUT:
         loaded = job.load_with_status(model, device, dtype, console, config)
     else:

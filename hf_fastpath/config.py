@@ -122,6 +122,7 @@ class FastpathConfig:
         fallback: ``"reference"`` lets a patched model run on the reference implementations (plain PyTorch, slow) where
             the CUDA kernels cannot run: an older GPU, no nvcc, a float32 model, a head size that the kernels do not
             take. None refuses such a model and says why. The CPU always has what it needs.
+        cuda_graphs: on a GPU, capture the decode step of ``generate()`` in a CUDA graph and replay it for every token.
         keep_original: keep the original float weights on the CPU, so that ``unpatch_model`` restores them exactly.
         progress: show a progress bar while quantizing.
     """
@@ -137,6 +138,7 @@ class FastpathConfig:
     lm_head: HeadFormat | None = None
     skip_modules: tuple[str, ...] = ()
     fallback: Fallback | None = None
+    cuda_graphs: bool = True
     keep_original: bool = False
     progress: bool = True
 
@@ -159,7 +161,7 @@ class FastpathConfig:
             check_budget(self.kv_budget, self.kv_window, self.kv_sinks)
         except ValueError as error:
             raise ValueError(f"FastpathConfig.{error}") from None
-        for field in ("zero_points", "keep_original", "progress"):
+        for field in ("zero_points", "cuda_graphs", "keep_original", "progress"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"FastpathConfig.{field}={getattr(self, field)!r}: allowed are True, False")
 

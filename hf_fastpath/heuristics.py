@@ -61,11 +61,11 @@ def moe_experts_variant(rows: int, top_k: int, expert_count: int, capability: tu
     """The variant of moe_experts for ``rows`` rows that go to ``top_k`` experts each.
 
     The kernel for a few rows, which reads an expert's weights once for each eight of its rows; else the smallest tile
-    that has the rows of an expert if all had as many.
+    that has one and a half times the rows of an expert if all had as many: most of those that have more fit it too.
     """
     if rows <= MOE_FEW_ROWS or expert_count > 256 or not moe_experts_runs_on(len(EXPERTS_VARIANTS) - 1, capability):
         return 0
-    each = rows * top_k / expert_count
+    each = 1.5 * rows * top_k / expert_count
     return next((i for i in range(1, len(EXPERTS_VARIANTS)) if EXPERTS_VARIANTS[i].tokens >= each), 4)
 
 

@@ -21,7 +21,7 @@ from hf_fastpath.patches.linears import plain_experts, plain_linear
 from hf_fastpath.registration import register
 from hf_fastpath.report import FastpathReport, module_bytes
 from hf_fastpath.saving import forget_quantization
-from hf_fastpath.steps import STATE, PatchState, finish_patch, put_packed, replace_linear
+from hf_fastpath.steps import INSTALLED, STATE, PatchState, finish_patch, put_packed, replace_linear
 from hf_fastpath.tying import tie_again
 
 
@@ -122,7 +122,9 @@ def _restore(model: Any, state: PatchState) -> None:
         tie_again(model, state.tie)
     if model.config._attn_implementation == ATTENTION_NAME and state.attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(state.attn_implementation)
-    for name in ("_prepare_cache_for_generation", "save_pretrained", STATE):
+    if state.graphs:
+        state.graphs.release()
+    for name in INSTALLED:
         model.__dict__.pop(name, None)
     forget_quantization(model)
     _remove_forward_pre_hook(model, generation.supply_default_cache)

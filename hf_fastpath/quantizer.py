@@ -35,6 +35,8 @@ from hf_fastpath.report import module_bytes
 from hf_fastpath.saving import EXPERTS, INT4, FastpathQuantizationConfig, empty_packed
 from hf_fastpath.steps import PatchState, finish_patch
 
+# Fields of a FastpathConfig that say how a packed model runs, not how it was packed.
+_RUNNING = ("kv_cache", "kv_budget", "kv_window", "kv_sinks", "progress")
 _INT4_BYTES = 0.55  # of a weight, scales and zero points included: what transformers reserves on the GPU beforehand
 
 
@@ -306,7 +308,7 @@ def _wrap_merge() -> None:
         if found.get("quant_method") != QUANT_METHOD:
             return FastpathQuantizationConfig(passed, source=found)
         saved = FastpathQuantizationConfig.from_dict(found)
-        saved.config = dataclasses.replace(saved.config, kv_cache=passed.kv_cache, progress=passed.progress)
+        saved.config = dataclasses.replace(saved.config, **{name: getattr(passed, name) for name in _RUNNING})
         return saved
 
     merge._fastpath_wraps = stock  # type: ignore[attr-defined]

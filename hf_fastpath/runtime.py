@@ -26,6 +26,11 @@ def gpu_properties(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured of what runs on ``device``."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _gpu_reason(device: torch.device) -> str:
     from hf_fastpath.build import MIN_CAPABILITY

@@ -15,6 +15,7 @@ from hf_fastpath import generation
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import ExpertsPlan, LinearPlan
 from hf_fastpath.config import FastpathConfig
+from hf_fastpath.decode_graph import DecodeGraphs
 from hf_fastpath.expert_search import quantize_experts
 from hf_fastpath.modules import PackedExperts, PackedLinear, W4A16Linear, W8A16Linear
 from hf_fastpath.patches.linears import weight_matrix
@@ -25,6 +26,8 @@ from hf_fastpath.saving import save_packed
 from hf_fastpath.tying import Tie, untie
 
 STATE = "_fastpath"
+# What a patch sets on the model itself.
+INSTALLED = ("_prepare_cache_for_generation", "save_pretrained", STATE)
 
 
 @dataclasses.dataclass
@@ -42,6 +45,7 @@ class PatchState:
     unfit: dict[str, str]  # module name -> why it was not swapped, though others of its class are
     reference: str  # why the reference implementations run it on a GPU; "" where they do not
     tie: Tie | None = None  # of a head that is packed now
+    graphs: DecodeGraphs | None = None  # of the decode step; None where there are none
 
     @classmethod
     def new(cls, model: Any, config: FastpathConfig, recipe: Recipe, reference: str = "") -> PatchState:
@@ -118,6 +122,8 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
             torch.cuda.empty_cache()
     state.report = _build_report(model, state, plans, before)
     setattr(model, STATE, state)
+    if state.graphs:
+        state.graphs.watch(model)
 
 
 def _install_cache(model: Any, state: PatchState) -> None:
@@ -132,10 +138,39 @@ def _install_cache(model: Any, state: PatchState) -> None:
             state.swapped[name] = type(module)
             module.__class__ = fast
     kv_cache = state.config.kv_cache
-    if kv_cache is not None and kv_cache.compressed:  # a static one returns plain tensors, which any attention takes
+    # Else a static one returns plain tensors, which any attention takes.
+    if kv_cache is not None and (kv_cache.compressed or generation.static_in_kernel(model, state)):
         model.set_attn_implementation(ATTENTION_NAME)
     model._prepare_cache_for_generation = functools.partial(generation.prepare_default_cache, model)
     model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
+    if not _why_no_graphs(model, state):
+        state.graphs = DecodeGraphs()
+
+
+def _why_no_graphs(model: Any, state: PatchState) -> str:
+    """Why the decode step of a model is not captured; "" when it is."""
+    kv_cache = state.config.kv_cache
+    if not state.config.cuda_graphs:
+        return "cuda_graphs=False"
+    if state.reference:
+        return "it runs on the reference implementations"
+    if kv_cache is None or not (kv_cache.compressed or generation.static_in_kernel(model, state)):
+        return f"the cache is {kv_cache.value if kv_cache else 'not ours'}, and attention transformers' own"
+    config = model.config
+    if getattr(config, "sliding_window", None) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return "its attention has a sliding window, which transformers' masks make of the length at hand"
+    if (rope := _rope_types(config)) & {"dynamic", "longrope"}:
+        return f"its rotary embedding ({', '.join(sorted(rope))}) is another one from some length on"
+    if not isinstance(model, state.recipe.model_classes) or not state.recipe.capturable:
+        return f"{type(model).__name__} is not among the models that were captured in tests"
+    return ""
+
+
+def _rope_types(config: Any) -> set[str]:
+    """How positions become angles: one name for all layers, or one for each type of layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    return {part["rope_type"] for part in parts if "rope_type" in part}
 
 
 def _build_report(
@@ -166,7 +201,7 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
     else:
         cache = (
             f"KV cache: {kv_cache.value} by default in generate() and model(...); attention: "
-            + (f"{ATTENTION_NAME} instead of " if kv_cache.compressed else "")
+            + (f"{ATTENTION_NAME} instead of " if model.config._attn_implementation == ATTENTION_NAME else "")
             + str(state.attn_implementation)
         )
     if device.type == "cuda":
@@ -183,5 +218,15 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
     ours = [f"Forward passes of ours: {len(state.swapped)} {', '.join(kinds)}"] if kinds else []
     reasons = collections.Counter(state.unfit.values())
     ours += [f"Forward passes of transformers' own: {count} {reason}" for reason, count in reasons.items()]
+    graph: tuple[str, ...] = ()
+    if device.type == "cuda" and kv_cache is not None:
+        why = _why_no_graphs(model, state)
+        graph = ("Decode step of generate(): " + (f"no CUDA graph, since {why}" if why else "a CUDA graph"),)
     originals = "kept in CPU memory" if state.config.keep_original else "freed"
-    return (cache, *ours, runs, *([f"Original weights of replaced layers: {originals}"] if state.replaced else []))
+    return (
+        cache,
+        *ours,
+        runs,
+        *graph,
+        *([f"Original weights of replaced layers: {originals}"] if state.replaced else []),
+    )

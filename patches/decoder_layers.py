@@ -154,7 +154,7 @@ class FusedLayer(nn.Module):
         layer, implementation = cache.layers[attention.layer_idx], attention.config._attn_implementation
         if isinstance(layer, StaticKVLayer):
             supported = not hidden.is_cuda or heuristics.attn_decode_supports(attention.head_dim)
-            return layer if implementation == "sdpa" and supported else None
+            return layer if implementation in ("sdpa", ATTENTION_NAME) and supported else None
         return layer if isinstance(layer, CompressedLayer) and implementation == ATTENTION_NAME else None
 
     def _is_step(self, hidden: torch.Tensor, cache: Any) -> bool:

@@ -9,4 +9,5 @@ RECIPE = Recipe(
     model_classes=(GPT2LMHeadModel,),
     linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     decoder_layers="transformer.h",
+    capturable=True,
 )

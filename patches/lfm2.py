@@ -39,4 +39,5 @@ RECIPE = Recipe(
     model_classes=(Lfm2ForCausalLM,),
     linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
     modules={Lfm2ShortConv: FastLfm2ShortConv, Lfm2DecoderLayer: FusedLfm2DecoderLayer},
+    capturable=True,
 )

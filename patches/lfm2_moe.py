@@ -48,4 +48,5 @@ RECIPE = Recipe(
         Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
     },
     quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter},
+    capturable=True,
 )

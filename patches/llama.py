@@ -20,6 +20,7 @@ RECIPE = Recipe(
         "mlp.down_proj",
     ),
     modules=FUSED_LAYERS,
+    capturable=True,
     block=Block(
         norms=("input_layernorm", "post_attention_layernorm"), head_norms=("self_attn.q_norm", "self_attn.k_norm")
     ),

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_fastpath import FastpathConfig, __version__, build, cli, info, ops
-from hf_fastpath.eval import demo
+from hf_fastpath.eval import accuracy, demo, sweep
 
 
 def hf_fastpath(*args: str) -> Any:
@@ -74,6 +74,52 @@ def test_options_reach_the_job(requests: list[demo.Request], tmp_path: Path) -> 
 def test_eval_measures_all_of_the_text_and_no_speed(requests: list[demo.Request]) -> None:
     assert hf_fastpath("eval", "--window", "512").exit_code == 0
     assert requests == [demo.Request(FastpathConfig(), new_tokens=0, window=512, max_windows=None)]
+
+
+def test_eval_with_tasks_asks_for_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[accuracy.Request] = []
+    monkeypatch.setattr(accuracy, "run", lambda request, console: asked.append(request))
+    args = "--tasks mmlu:0,wikitext2 --out mine --limit 50 --kv-chunk 7 --batch-size 3 --max-windows 9 --window 512"
+    rest = "--num-fewshot 2 --data-dir here --compared-windows 1 --max-new-tokens 0 --seed 5 --device cpu"
+    result = hf_fastpath("eval", "--kv-cache", "int4", *args.split(), *rest.split())
+    assert result.exit_code == 0, result.output
+    wanted = accuracy.Request(
+        sweep.single(FastpathConfig(kv_cache="int4")),  # type: ignore[arg-type]
+        "mmlu:0,wikitext2",
+        Path("mine"),
+        shots=2,
+        limit=50,
+        data_dir=Path("here"),
+        device="cpu",
+        kv_chunk=7,
+        batch_size=3,
+        window=512,
+        windows=9,
+        compared=1,
+        new_tokens=0,
+        seed=5,
+    )
+    assert asked == [wanted]
+    hf_fastpath("eval", "--tasks", "mmlu", "--out", "mine", "--sweep", "default")
+    assert asked[1].candidates == sweep.default_sweep(FastpathConfig())
+    path = tmp_path / "sweep.json"
+    path.write_text('[{"kv_cache": "fp8"}]')
+    hf_fastpath("eval", "--tasks", "mmlu", "--out", "mine", "--sweep", str(path))
+    assert asked[2].candidates == sweep.read_sweep(path, FastpathConfig())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sweep", "default"], "need --tasks"),
+        (["--tasks", "mmlu"], "name it with --out"),
+        (["--tasks", "mmlu", "--out", "mine", "--json", "mine.json"], "--json and --text"),
+    ],
+)
+def test_options_of_eval_that_do_not_go_together(args: list[str], message: str) -> None:
+    result = hf_fastpath("eval", *args)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Decoder layers in six kernels: against the same patched model without them, and everything that forbids them."""
+"""Decoder layers in six operations: against the same patched model without them, and everything that forbids them."""
 
 from __future__ import annotations
 

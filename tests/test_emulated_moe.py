@@ -57,6 +57,8 @@ def test_of_equal_scores_the_first_expert_is_taken_and_a_nan_before_all() -> Non
     [
         (1, 4, 5, None, (256, 128), (128, 128), True),
         (3, 2, 4, 3, (96, 160), (32, 32), True),
+        (5, 3, 4, None, (512, 256), (128, 64), True),  # whole units of columns: the plain form
+        (2, 2, 3, None, (256, 512), (32, 128), False),
         (7, 3, 6, None, (192, 64), (64, 64), False),
         (16, 4, 6, None, (128, 1184), (128, 32), True),  # ten units in chains of two
         (11, 2, 4, 2, (1152, 32), (128, 32), False),  # all rows on the same two experts: more than a slot holds

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import make_llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import make_llama, make_tokenizer
 
 from hf_fastpath import FastpathConfig, Unsupported, patching
 from hf_fastpath.eval import compare, demo
@@ -25,14 +23,10 @@ CONFIG = FastpathConfig(group_size=32, progress=False)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint that ``from_pretrained`` loads: a tiny Llama and a tokenizer that knows 197 words."""
-    words = ["[UNK]", "[EOS]", *(chr(ord("a") + i % 26) * (1 + i // 26) for i in range(195))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]")
     model = make_llama(torch.bfloat16)
     target = tmp_path / "tiny"
     model.save_pretrained(target)
-    wrapped.save_pretrained(target)
+    make_tokenizer().save_pretrained(target)
     return target
 
 

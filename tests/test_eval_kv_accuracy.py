@@ -52,12 +52,6 @@ def test_chunks_see_what_decoding_token_by_token_sees(variant: bench.Variant, mo
     assert float(differences.square().mean().sqrt()) < 0.1
 
 
-def test_a_token_that_fills_a_group_is_alone() -> None:
-    layer = Int4KIVICache(make_llama().config).layers[0]
-    assert bench.chunk_sizes(layer, 200) == [67, 1, 63, 1, 63, 1, 4]
-    assert bench.chunk_sizes(Int8KVCache(make_llama().config).layers[0], 130) == [64, 64, 2]
-
-
 def test_the_rows(model: Any, windows: torch.Tensor) -> None:
     rows = list(bench.rows(model, windows, bench.variants(80), Console(quiet=True)))
     assert len({(row["cache"], row["options"]) for row in rows}) == len(rows) >= 10

@@ -124,6 +124,8 @@ def test_a_config_passed_for_a_packed_checkpoint_chooses_the_cache_alone(packed_
     asked = FastpathConfig(kv_cache="static", group_size=32, progress=False)
     config = load(packed_folder, quantization_config=asked)._fastpath.config
     assert (config.kv_cache.value, config.group_size) == ("static", 128)
+    asked = FastpathConfig(kv_cache="h2o", kv_budget=64, kv_window=10, kv_sinks=2, progress=False)
+    assert load(packed_folder, quantization_config=asked)._fastpath.config.cache_options == asked.cache_options
 
 
 def test_unpatching_a_reloaded_model_leaves_a_plain_one(packed_folder: Path, tmp_path: Path) -> None:

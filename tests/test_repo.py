@@ -193,3 +193,15 @@ def test_the_readme_lists_every_option_and_family() -> None:
     for recipe in RECIPES:
         for kind in recipe.model_classes:
             assert kind.__name__ in README
+
+
+def test_kernels_read_what_kernels_store_by_ordinary_loads() -> None:
+    """ptxas moves a read-only load above the wait for the kernel before; weights alone may be read so."""
+    found = [
+        line.strip()
+        for path in sorted((ROOT / "csrc").rglob("*.cu*"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"__ldg\(|__restrict__|ld\.global(\.\w+)*\.nc", line)
+    ]
+    assert found == ['asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"']
+    assert "ld.global.nc" in (ROOT / "csrc/common/ptx.cuh").read_text().split("load_once16")[1].split("}")[0]

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from hf_fastpath import FastpathConfig, Unsupported, patch_model
-from hf_fastpath.cli import _shipped
+from hf_fastpath.cli_options import shipped
 from hf_fastpath.eval import bench_stories, story_models
 from hf_fastpath.eval.loading import load
 from hf_fastpath.modules import PackedLinear
@@ -101,9 +101,9 @@ def test_what_does_not_ship_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(ValueError, match="allowed are 'lfm2', 'gpt2'"):
         story_models.folder("llama")
     with pytest.raises(ValueError, match="leave out --model"):
-        _shipped("gpt2", "some/model", None)
-    assert _shipped(None, "some/model", None) == ("some/model", None)
-    assert _shipped("gpt2", None, None) == (str(story_models.FAMILIES["gpt2"]), story_models.HELD_OUT)
+        shipped("gpt2", "some/model", None)
+    assert shipped(None, "some/model", None) == ("some/model", None)
+    assert shipped("gpt2", None, None) == (str(story_models.FAMILIES["gpt2"]), story_models.HELD_OUT)
     monkeypatch.setitem(story_models.FAMILIES, "lfm2", tmp_path)
     with pytest.raises(Unsupported, match="without its data files"):
         story_models.folder("lfm2")

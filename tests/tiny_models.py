@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -69,6 +71,14 @@ def make_gpt2(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: An
         "pad_token_id": 0,
     } | overrides
     return _randomized(GPT2LMHeadModel, GPT2Config(**settings), dtype, seed)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One that knows 195 words (``a`` to ``z``, ``aa`` to ``zz``, ...), an unknown one and an end token."""
+    words = ["[UNK]", "[EOS]", *(chr(ord("a") + i % 26) * (1 + i // 26) for i in range(195))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]")
 
 
 LAYER_TYPES = ["conv", "full_attention", "conv"]

@@ -109,7 +109,7 @@ constexpr int kSharedGap = 64;  // bytes between rows, which keep two rows' part
 // The shared memory of a CTA: the rings of its warps, partial sums, the groups' sums of x of all units, x.
 template <typename W, int kColTiles, int kWarps, int kChains, int kStages, int kTiles>
 struct Shared {
-  using Stage = typename W::template Stage<kTiles>;
+  using Stage = typename W::template StageOf<kTiles>;
   static constexpr int kPartialFloats = kChains * kTiles * 8 * kColTiles * kPartialPitch;
   static constexpr int kPartials = kChains == 8 ? 2 : 1;  // as many as there is memory for, whatever K
   static constexpr int kUnitFloats = W::kGroups * 8 * kColTiles;

@@ -20,7 +20,7 @@ struct Int4Weights {
   static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f - kNibbleBias<T_>;
 
   template <int kTiles>
-  struct Stage {
+  struct StageOf {
     uint4 tile[kTiles][2][32];
     uint16_t scales[kTiles][kGroups][16];
     uint8_t zeros[kZeros ? kTiles : 1][kZeros ? kGroups : 1][16];
@@ -34,7 +34,7 @@ struct Int4Weights {
           tiles_(p, first_row_tile, padded_units, lane),
           scales_(p.scales, p, groups_, first_row_tile, padded_units, lane),
           zeros_(p.zeros, p, groups_, first_row_tile, padded_units, lane) {}
-    __device__ __forceinline__ void copy(Stage<kRowTiles<kEpilogue>>& stage, const Params<T>& p,
+    __device__ __forceinline__ void copy(StageOf<kRowTiles<kEpilogue>>& stage, const Params<T>& p,
                                          const Cursor<kEpilogue, kWarps>& at, int lane) const {
       tiles_.copy(stage.tile, p, at, lane);
       scales_.copy(&stage.scales[0][0][0], groups_, at, lane);
@@ -55,7 +55,7 @@ struct Int4Weights {
 
   // acc += scale * (the unit's products), for row tile r.
   template <int kColTiles, int kTiles>
-  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const Stage<kTiles>& stage, int r,
+  static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const StageOf<kTiles>& stage, int r,
                                                   const Activations<kColTiles, kUnitCols>& x,
                                                   const GroupSums<kGroups, kColTiles>& sums, int lane) {
     constexpr int kWords = 8 / kGroups;

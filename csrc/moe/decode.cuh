@@ -16,9 +16,11 @@ namespace hf_fastpath::moe {
 using linear::Activations;
 using linear::GroupSums;
 
-constexpr int kUnitCols = 128;
+constexpr int kBlockCols = 128;  // of a weight format's stage
+constexpr int kUnitCols = 256;   // two of them: what a task has beside its products counts as much as they do
+constexpr int kUnitBlocks = kUnitCols / kBlockCols;
 constexpr int kMaxChains = 8;
-constexpr int kRoundPairs = 8;  // whose sums shared memory has room for; at least kMaxSlotPairs
+constexpr int kRoundPairs = 8;  // whose sums shared memory has room for; at least kSlotPairs
 
 // The experts' packed weights of one product (packing.py), one after the other.
 struct Part {
@@ -43,8 +45,13 @@ inline Part make_part(const MoeWeight& weight, int n, int k, int group_size) {
           (units + chain_units - 1) / chain_units};
 }
 
+// Whether units are whole and each chain has one: what the kernels for that leave out is a third of their instructions.
+inline bool is_plain(const Part& p) {
+  return p.k % kUnitCols == 0 && p.chain_units == 1;
+}
+
 // A warp's way through its tasks, which are kWarps apart, and through the units of each.
-template <int kWarps>
+template <bool kPlain, int kWarps>
 struct Cursor {
   int slot, chain, unit;  // unit: of the chain
 
@@ -52,9 +59,12 @@ struct Cursor {
       : slot(first_slot), chain(threadIdx.x / 32), unit(0) {
     settle(p);
   }
+  __device__ __forceinline__ int unit_of_k(const Part& p) const {
+    return kPlain ? chain : chain * p.chain_units + unit;
+  }
   // Returns whether that leads to another task.
   __device__ __forceinline__ bool advance(const Part& p) {
-    if (++unit < min(p.chain_units, p.units - chain * p.chain_units)) return false;
+    if (!kPlain && ++unit < min(p.chain_units, p.units - chain * p.chain_units)) return false;
     unit = 0;
     chain += kWarps;
     settle(p);
@@ -67,16 +77,21 @@ struct Cursor {
   }
 };
 
-// Fills stages of the ring: lane l copies 16 bytes of each tile, and 16 bytes of scales or zeros.
 template <typename W, int kTiles>
+struct Stage {
+  typename W::template StageOf<kTiles> block[kUnitBlocks];
+};
+
+// Fills stages of the ring: of each block lane l copies 16 bytes of each tile, and 16 bytes of scales or zeros.
+template <typename W, int kTiles, bool kPlain>
 class Source {
  public:
-  using Stage = typename W::template Stage<kTiles>;
+  using Block = typename W::template StageOf<kTiles>;
 
-  // tile_step: row tiles from one of the block's tiles to the next.
+  // tile_step: row tiles from one of the CTA's tiles to the next.
   __device__ __forceinline__ Source(const Part& p, int row_tile, int tile_step, int lane)
       : tiles_(p.qweight + static_cast<int64_t>(row_tile) * p.col_tiles * 512 + lane * 16),
-        tile_bytes_(static_cast<int64_t>(tile_step) * p.col_tiles * 512),
+        tile_bytes_(tile_step * p.col_tiles * 512),
         expert_tiles_(static_cast<int64_t>(p.row_tiles) * p.col_tiles * 512) {
     constexpr int kScaleLanes = 2 * kTiles * W::kGroups, kZeroLanes = W::kHasZeros ? kTiles * W::kGroups : 0;
     static_assert(kScaleLanes + kZeroLanes <= 32);
@@ -85,84 +100,52 @@ class Source {
     const int tile = piece / (pieces * W::kGroups), within = piece % (pieces * W::kGroups);
     has_value_ = lane < kScaleLanes + kZeroLanes;
     group_ = within / pieces;
-    group_bytes_ = 16 * pieces;
-    const int64_t first = static_cast<int64_t>(row_tile + tile * tile_step) * p.groups * group_bytes_;
+    block_values_ = W::kGroups * 16 * pieces;
+    const int64_t first = static_cast<int64_t>(row_tile + tile * tile_step) * p.groups * 16 * pieces;
     values_ = (scales ? p.scales : p.zeros) + first + within * 16;
-    expert_values_ = static_cast<int64_t>(p.row_tiles) * p.groups * group_bytes_;
-    target_ = static_cast<int>(offsetof(Stage, scales)) + lane * 16;
-    if (!scales) target_ = static_cast<int>(offsetof(Stage, zeros)) + piece * 16;
+    expert_values_ = static_cast<int64_t>(p.row_tiles) * p.groups * 16 * pieces;
+    target_ = static_cast<int>(offsetof(Block, scales)) + lane * 16;
+    if (!scales) target_ = static_cast<int>(offsetof(Block, zeros)) + piece * 16;
   }
 
-  __device__ __forceinline__ void start(const Part& p, int expert, int chain) {
-    unit_ = chain * p.chain_units;
-    at_ = tiles_ + expert * expert_tiles_ + unit_ * 1024;
-    values_at_ = values_ + expert * expert_values_ + unit_ * W::kGroups * group_bytes_;
-  }
   // What is not there, a tail of K, becomes 0 and is not read.
-  __device__ __forceinline__ void copy(Stage& stage, const Part& p, int lane) {
+  __device__ __forceinline__ void copy(Stage<W, kTiles>& stage, const Part& p, int expert, int unit, int lane) const {
+    const unsigned char* const tiles = tiles_ + expert * expert_tiles_ + unit * (kUnitCols * 8);
+    const unsigned char* const values = values_ + expert * expert_values_ + unit * kUnitBlocks * block_values_;
 #pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
+    for (int b = 0; b < kUnitBlocks; ++b) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        cp_async16(&stage.tile[r][c][lane], at_ + r * tile_bytes_ + 512 * c, 2 * unit_ + c < p.col_tiles);
+      for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const bool there = kPlain || 2 * (unit * kUnitBlocks + b) + c < p.col_tiles;
+          cp_async16(&stage.block[b].tile[r][c][lane], tiles + r * tile_bytes_ + 1024 * b + 512 * c, there);
+        }
+      }
+      if (has_value_) {
+        const bool there = kPlain || (unit * kUnitBlocks + b) * W::kGroups + group_ < p.groups;
+        cp_async16(reinterpret_cast<unsigned char*>(&stage.block[b]) + target_, values + b * block_values_, there);
       }
     }
-    if (has_value_) {
-      cp_async16(reinterpret_cast<unsigned char*>(&stage) + target_, values_at_,
-                 unit_ * W::kGroups + group_ < p.groups);
-    }
-    ++unit_;
-    at_ += 1024;
-    values_at_ += W::kGroups * group_bytes_;
   }
 
  private:
   const unsigned char* tiles_;
   const unsigned char* values_;
-  const unsigned char* at_;
-  const unsigned char* values_at_;
-  int64_t tile_bytes_, expert_tiles_, expert_values_;
-  int unit_, group_, group_bytes_, target_;
+  int tile_bytes_;
+  int64_t expert_tiles_, expert_values_;
+  int group_, block_values_, target_;
   bool has_value_;
 };
 
-// A slot's rows of x in a stage: 128 columns each, 16 chunks of 16 bytes. Odd rows have their halves of 64 bytes
-// swapped in pairs, so that the eight lanes that read together, four of each of two rows, meet no bank twice.
-__device__ __forceinline__ int chunk_of(int row, int chunk) {
-  return 16 * row + (chunk ^ row % 2 * 4);
-}
-
-// Fills them: lanes copy 16 bytes each of two rows at a time.
-template <typename T>
-class RowSource {
- public:
-  __device__ __forceinline__ void start(const Part& p, const Slots& slots, const T* x, int slot, int chain, int lane) {
-    pairs_ = slots.rows + slots.begin[slot];
-    count_ = slots.size(slot);
-    column_ = chain * p.chain_units * kUnitCols + lane % 16 * 8;
-    if (lane / 16 < count_) at_ = x + static_cast<int64_t>(pairs_[lane / 16]) * p.k;
-  }
-  __device__ __forceinline__ void copy(uint4* target, const Part& p, const T* x, int lane) {
-    const int chunk = lane % 16, row = lane / 16;
-    if (row < count_) cp_async16(target + chunk_of(row, chunk), at_ + column_, column_ < p.k);
-    for (int other = row + 2; other < count_; other += 2) {
-      const T* const source = x + static_cast<int64_t>(pairs_[other]) * p.k + column_;
-      cp_async16(target + chunk_of(other, chunk), source, column_ < p.k);
-    }
-    column_ += kUnitCols;
-  }
-
- private:
-  const T* at_;
-  const int* pairs_;
-  int count_, column_;
-};
-
-// This lane's 8 columns of each 32 of a unit. Columns of the tensor core that no row has get the last row once more.
-__device__ __forceinline__ void load_rows(Activations<1, kUnitCols>& x, const uint4* rows, int count, int lane) {
-  const int row = min(lane / 4, count - 1);
+// This lane's 8 columns of each 32 of a block.
+template <bool kPlain, typename T>
+__device__ __forceinline__ void load_row(Activations<1, kBlockCols>& x, const T* row, int column, int k) {
 #pragma unroll
-  for (int h = 0; h < kUnitCols / 32; ++h) x.half_tile[0][h] = rows[chunk_of(row, 4 * h + lane % 4)];
+  for (int h = 0; h < kBlockCols / 32; ++h) {
+    const bool there = kPlain || column + 32 * h < k;
+    x.half_tile[0][h] = there ? load_early16(row + column + 32 * h) : make_uint4(0, 0, 0, 0);
+  }
 }
 
 // The sums of a round's chains in shared memory: [pair][chain][output of the block].
@@ -193,106 +176,58 @@ struct Partials {
   }
 };
 
-// A CTA's shared memory: this, the warps' rings, partial sums, then what else a kernel wants.
+// A CTA's shared memory: this, partial sums, then what else a kernel wants.
 template <typename W, int kTiles, int kWarps, int kStages>
 struct alignas(16) Memory {
-  using Stage = typename W::template Stage<kTiles>;
+  Stage<W, kTiles> ring[kWarps][kStages];
   Slots slots;
 
-  static __host__ __device__ __forceinline__ int stage_bytes(int slot_pairs) {
-    return static_cast<int>(sizeof(Stage)) + slot_pairs * kUnitCols * 2;
-  }
+  // In the rings' memory, which is larger; they are filled afterwards.
+  __device__ __forceinline__ SlotScratch& scratch() { return *reinterpret_cast<SlotScratch*>(ring); }
+  __device__ __forceinline__ float* partials() { return reinterpret_cast<float*>(this + 1); }
   static __host__ __device__ __forceinline__ int partial_floats(const Part& p, int pairs) {
     return min(pairs, kRoundPairs) * Partials<kTiles>::pitch(p.chains);
   }
-  static int bytes(const Part& p, int pairs, int slot_pairs) {
-    return static_cast<int>(sizeof(Memory)) + kWarps * kStages * stage_bytes(slot_pairs) + 4 * partial_floats(p, pairs);
-  }
-  // In the rings' memory, which is larger; they are filled afterwards.
-  __device__ __forceinline__ SlotScratch& scratch() { return *reinterpret_cast<SlotScratch*>(this + 1); }
-  __device__ __forceinline__ unsigned char* ring(int warp, int slot_pairs) {
-    return reinterpret_cast<unsigned char*>(this + 1) + warp * kStages * stage_bytes(slot_pairs);
-  }
-  __device__ __forceinline__ float* partials(int slot_pairs) {
-    return reinterpret_cast<float*>(ring(kWarps, slot_pairs));
-  }
-};
-
-// A warp's ring.
-template <typename W, int kTiles, int kWarps, int kStages>
-class Ring {
- public:
-  using T = typename W::T;
-  using Stage = typename W::template Stage<kTiles>;
-
-  __device__ __forceinline__ Ring(Memory<W, kTiles, kWarps, kStages>& memory, const Part& p, const T* x, int row_tile,
-                                  int tile_step, int first_slot, int end_slot, int slot_pairs)
-      : slots_(memory.slots),
-        p_(p),
-        x_(x),
-        ring_(memory.ring(threadIdx.x / 32, slot_pairs)),
-        stage_bytes_(memory.stage_bytes(slot_pairs)),
-        end_slot_(end_slot),
-        lane_(threadIdx.x % 32),
-        weights_at_(p, first_slot),
-        rows_at_(weights_at_),
-        weights_(p, row_tile, tile_step, lane_) {
-    start_weights();
-  }
-
-  __device__ __forceinline__ Stage& stage(int i) const { return *reinterpret_cast<Stage*>(ring_ + i * stage_bytes_); }
-  __device__ __forceinline__ uint4* rows(int i) const { return reinterpret_cast<uint4*>(&stage(i) + 1); }
-
-  __device__ __forceinline__ void copy_weights(int i) {
-    if (weights_at_.slot >= end_slot_) return;
-    weights_.copy(stage(i), p_, lane_);
-    if (weights_at_.advance(p_)) start_weights();
-  }
-  // Once before the first copy_rows().
-  __device__ __forceinline__ void start_rows() {
-    if (rows_at_.slot < end_slot_) row_source_.start(p_, slots_, x_, rows_at_.slot, rows_at_.chain, lane_);
-  }
-  __device__ __forceinline__ void copy_rows(int i) {
-    if (rows_at_.slot >= end_slot_) return;
-    row_source_.copy(rows(i), p_, x_, lane_);
-    if (rows_at_.advance(p_)) start_rows();
-  }
-
- private:
-  __device__ __forceinline__ void start_weights() {
-    if (weights_at_.slot < end_slot_) weights_.start(p_, slots_.expert[weights_at_.slot], weights_at_.chain);
-  }
-
-  const Slots& slots_;
-  const Part& p_;
-  const T* x_;
-  unsigned char* ring_;
-  int stage_bytes_, end_slot_, lane_;
-  Cursor<kWarps> weights_at_, rows_at_;
-  Source<W, kTiles> weights_;
-  RowSource<T> row_source_;
+  static int bytes(const Part& p, int pairs) { return static_cast<int>(sizeof(Memory)) + 4 * partial_floats(p, pairs); }
 };
 
 // Multiplies a CTA's slots, [first_slot, end_slot) of `memory.slots`, with the rows of x that they name. ready() is
 // called once, before x is read and after the first weights are asked for; round(first, count, partials) for every
 // round, of the pairs first .. first + count of slots.pairs, by all threads.
-template <typename W, int kTiles, int kWarps, int kStages, typename Ready, typename Round>
+template <bool kPlain, typename W, int kTiles, int kWarps, int kStages, typename Ready, typename Round>
 __device__ __forceinline__ void multiply_slots(Memory<W, kTiles, kWarps, kStages>& memory, const Part& p,
                                                const typename W::T* x, int row_tile, int tile_step, int first_slot,
-                                               int end_slot, int slot_pairs, Ready ready, Round round) {
+                                               int end_slot, Ready ready, Round round) {
+  using T = typename W::T;
   const Slots& slots = memory.slots;
   const int lane = threadIdx.x % 32;
-  const Partials<kTiles> partials{memory.partials(slot_pairs), p.chains};
-  Cursor<kWarps> now(p, first_slot);
-  Ring<W, kTiles, kWarps, kStages> ring(memory, p, x, row_tile, tile_step, first_slot, end_slot, slot_pairs);
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) ring.copy_weights(s);
-  ready();
-  ring.start_rows();
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    ring.copy_rows(s);
+  const Partials<kTiles> partials{memory.partials(), p.chains};
+  auto* const ring = memory.ring[threadIdx.x / 32];
+  Cursor<kPlain, kWarps> now(p, first_slot), ahead = now;
+  const Source<W, kTiles, kPlain> source(p, row_tile, tile_step, lane);
+  const auto copy = [&](int stage) {
+    if (ahead.slot < end_slot) {
+      source.copy(ring[stage], p, slots.expert[ahead.slot], ahead.unit_of_k(p), lane);
+      ahead.advance(p);
+    }
     cp_async_commit();
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) copy(s);
+  ready();
+  Activations<1, kBlockCols> rows[kUnitBlocks];
+  const auto row_at = [&](const Cursor<kPlain, kWarps>& at) {
+    const int own = min(lane / 4, slots.size(at.slot) - 1);  // columns that no row has get the last one once more
+    return x + static_cast<int64_t>(slots.rows[slots.begin[at.slot] + own]) * p.k + 8 * (lane % 4) +
+           at.unit_of_k(p) * kUnitCols;
+  };
+  const auto load = [&](int b, const T* row, int unit) {
+    load_row<kPlain>(rows[b], row + b * kBlockCols, 0, p.k - (unit * kUnitBlocks + b) * kBlockCols);
+  };
+  if (now.slot < end_slot) {
+    const T* const row = row_at(now);
+#pragma unroll
+    for (int b = 0; b < kUnitBlocks; ++b) load(b, row, now.unit_of_k(p));
   }
   float acc[kTiles][1][4] = {};
   int stage = 0;
@@ -301,23 +236,24 @@ __device__ __forceinline__ void multiply_slots(Memory<W, kTiles, kWarps, kStages
     const bool fits = begin + lane < end_slot && slots.begin[begin + lane + 1] - first_pair <= kRoundPairs;
     const int end = begin + __popc(__ballot_sync(0xffffffffu, fits));
     while (now.slot < end) {
-      const int count = slots.size(now.slot);
+      const Cursor<kPlain, kWarps> done = now;
+      const bool ended = now.advance(p), more = now.slot < end_slot;
+      const T* row = nullptr;
+      if (more) row = row_at(now);
       cp_async_wait<kStages - 2>();
       __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled now
-      const int last = stage == 0 ? kStages - 1 : stage - 1;
-      ring.copy_weights(last);
-      ring.copy_rows(last);
-      cp_async_commit();
-      Activations<1, kUnitCols> rows;
-      load_rows(rows, ring.rows(stage), count, lane);
-      GroupSums<W::kGroups, 1> sums;
-      sums.template compute<typename W::T>(rows, W::kSumFactor);
+      copy(stage == 0 ? kStages - 1 : stage - 1);
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r) W::multiply(acc[r], ring.stage(stage), r, rows, sums, lane);
+      for (int b = 0; b < kUnitBlocks; ++b) {
+        GroupSums<W::kGroups, 1> sums;
+        sums.template compute<T>(rows[b], W::kSumFactor);
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) W::multiply(acc[r], ring[stage].block[b], r, rows[b], sums, lane);
+        if (more) load(b, row, now.unit_of_k(p));
+      }
       stage = stage + 1 == kStages ? 0 : stage + 1;
-      const Cursor<kWarps> done = now;
-      if (now.advance(p)) {
-        partials.store(acc, slots.begin[done.slot] - first_pair, count, done.chain, lane);
+      if (ended) {
+        partials.store(acc, slots.begin[done.slot] - first_pair, slots.size(done.slot), done.chain, lane);
 #pragma unroll
         for (int j = 0; j < kTiles * 4; ++j) acc[j / 4][0][j % 4] = 0.0f;
       }

@@ -10,7 +10,7 @@
 namespace hf_fastpath::moe {
 
 constexpr int kMaxPairs = 256;  // of a launch: a thread has one
-constexpr int kMaxSlotPairs = 8;
+constexpr int kSlotPairs = 8;
 
 struct Slots {
   int count;
@@ -22,10 +22,10 @@ struct Slots {
   __device__ __forceinline__ int size(int slot) const { return begin[slot + 1] - begin[slot]; }
 };
 
-// What slots are made from, and how many pairs a slot has at most.
+// What slots are made from.
 struct Choices {
   const int64_t* experts;
-  int rows, top_k, expert_count, slot_pairs;
+  int rows, top_k, expert_count;
 };
 
 // What is needed only while slots are made.
@@ -45,7 +45,7 @@ __device__ __forceinline__ void slots_of_one_row(Slots& slots, int expert, int p
 }
 
 __device__ __forceinline__ void slots_of_pairs(Slots& slots, SlotScratch& scratch, int expert, int pairs,
-                                               int slot_pairs, int pairs_of_row) {
+                                               int pairs_of_row) {
   const int i = threadIdx.x;
   if (i < pairs) scratch.expert[i] = expert;
   __syncthreads();
@@ -59,7 +59,7 @@ __device__ __forceinline__ void slots_of_pairs(Slots& slots, SlotScratch& scratc
     }
     slots.pairs[lower + before] = i;
     slots.rows[lower + before] = i / pairs_of_row;
-    scratch.ordered[lower + before] = 2 * expert + (before % slot_pairs == 0);
+    scratch.ordered[lower + before] = 2 * expert + (before % kSlotPairs == 0);
   }
   __syncthreads();
   const int ordered = i < pairs ? scratch.ordered[i] : 0;
@@ -82,7 +82,7 @@ __device__ __forceinline__ void make_slots(Slots& slots, SlotScratch& scratch, c
   const int expert = i < pairs ? load_now(reinterpret_cast<const int*>(c.experts + i)) : 0;
   if (static_cast<unsigned>(expert) >= static_cast<unsigned>(c.expert_count)) __trap();
   if (c.rows == 1) return slots_of_one_row(slots, expert, pairs, pairs_of_row);
-  slots_of_pairs(slots, scratch, expert, pairs, c.slot_pairs, pairs_of_row);
+  slots_of_pairs(slots, scratch, expert, pairs, pairs_of_row);
 }
 
 }  // namespace hf_fastpath::moe

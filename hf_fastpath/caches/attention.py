@@ -12,7 +12,9 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_fastpath.caches.compressed import CompressedLayer
 from hf_fastpath.caches.lazy import LazyKV
+from hf_fastpath.caches.static import StaticKVLayer
 from hf_fastpath.errors import Unsupported
+from hf_fastpath.runtime import is_capturing
 
 ATTENTION_NAME = "fastpath"
 
@@ -21,7 +23,22 @@ def register_attention() -> None:
     """Makes ``attn_implementation="fastpath"`` known to transformers. Idempotent."""
     AttentionInterface.register(ATTENTION_NAME, fastpath_attention)
     # Without a mask function of its own, transformers would drop the padding mask.
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, fastpath_mask)
+
+
+def fastpath_mask(
+    q_length: int,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' mask function for :func:`fastpath_attention`: ``sdpa_mask``, but that one new token a row gets none
+    while a CUDA graph is captured either, which would hold the length of that moment."""
+    if q_length == 1 and allow_is_causal_skip and attention_mask is None and local_size is None:
+        return None
+    kwargs |= {"q_length": q_length, "attention_mask": attention_mask, "local_size": local_size}
+    return sdpa_mask(allow_is_causal_skip=allow_is_causal_skip, **kwargs)
 
 
 def fastpath_attention(
@@ -40,10 +57,10 @@ def fastpath_attention(
     """
     if type(key) is LazyKV and type(value) is LazyKV:
         layer = key.layer
-        if isinstance(layer, CompressedLayer):
+        if isinstance(layer, (CompressedLayer, StaticKVLayer)):
             reason = _why_not_ours(query, attention_mask, dropout, kwargs)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            if layer.attends_chunks:
+            if isinstance(layer, CompressedLayer) and layer.attends_chunks:
                 if reason:
                     raise Unsupported(f"the {layer.format} KV cache cannot serve this call: {reason}")
                 mask = None if attention_mask is None else attention_mask[:, 0]
@@ -51,8 +68,10 @@ def fastpath_attention(
             if not reason and query.shape[2] == 1:
                 mask = None if attention_mask is None else attention_mask[:, 0, 0]
                 return layer.decode(query[:, :, 0], mask, scale).unsqueeze(1), None
-            if not reason:
+            if not reason and isinstance(layer, CompressedLayer):
                 return layer.attend_chunk(query, attention_mask, scale).transpose(1, 2).contiguous(), None
+        if is_capturing(query.device):
+            raise Unsupported("a CUDA graph cannot hold a KV cache that is expanded: it would have the length of now")
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

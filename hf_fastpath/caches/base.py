@@ -3,6 +3,7 @@ generate()."""
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from typing import Any, cast
@@ -32,10 +33,18 @@ class FastLayer(CacheLayerMixin):
     """
 
     tokens_per_entry: tuple[int, ...]
+    option_names: tuple[str, ...] = ()  # attributes that the storage and what is done with it depend on
 
     is_compileable = False
     is_sliding = False
     is_croppable = True
+    # Whether the attention of a new token is a kernel that finds the length in GPU memory.
+    attends_in_kernel = False
+
+    # The layer in whose storage this one keeps its tokens, if it finds room there when it gets the first ones; None: in
+    # storage of its own. And of such a lender, for how many rows it makes room.
+    lender: FastLayer | None = None
+    lent_rows = 0
 
     def __init__(self, initial_tokens: int = 0) -> None:
         # Not super().__init__(): it assigns `keys` and `values`, which are computed here.
@@ -81,6 +90,11 @@ class FastLayer(CacheLayerMixin):
         return self.storage[0].shape[2] * self.tokens_per_entry[0] if self.storage else 0
 
     @property
+    def has_storage(self) -> bool:
+        """Whether anything is allocated."""
+        return bool(self.storage)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(tensor.nbytes for tensor in self.storage)
@@ -90,8 +104,40 @@ class FastLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         tokens = max(self.initial_tokens, key_states.shape[2], 1)
-        self.storage = self.allocate(key_states, value_states, ceil_div(tokens, BLOCK_TOKENS) * BLOCK_TOKENS)
+        borrowed = self.lender.lend(key_states, value_states, tokens) if self.lender is not None else None
+        capacity = ceil_div(tokens, BLOCK_TOKENS) * BLOCK_TOKENS
+        self.storage = borrowed or self.allocate(key_states, value_states, capacity)
         self.is_initialized = True
+
+    def lend(self, key: torch.Tensor, value: torch.Tensor, tokens: int) -> list[torch.Tensor] | None:
+        """The storage of this layer's first rows, emptied, for another layer to keep such keys and values in; None when
+        it has no room for them."""
+        if not self.is_initialized:
+            rows = max(self.lent_rows, key.shape[0])
+            self.lazy_initialization(*(x.new_empty((rows, *x.shape[1:])) for x in (key, value)))
+            self.kv_shape = key.shape[1], key.shape[3]
+        same = (key.dtype, key.device, (key.shape[1], key.shape[3])) == (self.dtype, self.device, self.kv_shape)
+        if not same or key.shape[0] > self.batch_size or not self.has_room(tokens):
+            return None
+        self.reset()
+        return [tensor[: key.shape[0]] for tensor in self.storage]
+
+    def stores_into(self, lender: FastLayer) -> bool:
+        """Whether what this layer stores is in the storage of ``lender``, where a graph finds it."""
+        if self.lender is not lender or not self.is_initialized:
+            return False
+        return self.storage[0].data_ptr() == lender.storage[0].data_ptr()
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether so many tokens of a row fit into the storage."""
+        return tokens <= self.capacity
+
+    def advance_to(self, length: int) -> None:
+        """Counts the tokens that a graph wrote to the storage, up to ``length`` in all."""
+        self.length = length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"lender": None}  # a copy has storage of its own
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -255,6 +301,35 @@ class FastCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated, all layers."""
         return sum(layer.nbytes for layer in cast(list[Any], self.layers))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it never held anything."""
+        return not any(layer.has_storage for layer in cast(list[Any], self.layers))
+
+    @property
+    def attends_in_kernel(self) -> bool:
+        """Whether the attention of a new token is a kernel that finds the length in GPU memory."""
+        return all(layer.attends_in_kernel for layer in self._fast_layers)
+
+    @property
+    def initial_tokens(self) -> int:
+        """Tokens of a row that room is made for at once."""
+        return self._fast_layers[0].initial_tokens
+
+    def empty_like(self, max_cache_len: int) -> FastCache:
+        """A cache like this one, which never held anything, with room for so many tokens."""
+        cache = copy.deepcopy(self)
+        for layer in cache._fast_layers:
+            layer.initial_tokens = max_cache_len
+        return cache
+
+    @property
+    def kind(self) -> Any:
+        """Equal for caches of one model that store alike."""
+        layer = self._fast_layers[0]
+        options = {name: getattr(layer, name) for name in layer.option_names}
+        return type(self), tuple(options.items())
 
     @property
     def _fast_layers(self) -> list[FastLayer]:

@@ -28,11 +28,16 @@ class CompressedLayer(FastLayer):
 
     format: str
     attends_chunks = False
+    option_names: tuple[str, ...] = ("fresh_prefill", "reference")
     rotate_keys = True  # whether keys are stored rotated (hf_fastpath.ops._rotation)
 
     def __init__(self, initial_tokens: int = 0, fresh_prefill: bool = True, reference: bool = False) -> None:
         super().__init__(initial_tokens)
         self.fresh_prefill, self.reference = fresh_prefill, reference
+
+    @property
+    def attends_in_kernel(self) -> bool:  # type: ignore[override]
+        return not self.reference
 
     def why_no_kernel(self, head_dim: int) -> str:
         """Why there are no CUDA kernels for this layer and a head size; "" when there are. The references take any."""

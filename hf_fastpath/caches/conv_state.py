@@ -37,6 +37,10 @@ class LeftPadding:
         if new_tokens == 1 and not self.over:
             self.mask = latest
 
+    def end(self) -> None:
+        """From now on there are only tokens that were generated."""
+        self.over, self.mask = True, None
+
 
 class ConvStateLayer(LinearAttentionLayer):
     """The last L inputs of one layer's convolution, ``conv_states[0]``: ``(batch, H, L)``, changed in place.
@@ -45,6 +49,10 @@ class ConvStateLayer(LinearAttentionLayer):
     one address whatever is done to the batch, rows can be repeated and selected, and it can be written outside of the
     inference mode that it was made in.
     """
+
+    # As in hf_fastpath.caches.base.FastLayer: whose first rows are the state, and for how many a lender makes room.
+    lender: ConvStateLayer | None = None
+    lent_rows = 0
 
     def __init__(self, padding: LeftPadding) -> None:
         super().__init__()
@@ -61,6 +69,7 @@ class ConvStateLayer(LinearAttentionLayer):
         if not self.has_previous_state[0]:
             if state is None or state.shape != shape or (state.dtype, state.device) != (like.dtype, like.device):
                 self.lazy_initialization(conv_states=like.new_empty(shape))
+                self._borrow()
             self.has_previous_state[0] = True
             state = self.conv_states[0]
         assert state is not None
@@ -80,6 +89,41 @@ class ConvStateLayer(LinearAttentionLayer):
             return state is not None
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
         return state.dtype in dtypes and short_conv_supports(state.shape[-1]) and not why_no_kernels(state.device)
+
+    def _borrow(self) -> None:
+        state = self.conv_states[0]
+        assert state is not None
+        if self.lender is not None and (lent := self.lender.lend(state)) is not None:
+            self.conv_states[0] = lent
+
+    @torch.inference_mode(False)
+    def lend(self, state: torch.Tensor) -> torch.Tensor | None:
+        """This layer's first rows, zeros, for another layer's state; None when it is not like ``state``."""
+        if self.conv_states[0] is None:
+            rows = max(self.lent_rows, state.shape[0])
+            self.lazy_initialization(conv_states=state.new_empty((rows, *state.shape[1:])))
+        own = self.conv_states[0]
+        assert own is not None
+        same = (state.shape[1:], state.dtype, state.device) == (own.shape[1:], own.dtype, own.device)
+        return own[: state.shape[0]].zero_() if same and state.shape[0] <= own.shape[0] else None
+
+    def stores_into(self, lender: ConvStateLayer) -> bool:
+        """Whether the state is in that of ``lender``, where a graph finds it."""
+        own, theirs = self.conv_states[0], lender.conv_states[0]
+        if self.lender is not lender or self.record_past or own is None or theirs is None:
+            return False
+        return own.data_ptr() == theirs.data_ptr()
+
+    def advance_to(self, length: int) -> None:
+        """There is nothing to count."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"lender": None}  # a copy has a state of its own
+
+    @property
+    def has_storage(self) -> bool:
+        """Whether there is a state."""
+        return self.conv_states[0] is not None
 
     @property
     def nbytes(self) -> int:

@@ -41,6 +41,10 @@ class GroupedLayer(CompressedLayer):
         self._written = max(self._written, self.length)
         return ready
 
+    def advance_to(self, length: int) -> None:
+        super().advance_to(length)
+        self._written = max(self._written, self.length)
+
     def reset(self) -> None:
         super().reset()
         self._written = 0

@@ -37,6 +37,7 @@ class H2OKVLayer(CompressedLayer):
     tokens_per_entry = (1, 1, 1, 1, 1, 1, 0)
     is_croppable = False
     attends_chunks = True
+    option_names = (*CompressedLayer.option_names, "budget", "window", "sinks")
 
     def __init__(
         self,
@@ -83,6 +84,9 @@ class H2OKVLayer(CompressedLayer):
 
     def _reserve(self, used: int) -> None:
         """There is never more room."""
+
+    def has_room(self, tokens: int) -> bool:
+        return True
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._handles(key)

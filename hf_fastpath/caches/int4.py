@@ -46,6 +46,7 @@ class Int4KVLayer(GroupedLayer):
     """
 
     format = "int4"
+    option_names = (*GroupedLayer.option_names, "group_tokens", "sinks", "rotate_keys")
 
     def __init__(
         self,

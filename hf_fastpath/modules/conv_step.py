@@ -1,7 +1,9 @@
-"""A decoder layer of LFM2's kind with a gated short convolution, for one new token a row, in four kernels:
+"""A decoder layer of LFM2's kind with a gated short convolution, for one new token a row, in four operations:
 
 norm, first projection and convolution | second projection and residual |
 norm, gate, up and SwiGLU | down and residual.
+
+Each is a kernel; with more than four rows a norm is one of its own.
 """
 
 from __future__ import annotations

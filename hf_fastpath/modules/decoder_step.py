@@ -1,7 +1,9 @@
-"""A decoder layer of Llama's kind for one new token a row, in six kernels:
+"""A decoder layer of Llama's kind for one new token a row, in six operations:
 
 norm, query, key and value | the heads' norms, RoPE, rotation, quantization, append | attention over the cache |
 output and residual | norm, gate, up and SwiGLU | down and residual.
+
+Each is a kernel; with more than four rows a norm is one of its own, and attention over a long cache is two.
 """
 
 from __future__ import annotations

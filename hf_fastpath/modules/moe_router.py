@@ -30,10 +30,11 @@ class MoERouter(nn.Module):
         fits = hidden_states.dtype == self.weight.dtype and moe_router_supports(
             hidden_states.dtype, hidden_states.shape[1], self.weight.shape[0], self.top_k
         )
+        bias = expert_bias if self.use_expert_bias else None
         return moe_router(
             hidden_states,
             self.weight,
-            expert_bias if self.use_expert_bias else None,
+            None if bias is None else bias.float(),  # as it is, unless the whole model was cast
             self.top_k,
             self.norm_topk_prob,
             self.routed_scaling_factor,

@@ -18,6 +18,8 @@ SHAPES = [  # rows, top_k, experts, experts in use, hidden and intermediate, gro
     (16, 4, 6, None, (128, 1184), (128, 32), True),
     (13, 2, 4, 2, (1152, 32), (128, 32), False),  # all rows on the same two experts
     (16, 3, 5, 4, (96, 160), (32, 32), True),
+    (16, 3, 5, 4, (768, 512), (32, 64), False),
+    (16, 3, 5, 4, (2304, 256), (128, 32), True),
     (16, 4, 8, None, (2048, 1792), (128, 128), True),
     (16, 8, 9, None, (192, 64), (64, 64), False),
 ]

@@ -1,0 +1,315 @@
+"""What generate() runs for every token as CUDA graphs: captured once, replayed for every token.
+
+A graph replays fixed addresses. So what changes from token to token is in device memory that stays where it is: the new
+tokens, their positions and the padding mask in a :class:`Slot`, and what the caches hold in the tensors that the slot
+lends them. A slot serves batches up to its rows and any length up to its capacity, one cache at a time; its graphs
+outlive the cache.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.nn.modules import module as torch_module
+
+from hf_fastpath.packing import ceil_div
+
+# A call that needs a little more than the last one finds the same slot; all rows of a slot together have about this.
+CAPACITY_TOKENS = 2048
+LEAST_CAPACITY_TOKENS = 256
+
+# Of a slot: batch sizes and ways to choose tokens. Capturing again takes a tenth of a second.
+MAX_GRAPHS = 32
+
+# Slots that no cache uses are kept while they take at most this part of the GPU's memory.
+KEPT_PART_OF_MEMORY = 1 / 16
+
+OUTPUT_HOOKS = "transformers.utils.output_capturing"
+
+
+class Graph(Protocol):
+    """Recorded kernels."""
+
+    def replay(self) -> None:
+        """Runs them again, on the current stream."""
+
+
+# Records what a call puts on the GPU, without running it.
+Capture = Callable[[Callable[[], None]], Graph]
+
+
+_capturing = threading.Lock()
+
+
+class CudaCapture:
+    """Captures into one memory pool for all graphs of a slot: what a replay leaves there is read before the next."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may allocate meanwhile, which the default mode takes for a mistake; but not capture as well.
+        try:
+            with _capturing, torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                call()
+        except RuntimeError as error:
+            error.add_note("hf_fastpath was capturing a CUDA graph: patch_model(model, cuda_graphs=False) needs none")
+            raise
+        return graph
+
+
+def batch_bucket(batch: int) -> int:
+    """How many rows the slot of a batch has: the next power of two."""
+    return 1 << (batch - 1).bit_length()
+
+
+def capacity_for(rows: int, tokens: int) -> int:
+    """For how many tokens a row a slot is made that has to hold ``tokens``."""
+    block = max(CAPACITY_TOKENS // rows, LEAST_CAPACITY_TOKENS)
+    return ceil_div(max(tokens, 1), block) * block
+
+
+class Slot:
+    """What graphs read and write, and the graphs.
+
+    Attributes:
+        cache, kind: one whose storage is lent, and what caches like it have in common.
+        rows, capacity: the largest batch, and the tokens of a row that there is room for.
+        ids, positions: int64 ``(rows, 1)``, the tokens that the next step gets, and their positions.
+        logits: float32 ``(rows, V)``, of the latest step; None before the first.
+        unfinished: int64 ``(rows,)``, 1 until a row has its end token. tokens: int64 ``(rows, capacity)``, those that
+            were chosen, ``count`` ``(1, 1)`` of them. done: bool ``()``, whether no row is unfinished.
+    """
+
+    def __init__(self, cache: Any, rows: int, capacity: int, capture: Capture, device: torch.device) -> None:
+        self.cache, self.kind, self.rows, self.capacity, self.capture = cache, cache.kind, rows, capacity, capture
+        self.device = device
+        self.owner: weakref.ref[Any] | None = None
+        self.batch, self.masked = 0, False
+        self.logits: torch.Tensor | None = None
+        self._graphs: dict[Any, tuple[Graph | None, Any]] = {}
+        self._stream: Any = None
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
+            self.ids, self.positions, self.unfinished, self.tokens, self.count = (
+                torch.zeros(shape, dtype=torch.long, device=device)
+                for shape in ((rows, 1), (rows, 1), (rows,), (rows, capacity), (1, 1))
+            )
+            self.mask = torch.ones((rows, 1, 1, capacity), dtype=torch.bool, device=device)
+            self.done = torch.zeros((), dtype=torch.bool, device=device)
+
+    @property
+    def free(self) -> bool:
+        """Whether no cache that is still in use holds it."""
+        return self.owner is None or self.owner() is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage that it lends."""
+        return sum(layer.nbytes for layer in self.cache.layers)
+
+    def lend_to(self, cache: Any) -> None:
+        """Makes ``cache``, which holds nothing yet, store into this slot from its first token on."""
+        self._order_streams()
+        self.owner = weakref.ref(cache)
+        for own, theirs in zip(self.cache.layers, cache.layers, strict=True):
+            own.lent_rows = self.rows
+            theirs.lender = own
+
+    def holds(self, cache: Any) -> bool:
+        """Whether everything that ``cache`` stores is here, so that a graph would find it."""
+        return all(theirs.stores_into(own) for own, theirs in zip(self.cache.layers, cache.layers, strict=True))
+
+    def begin(self, positions: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Before the first of a row of steps, each of which adds a token that is no padding.
+
+        Args:
+            positions: int64 ``(B, 1)``, of the next tokens. mask: ``(B, T)`` of 0 and 1, of all tokens so far, for
+                which the host waits; None: no padding.
+        """
+        batch = self.batch = positions.shape[0]
+        cache = self._cache()
+        if cache.padding is not None:
+            cache.padding.end()
+        self.positions[:batch].copy_(positions)
+        self.unfinished.fill_(1)
+        self.count.zero_()
+        self.masked = mask is not None and not bool(mask.all())
+        if mask is not None and self.masked:
+            self.mask[:batch].fill_(True)
+            self.mask[:batch, 0, 0, : mask.shape[1]].copy_(mask)
+
+    def run(self, key: Any, call: Callable[[], None], keep: Any = None) -> None:
+        """Calls ``call`` the first time that ``key`` comes, captures it the second time, and replays it from then on:
+        libraries set themselves up in their first call, which a capture forbids. ``keep`` lives as long as the graph.
+        """
+        self._order_streams()
+        known = self._graphs.pop(key, None)
+        if known is None:
+            if len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]  # the one that was not used for longest
+            self._graphs[key] = None, None
+            call()
+            return
+        graph, kept = known
+        if graph is None:
+            graph, kept = self.capture(call), keep
+        self._graphs[key] = graph, kept
+        graph.replay()
+
+    def step(self, forward: Callable[..., Any]) -> None:
+        """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times."""
+        cache = self._cache()
+        length = cache.get_seq_length()
+        self.run(("step", self.batch, self.masked), lambda: self._forward(forward))
+        for layer in cache.layers:
+            layer.advance_to(length + 1)
+
+    def _cache(self) -> Any:
+        cache = None if self.owner is None else self.owner()
+        assert cache is not None
+        return cache
+
+    def _forward(self, forward: Callable[..., Any]) -> None:
+        batch = self.batch
+        out = forward(
+            input_ids=self.ids[:batch],
+            position_ids=self.positions[:batch],
+            attention_mask=self.mask[:batch] if self.masked else None,
+            past_key_values=self._cache(),
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        self.take(out.logits)
+        self.positions[:batch] += 1
+
+    @torch.inference_mode(False)
+    def take(self, logits: torch.Tensor) -> None:
+        """Puts ``(B, T, V)`` logits of the last token into :attr:`logits`."""
+        if self.logits is None:
+            self.logits = torch.empty((self.rows, logits.shape[2]), dtype=torch.float32, device=self.device)
+        self.logits[: logits.shape[0]].copy_(logits[:, -1].detach())
+
+    def _order_streams(self) -> None:
+        """Makes the current stream wait for what was queued on another one, by another thread say."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+
+class DecodeGraphs:
+    """All slots of one patched model. A copy of it has none.
+
+    Args:
+        new_capture: makes what records the graphs of one slot; None: on the GPU.
+    """
+
+    def __init__(self, new_capture: Callable[[], Capture] | None = None) -> None:
+        self.new_capture = new_capture or CudaCapture
+        self.slots: list[Slot] = []
+        self._lock = threading.Lock()
+        self._modules: list[tuple[weakref.ref[Any], type]] = []
+        self._root_hooks: tuple[Any, ...] = ()
+        self._addresses: list[int] = []
+
+    def __reduce__(self) -> Any:
+        return DecodeGraphs, ()
+
+    def watch(self, model: Any) -> None:
+        """Notes what the model consists of; :meth:`why_not` tells when that was changed."""
+        self._modules = [(weakref.ref(module), type(module)) for module in model.modules()]
+        self._root_hooks = tuple(model._forward_pre_hooks)
+        self._addresses = _addresses(model)
+
+    def lend(self, cache: Any, batch: int, tokens: int, device: torch.device) -> None:
+        """Puts a slot for ``batch`` rows of ``tokens`` tokens behind a FastCache that never held anything."""
+        rows = batch_bucket(batch)
+        with self._lock:
+            same = [slot for slot in self.slots if slot.free and slot.rows == rows and slot.kind == cache.kind]
+            slot = next((slot for slot in same if slot.capacity >= tokens), None)
+            if slot is None:
+                # Too short: their memory goes first. What grew once will grow again, so by half at least.
+                tokens = max([tokens, *(slot.capacity + slot.capacity // 2 for slot in same)])
+                self.slots = [slot for slot in self.slots if slot not in same]
+                same.clear()
+                capacity = capacity_for(rows, tokens)
+                slot = Slot(cache.empty_like(capacity), rows, capacity, self.new_capture(), device)
+            else:
+                self.slots.remove(slot)
+            slot.lend_to(cache)
+            self._drop_unused(device)
+            self.slots.append(slot)
+
+    def _drop_unused(self, device: torch.device) -> None:
+        """Frees slots that no cache uses, the longest unused first, until the others are small."""
+        if device.type != "cuda":
+            return
+        most = torch.cuda.get_device_properties(device).total_memory * KEPT_PART_OF_MEMORY
+        unused = [slot for slot in self.slots if slot.free]
+        while unused and sum(slot.nbytes for slot in unused) > most:
+            self.slots.remove(unused.pop(0))
+
+    def slot_behind(self, cache: Any) -> Slot | None:
+        """The slot that a cache got, be there anything in it or not."""
+        return next((slot for slot in self.slots if slot.owner is not None and slot.owner() is cache), None)
+
+    def slot_of(self, cache: Any) -> Slot | None:
+        """The slot that everything in a cache is stored in; None when there is none."""
+        slot = self.slot_behind(cache)
+        return slot if slot is not None and slot.holds(cache) else None
+
+    def why_not(self, model: Any) -> str:
+        """Why the model as it is now cannot be captured; "" when it can: nothing was wrapped, hooked or replaced since
+        :meth:`watch`. Weights that were moved are captured anew."""
+        if self.new_capture is CudaCapture and model.device.type != "cuda":
+            return "the model is not on a GPU"
+        if model.training:
+            return "the model is in training mode"
+        if torch.is_autocast_enabled(model.device.type):
+            return "autocast is on"
+        if not self._modules:
+            self.watch(model)
+        modules = list(model.named_modules())
+        noted = [(module(), kind) for module, kind in self._modules]
+        if len(modules) != len(noted) or any(
+            module is not known or type(module) is not kind
+            for (_, module), (known, kind) in zip(modules, noted, strict=True)
+        ):
+            return "modules were added, wrapped or replaced after patch_model()"
+        has_global_hooks = torch_module._has_any_global_hook()
+        for name, module in modules:
+            hooks: Any = module._forward_pre_hooks if name else tuple(model._forward_pre_hooks) != self._root_hooks
+            # transformers leaves hooks behind for hidden states and attention weights, which do nothing otherwise.
+            after = (getattr(hook, "__module__", "") for hook in module._forward_hooks.values())
+            hooks = hooks or any(name_of != OUTPUT_HOOKS for name_of in after)
+            if hooks or "forward" in module.__dict__ or has_global_hooks:
+                return f"{name or 'the model'} has a forward hook"
+        addresses = _addresses(model)
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self.release()
+        return ""
+
+    def release(self) -> None:
+        """Forgets all graphs and their memory; a cache that is in use keeps what it stores into."""
+        with self._lock:
+            self.slots = []
+
+
+def _addresses(model: Any) -> list[int]:
+    """Where the tensors of a model are."""
+    return [
+        tensor.data_ptr()
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    ]

@@ -1,0 +1,155 @@
+"""How the next tokens are chosen from logits, as transformers' generate() does it: call by call, or as a CUDA graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from hf_fastpath.decode_graph import Slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What generate() was asked for.
+
+    Attributes:
+        do_sample: draw by the processed logits' softmax; otherwise the largest is taken.
+        processors: called with the tokens so far, int64 ``(B, T)``, and float32 logits ``(B, V)``.
+        criteria: called with the tokens so far and the scores, if kept; gives bool ``(B,)``, which rows are finished.
+        max_length: tokens of a row at which generating ends; None: no limit.
+        end: int64, tokens that finish a row; None where nothing but ``max_length`` and other criteria do.
+        pad: int64 ``()``, what a finished row goes on with; None only without ``end``.
+        keep_scores, keep_logits: whether processed and raw logits are wanted.
+        key: equal for rules that choose alike and need the logits only; None: the rule needs more.
+    """
+
+    do_sample: bool
+    processors: Any
+    criteria: Any
+    max_length: int | None
+    end: torch.Tensor | None
+    pad: torch.Tensor | None
+    keep_scores: bool
+    keep_logits: bool
+    key: Any = None
+
+
+class Choice(Protocol):
+    """Chooses one token a row at each call.
+
+    Attributes:
+        latest: int64 ``(B,)``, the tokens of the last call.
+        done: bool ``()``, whether all rows are finished with them; None: only their length finishes them.
+    """
+
+    latest: torch.Tensor
+    done: torch.Tensor | None
+
+    def __call__(self, logits: torch.Tensor) -> None:
+        """Chooses by float32 logits ``(B, V)``, which it does not change."""
+
+    def drop(self, count: int) -> None:
+        """Forgets the last ``count`` calls."""
+
+    def sequences(self) -> torch.Tensor:
+        """The prompt and all tokens, int64 ``(B, T)``."""
+
+
+class CallByCall:
+    """Any rule."""
+
+    def __init__(self, rule: Rule, prompt: torch.Tensor) -> None:
+        self.rule, self.ids = rule, prompt
+        self.unfinished = torch.ones(prompt.shape[0], dtype=torch.long, device=prompt.device)
+        self.scores: tuple[torch.Tensor, ...] | None = () if rule.keep_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if rule.keep_logits else None
+        self.latest, self.done = prompt[:, -1:], None
+
+    latest: torch.Tensor
+    done: torch.Tensor | None
+
+    def __call__(self, logits: torch.Tensor) -> None:
+        rule, raw = self.rule, logits.clone()
+        scores = rule.processors(self.ids, raw)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        if rule.do_sample:
+            tokens = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = torch.argmax(scores, dim=-1)
+        if rule.end is not None and rule.pad is not None:
+            tokens = tokens * self.unfinished + rule.pad * (1 - self.unfinished)
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~rule.criteria(self.ids, self.scores)
+        self.latest, self.done = tokens, self.unfinished.max() == 0
+
+    def drop(self, count: int) -> None:
+        if count:
+            self.ids = self.ids[:, :-count]
+            self.scores = self.scores and self.scores[:-count]
+            self.logits = self.logits and self.logits[:-count]
+
+    def sequences(self) -> torch.Tensor:
+        return self.ids
+
+
+class InGraph:
+    """A rule with a ``key``, for the logits of a slot, whose next tokens it sets."""
+
+    def __init__(self, rule: Rule, prompt: torch.Tensor, slot: Slot) -> None:
+        self.rule, self.prompt, self.slot, self.count = rule, prompt, slot, 0
+        self.scores = self.logits = None
+        self.latest = slot.ids[: slot.batch, 0]
+        self.done = None if rule.end is None else slot.done
+
+    latest: torch.Tensor
+    done: torch.Tensor | None
+
+    def __call__(self, logits: torch.Tensor) -> None:
+        rule, slot = self.rule, self.slot
+        # Only the rule is kept with the graph, whose tensors it reads: not the prompt, not the slot itself.
+        slot.run(("choice", slot.batch, rule.key), lambda: _choose(rule, slot), keep=rule)
+        self.count += 1
+
+    def drop(self, count: int) -> None:
+        self.count -= count
+
+    def sequences(self) -> torch.Tensor:
+        return torch.cat([self.prompt, self.slot.tokens[: self.slot.batch, : self.count]], dim=-1)
+
+
+def _choose(rule: Rule, slot: Slot) -> None:
+    """From ``slot.logits`` to ``slot.ids``, without waiting for the GPU."""
+    assert slot.logits is not None
+    batch, unfinished = slot.batch, slot.unfinished[: slot.batch]
+    scores = rule.processors(slot.tokens[:batch, :1], slot.logits[:batch].clone())
+    if rule.do_sample:
+        probabilities = torch.nn.functional.softmax(scores, dim=-1)
+        # torch.multinomial does this with the same random numbers, but for a check that a graph cannot hold.
+        tokens = (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+    else:
+        tokens = torch.argmax(scores, dim=-1)
+    if rule.end is not None and rule.pad is not None:
+        tokens = tokens * unfinished + rule.pad * (1 - unfinished)
+        unfinished &= ~torch.isin(tokens, rule.end)
+        slot.done.copy_(unfinished.max() == 0)
+    slot.ids[:batch].copy_(tokens[:, None])
+    slot.tokens[:batch].scatter_(1, slot.count.expand(batch, 1), tokens[:, None])
+    slot.count += 1
+
+
+def settings_of(processors: Sequence[Any], stateless: tuple[type, ...]) -> Any:
+    """What tells one list of logits processors from another that computes something else; None when one of them is of
+    no class in ``stateless``: those compute with the logits alone."""
+    settings = []
+    for processor in processors:
+        values = tuple(sorted(vars(processor).items()))
+        if type(processor) not in stateless or any(isinstance(value, torch.Tensor) for _, value in values):
+            return None
+        settings.append((type(processor), values))
+    return tuple(settings)

@@ -1,0 +1,216 @@
+"""The decode step of generate() as a CUDA graph: the tokens of transformers' own loop without graphs, whatever is asked
+for."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, long_batch, make_llama
+
+from hf_fastpath import patch_model, unpatch_model
+from hf_fastpath.caches.conv_state import ConvStateLayer
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 384,
+}
+GREEDY = {"do_sample": False, "max_new_tokens": 90}
+SAMPLE = {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.3, "max_new_tokens": 40}
+
+
+@functools.cache
+def patched(kv_cache: str, family: str = "") -> Any:
+    return new_patched(kv_cache, family)
+
+
+def new_patched(kv_cache: str, family: str = "", **options: Any) -> Any:
+    model = (FAMILIES[family](torch.bfloat16) if family else make_llama(torch.bfloat16, **SIZES)).to("cuda")
+    if kv_cache == "h2o":
+        options |= {"kv_budget": 48}
+    return patch_model(model, kv_cache=kv_cache, scale_search="absmax", progress=False, **options)
+
+
+def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("cuda") for name, tensor in inputs.items()}
+
+
+def captured(model: Any) -> int:
+    """How many graphs there are."""
+    return sum(graph is not None for slot in model._fastpath.graphs.slots for graph, _ in slot._graphs.values())
+
+
+def check_alike(model: Any, **inputs: Any) -> Any:
+    """The same tokens, scores and random numbers afterwards; nothing is captured for the comparison."""
+    before = captured(model)
+    torch.manual_seed(1)
+    want = model.generate(**inputs, disable_compile=True)
+    assert captured(model) == before
+    after = torch.cuda.get_rng_state()
+    for _ in range(2):  # the second time from the first token on by graphs
+        torch.manual_seed(1)
+        got = model.generate(**inputs)
+        assert torch.equal(torch.cuda.get_rng_state(), after)
+        if isinstance(got, torch.Tensor):
+            assert torch.equal(got, want)
+            continue
+        assert torch.equal(got.sequences, want.sequences)
+        for name in ("scores", "logits"):
+            for mine, theirs in zip(got.get(name) or (), want.get(name) or (), strict=True):
+                assert torch.equal(mine, theirs)
+        for mine, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+            assert isinstance(mine, ConvStateLayer) or torch.equal(mine.keys, theirs.keys)
+    assert captured(model)
+    return got
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4", "h2o", "static"])
+@pytest.mark.parametrize("padding", [(0,), (5,), (0, 0, 0), (0, 7, 30), tuple(range(16)), (0,) * 20], ids=str)
+def test_the_tokens_of_the_uncaptured_step(kv_cache: str, padding: tuple[int, ...]) -> None:
+    for how in (GREEDY, SAMPLE):
+        check_alike(patched(kv_cache), **on_gpu(long_batch(padding)), **how)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "lfm2", "lfm2_moe", "gpt2"])
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30)], ids=str)
+def test_other_families(family: str, padding: tuple[int, ...]) -> None:
+    for how in (GREEDY, {**SAMPLE, "eos_token_id": 5}, {**GREEDY, "eos_token_id": 5, "return_dict_in_generate": True}):
+        check_alike(patched("int8", family), **on_gpu(long_batch(padding)), **how)
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2_moe"])
+def test_weights_as_they_are(family: str) -> None:
+    model = patch_model(FAMILIES[family](torch.bfloat16).cuda(), weights=None, kv_cache="int8", progress=False)
+    check_alike(model, **on_gpu(long_batch((0, 7, 30))), **GREEDY)
+
+
+@pytest.mark.parametrize("batch", [1, 16, 40])
+def test_steps_that_overlap_give_the_same_numbers(batch: int) -> None:
+    """A model large enough that kernels run into each other, time and again."""
+    sizes = SIZES | {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128}
+    sizes |= {"intermediate_size": 5632, "num_hidden_layers": 8, "initializer_range": 0.03}
+    model = patch_model(make_llama(torch.bfloat16, **sizes).cuda(), scale_search="absmax", progress=False)
+    inputs = on_gpu(long_batch((0,) * batch))
+    flags = {"do_sample": False, "max_new_tokens": 60, "return_dict_in_generate": True, "output_logits": True}
+    want = model.generate(**inputs, **flags, disable_compile=True)
+    for _ in range(5):
+        got = model.generate(**inputs, **flags)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got.logits, want.logits, strict=True))
+        assert torch.equal(got.sequences, want.sequences)
+
+
+HOW = {
+    "processors that need the tokens": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "scores": {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    "sampled scores": {**SAMPLE, "return_dict_in_generate": True, "output_scores": True},
+    "num_return_sequences": {**SAMPLE, "num_return_sequences": 3},
+    "plain sampling": {"do_sample": True, "top_k": 0},
+    "min_p": {"do_sample": True, "top_k": 0, "min_p": 0.05},
+    "prefill in chunks": {"prefill_chunk_size": 17},
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+@pytest.mark.parametrize("padding", [(0,), (0, 7)], ids=str)
+def test_modes(how: dict[str, Any], padding: tuple[int, ...]) -> None:
+    check_alike(patched("int4"), **on_gpu(long_batch(padding)), **(GREEDY | how))
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_modes_without_graphs(how: dict[str, Any]) -> None:
+    model, inputs = patched("int8"), on_gpu(long_batch((0,)))
+    want = model.generate(**inputs, **GREEDY, **how, disable_compile=True)
+    assert torch.equal(model.generate(**inputs, **GREEDY, **how), want)
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE, {**SAMPLE, "repetition_penalty": 1.2}], ids=str)
+@pytest.mark.parametrize("returned", [False, True])
+def test_end_tokens(how: dict[str, Any], returned: bool) -> None:
+    """Stopping is seen a token late, and leaves nothing behind."""
+    model, inputs = patched("int4"), on_gpu(long_batch((0, 4)))
+    torch.manual_seed(1)
+    tokens = model.generate(**inputs, **how)
+    ends = [int(tokens[0, 90]), int(tokens[1, 95])]
+    check_alike(model, **inputs, **how, eos_token_id=ends, return_dict_in_generate=returned)
+
+
+def test_lengths_of_a_batch_share_one_capture() -> None:
+    model = new_patched("int8")
+    for tokens in (70, 33, 400):
+        check_alike(model, **on_gpu(long_batch((0,) * 4, tokens)), **GREEDY)
+        gc.collect()
+    assert captured(model) == 2  # the step, and how a token is chosen
+
+
+def test_a_returned_cache_goes_on() -> None:
+    model, inputs = patched("int4"), on_gpu(long_batch((0,)))
+    got = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    kept = copy.deepcopy(got.past_key_values)
+    more = torch.cat([got.sequences, got.sequences[:, :3]], 1)
+    continued = model.generate(more, past_key_values=got.past_key_values, **GREEDY)
+    assert torch.equal(continued, model.generate(more, past_key_values=kept, **GREEDY, disable_compile=True))
+
+
+def test_no_token_waits_for_the_gpu() -> None:
+    model, inputs = patched("int8"), on_gpu(long_batch((0, 3)))
+    for how in (GREEDY, {**SAMPLE, "eos_token_id": 198}):
+        model.generate(**inputs, **how)
+        syncs = []
+        for tokens in (10, 40):
+            torch.cuda.set_sync_debug_mode("warn")
+            with pytest.warns(UserWarning, match="synchronizing") as caught:
+                model.generate(**inputs, **(how | {"max_new_tokens": tokens}))
+            torch.cuda.set_sync_debug_mode("default")
+            syncs.append(sum("synchronizing" in str(warning.message) for warning in caught))
+        assert syncs[0] == syncs[1] > 0  # those around the loop
+
+
+def test_threads_one_after_the_other_and_at_once() -> None:
+    model, inputs = patched("int8"), [on_gpu(long_batch((0,), 50 + 20 * i)) for i in range(4)]
+    want = [model.generate(**x, **GREEDY, disable_compile=True) for x in inputs]
+    got: list[Any] = [None] * 4
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got[i] = model.generate(**inputs[i], **GREEDY)
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_the_first_call_is_ready_soon() -> None:
+    model, inputs = new_patched("int8"), on_gpu(long_batch((0,)))
+    model.generate(**inputs, max_new_tokens=1, do_sample=False, disable_compile=True)
+    start = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - start < 5
+
+
+def test_the_memory_is_given_back() -> None:
+    model, inputs = new_patched("int8", keep_original=True), on_gpu(long_batch((0,)))
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, disable_compile=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    model.generate(**inputs, **GREEDY)
+    assert torch.cuda.memory_reserved() > before
+    unpatch_model(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2 * 2**20  # the original weights are back, the packed ones gone

@@ -1,0 +1,391 @@
+"""The decode step of generate() over slots, on the CPU: what a CUDA graph replays is here called again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, long_batch, make_llama
+from transformers import TextStreamer
+from transformers.generation import StoppingCriteria
+
+from hf_fastpath import Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported, patch_model, unpatch_model
+from hf_fastpath.caches import attention
+from hf_fastpath.caches.conv_state import ConvStateLayer
+from hf_fastpath.decode_graph import DecodeGraphs, batch_bucket, capacity_for
+from hf_fastpath.steps import STATE
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+SAMPLE = {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5, "max_new_tokens": 12}
+
+
+class CalledAgain:
+    """In the place of a CUDA graph: records nothing, and replays by calling again."""
+
+    def __init__(self, call: Callable[[], None], log: list[str]) -> None:
+        self.call, self.log = call, log
+
+    def replay(self) -> None:
+        self.log.append("replay")
+        self.call()
+
+
+class FakeCapture:
+    log: list[str]
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def __call__(self, call: Callable[[], None]) -> CalledAgain:
+        self.log.append("capture")
+        return CalledAgain(call, self.log)
+
+
+@pytest.fixture
+def patched() -> Any:
+    """A patched model with graphs, which only models on a GPU use by themselves. Of the caches int4 is the one where
+    most hangs on how many tokens there were."""
+    return with_graphs(patch_model(make_llama(), weights=None, kv_cache="int4"))
+
+
+def with_graphs(model: Any) -> Any:
+    state, log = getattr(model, STATE), []
+    state.graphs = DecodeGraphs(functools.partial(FakeCapture, log))
+    state.graphs.watch(model)
+    state.graphs.log = log
+    return model
+
+
+def log_of(model: Any) -> list[str]:
+    return model._fastpath.graphs.log
+
+
+def plain(model: Any, **inputs: Any) -> Any:
+    """The same call by transformers' own loop."""
+    graphs, model._fastpath.graphs = model._fastpath.graphs, None
+    try:
+        return model.generate(**inputs)
+    finally:
+        model._fastpath.graphs = graphs
+
+
+def check_alike(model: Any, **inputs: Any) -> Any:
+    """The same tokens and the same random numbers afterwards as by transformers' own loop."""
+    torch.manual_seed(1)
+    want = plain(model, **inputs)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    got = model.generate(**inputs)
+    assert torch.equal(torch.get_rng_state(), after)
+    if isinstance(got, torch.Tensor):
+        assert torch.equal(got, want)
+        return got
+    assert torch.equal(got.sequences, want.sequences)
+    for name in ("scores", "logits"):
+        assert (got[name] is None) == (want[name] is None) if name in want else name not in got
+        for mine, theirs in zip(got.get(name) or (), want.get(name) or (), strict=True):
+            assert torch.equal(mine, theirs)
+    for mine, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        if isinstance(mine, ConvStateLayer):
+            assert torch.equal(mine.conv_states[0], theirs.conv_states[0])
+            continue
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.storage[-1], theirs.storage[-1])
+    return got
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("padding", [(5,), (0, 0, 0), (0, 7, 30)])
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+def test_the_same_tokens(kv_cache: str, padding: tuple[int, ...], how: dict[str, Any]) -> None:
+    patched = with_graphs(patch_model(make_llama(), weights=None, kv_cache=kv_cache))
+    check_alike(patched, **long_batch(padding), **how)
+    # 12 tokens and 11 steps; the first of each is the warm-up.
+    assert log_of(patched).count("capture") == 2
+    assert log_of(patched).count("replay") == 11 + 10
+
+
+def test_one_capture_serves_other_lengths(patched: Any) -> None:
+    for padding, tokens in (((0, 0, 0, 0), 70), ((0, 0, 0, 0), 33), ((0, 0, 0, 0), 130)):
+        check_alike(patched, **long_batch(padding, tokens), **GREEDY)
+        gc.collect()
+    assert log_of(patched).count("capture") == 2
+    check_alike(patched, **long_batch((0, 0, 0)), **GREEDY)
+    assert log_of(patched).count("capture") == 4  # another batch, in the same slot
+    gc.collect()
+    check_alike(patched, **long_batch((0, 3, 9)), **GREEDY)
+    assert log_of(patched).count("capture") == 5  # the step with padding; tokens are chosen as before
+    assert len(patched._fastpath.graphs.slots) == 1
+
+
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "gpt2", "qwen3"])
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30)])
+def test_other_families(family: str, padding: tuple[int, ...]) -> None:
+    model = with_graphs(patch_model(FAMILIES[family](), weights=None, kv_cache="int8"))
+    for tokens in (70, 40):
+        check_alike(model, **long_batch(padding, tokens), **GREEDY)
+        gc.collect()
+    got = check_alike(model, **long_batch(padding, 40), **GREEDY, eos_token_id=3, return_dict_in_generate=True)
+    more = torch.cat([got.sequences, got.sequences[:, -3:]], 1)
+    mask = torch.nn.functional.pad(long_batch(padding, 40)["attention_mask"], (0, more.shape[1] - 40), value=1)
+    kept = copy.deepcopy(got.past_key_values)
+    continued = model.generate(more, attention_mask=mask, past_key_values=got.past_key_values, **GREEDY)
+    assert torch.equal(continued, plain(model, input_ids=more, attention_mask=mask, past_key_values=kept, **GREEDY))
+    assert log_of(model).count("capture") == 3  # the step, and tokens chosen with and without an end
+
+
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30)])
+def test_the_h2o_cache(padding: tuple[int, ...]) -> None:
+    model = with_graphs(patch_model(make_llama(), weights=None, kv_cache="h2o", kv_budget=32))
+    for tokens in (70, 20, 60):
+        check_alike(model, **long_batch(padding, tokens), **GREEDY)
+        gc.collect()
+    assert log_of(model).count("capture") >= 2
+    check_alike(model, **long_batch(padding), **SAMPLE, eos_token_id=3)
+    got = model.generate(**long_batch(padding), **GREEDY, eos_token_id=3, return_dict_in_generate=True)
+    assert got.past_key_values.get_seq_length() == got.sequences.shape[1] - 1
+
+
+HOW = {
+    "processors that need the tokens": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "scores": {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    "sampled scores": {**SAMPLE, "return_dict_in_generate": True, "output_scores": True},
+    "num_return_sequences": {**SAMPLE, "num_return_sequences": 3},
+    "min_p": {"do_sample": True, "top_k": 0, "min_p": 0.05},
+    "prefill in chunks": {"prefill_chunk_size": 17},
+    "a time limit": {"max_time": 1000.0},
+    "one token": {"max_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+@pytest.mark.parametrize("padding", [(0,), (0, 7)])
+def test_what_our_loop_decodes(patched: Any, how: dict[str, Any], padding: tuple[int, ...]) -> None:
+    check_alike(patched, **long_batch(padding), **(GREEDY | how))
+    assert ("capture" in log_of(patched)) == (how.get("max_new_tokens") != 1)
+
+
+class Recorded(TextStreamer):
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE, {**GREEDY, "repetition_penalty": 1.2}], ids=str)
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("padding", [(0,), (0, 4)])
+def test_end_tokens(patched: Any, how: dict[str, Any], returned: bool, padding: tuple[int, ...]) -> None:
+    inputs = {**long_batch(padding), **how, "max_new_tokens": 40, "return_dict_in_generate": returned}
+    torch.manual_seed(1)
+    tokens = patched.generate(**inputs)
+    tokens = tokens.sequences if returned else tokens
+    ends = sorted({int(row[70 + 9 + 3 * i]) for i, row in enumerate(tokens)})
+    got = check_alike(patched, **inputs, eos_token_id=ends)
+    got = got.sequences if returned else got
+    assert got.shape[1] < 70 + 40
+    streamers = Recorded(), Recorded()
+    for call, streamer in zip((patched.generate, functools.partial(plain, patched)), streamers, strict=True):
+        torch.manual_seed(1)
+        call(**inputs, eos_token_id=ends, streamer=streamer)
+    assert streamers[0].seen == streamers[1].seen
+    assert streamers[0].seen[-1] == "end"
+
+
+def test_what_a_user_adds_is_called_as_often(patched: Any) -> None:
+    """A criterion of one's own may count its calls: the loop then waits for each token."""
+    inputs, calls = long_batch((0,)), []
+
+    class Fifth(StoppingCriteria):
+        def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            calls.append(ids.shape[1])
+            return torch.full((ids.shape[0],), ids.shape[1] >= 75)
+
+    check_alike(patched, **inputs, **GREEDY, stopping_criteria=[Fifth()])
+    assert calls == 2 * list(range(71, 76))
+
+
+def test_a_cache_that_is_kept_keeps_its_slot(patched: Any) -> None:
+    inputs = long_batch((0,))
+    first = patched.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    kept = copy.deepcopy(first.past_key_values)
+    check_alike(patched, **long_batch((0,), 50), **GREEDY)
+    assert len(patched._fastpath.graphs.slots) == 2
+    for mine, theirs in zip(first.past_key_values.layers, kept.layers, strict=True):
+        assert theirs.lender is None
+        assert torch.equal(mine.keys, theirs.keys)
+    more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
+    replays = log_of(patched).count("replay")
+    continued = patched.generate(more, past_key_values=first.past_key_values, **GREEDY)
+    assert log_of(patched).count("replay") > replays + 8
+    assert torch.equal(continued, plain(patched, input_ids=more, past_key_values=kept, **GREEDY))
+    for mine, theirs in zip(first.past_key_values.layers, kept.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"disable_compile": True}, {"use_cache": False},
+     {"output_hidden_states": True, "return_dict_in_generate": True}],
+    ids=lambda how: next(iter(how)),
+)  # fmt: skip
+def test_what_no_graph_serves_runs_as_before(patched: Any, how: dict[str, Any]) -> None:
+    inputs = long_batch((0,))
+    got, want = (call(**inputs, **GREEDY, **how) for call in (patched.generate, functools.partial(plain, patched)))
+    if how.get("return_dict_in_generate"):
+        assert len(got.hidden_states) == 12
+        got, want = got.sequences, want.sequences
+    assert torch.equal(got, want)
+    assert log_of(patched) == []
+    check_alike(patched, **inputs, **GREEDY)  # nothing is left behind
+    assert log_of(patched)
+
+
+def test_an_assistant(patched: Any) -> None:
+    assistant = with_graphs(patch_model(make_llama(seed=1), weights=None, kv_cache="int8"))
+    inputs = long_batch((0,))
+    got = patched.generate(**inputs, **GREEDY, assistant_model=assistant)
+    assert torch.equal(got, plain(patched, **inputs, **GREEDY, assistant_model=assistant))
+    assert log_of(patched) == log_of(assistant) == []
+
+
+def test_hooks_wrappers_and_foreign_caches_run_as_before(patched: Any) -> None:
+    inputs, graphs = long_batch((0,)), patched._fastpath.graphs
+    seen = []
+    handle = patched.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    patched.generate(**inputs, **GREEDY)
+    assert len(seen) == 12
+    assert "hook" in graphs.why_not(patched)
+    handle.remove()
+    handle = patched.register_forward_pre_hook(lambda *_: seen.append(1))
+    assert "hook" in graphs.why_not(patched)
+    handle.remove()
+    assert graphs.why_not(patched) == ""
+    original = patched.model.layers[1].mlp
+    patched.model.layers[1].mlp = torch.nn.Sequential(original)
+    assert torch.equal(patched.generate(**inputs, **GREEDY), plain(patched, **inputs, **GREEDY))
+    assert "wrapped" in graphs.why_not(patched)
+    patched.model.layers[1].mlp = original
+    patched.generate(**inputs, **GREEDY, past_key_values=StaticKVCache(patched.config))
+    assert log_of(patched) == []
+    patched.generate(**inputs, **GREEDY, cache_implementation="dynamic")
+    assert log_of(patched) == []
+    patched.train()
+    patched.generate(**inputs, **GREEDY)
+    assert log_of(patched) == []
+    patched.eval()
+    patched.set_attn_implementation("sdpa")
+    patched.generate(**inputs, **GREEDY)
+    assert log_of(patched) == []
+    patched.set_attn_implementation("fastpath")
+    check_alike(patched, **inputs, **GREEDY)
+    assert log_of(patched)
+
+
+def test_an_empty_cache_of_ours_gets_a_slot(patched: Any) -> None:
+    caches: list[Callable[[], Any]] = [
+        lambda: Int8KVCache(patched.config),
+        lambda: Int4KIVICache(patched.config, group_tokens=32),
+        lambda: Int4KIVICache(patched.config, group_tokens=32, sinks=0, max_cache_len=100),
+    ]
+    inputs = long_batch((0, 7))
+    for new in caches:
+        for _ in range(2):
+            got, want = new(), new()
+            tokens = patched.generate(**inputs, **GREEDY, past_key_values=got)
+            assert torch.equal(tokens, plain(patched, **inputs, **GREEDY, past_key_values=want))
+            for mine, theirs in zip(got.layers, want.layers, strict=True):
+                assert torch.equal(mine.keys, theirs.keys)
+            assert patched._fastpath.graphs.slot_of(got) is not None
+            del got
+            gc.collect()
+    assert len(patched._fastpath.graphs.slots) == 3
+
+
+@torch.no_grad()
+def test_attention_that_a_graph_would_get_wrong_is_refused(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = patched(**long_batch((0,))).past_key_values
+    patched(torch.tensor([[5]]), past_key_values=cache)
+    monkeypatch.setattr(attention, "is_capturing", lambda device: True)
+    patched(torch.tensor([[5]]), past_key_values=cache)
+    with pytest.raises(Unsupported, match="CUDA graph"):
+        patched(torch.tensor([[5]]), past_key_values=cache, is_causal=False)
+
+
+def test_another_format_by_its_name_has_a_slot_of_its_own(patched: Any) -> None:
+    for _ in range(2):
+        for name in ("fastpath_int8", "fastpath_fp8"):
+            check_alike(patched, **long_batch((0,)), **GREEDY, cache_implementation=name)
+            gc.collect()
+    assert len(patched._fastpath.graphs.slots) == 2
+
+
+def test_weights_that_were_moved_are_captured_anew(patched: Any) -> None:
+    inputs = long_batch((0,))
+    check_alike(patched, **inputs, **GREEDY)
+    captures = log_of(patched).count("capture")
+    check_alike(patched, **inputs, **GREEDY)
+    assert log_of(patched).count("capture") == captures
+    patched.model.norm.weight.data = patched.model.norm.weight.data.clone()
+    check_alike(patched, **inputs, **GREEDY)
+    assert log_of(patched).count("capture") == 2 * captures
+
+
+def test_a_cache_that_outgrows_its_slot_goes_on_without(patched: Any) -> None:
+    inputs, graphs = long_batch((0,)), patched._fastpath.graphs
+    first = patched.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    graphs.slots[0].capacity = 80  # 70 of the prompt, 4 new ones
+    kept = copy.deepcopy(first.past_key_values)
+    got = patched.generate(first.sequences, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(got, plain(patched, input_ids=first.sequences, past_key_values=kept, **GREEDY))
+
+
+def test_a_longer_call_gets_a_larger_slot(patched: Any) -> None:
+    for tokens in (70, 2100):
+        check_alike(patched, **long_batch((0,), tokens), **GREEDY)
+        gc.collect()
+    assert [slot.capacity for slot in patched._fastpath.graphs.slots] == [4096]
+
+
+def test_in_inference_mode_and_out_of_it(patched: Any) -> None:
+    inputs = long_batch((0, 3))
+    want = plain(patched, **inputs, **GREEDY)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(patched.generate(**inputs, **GREEDY), want)
+        assert torch.equal(patched.generate(**inputs, **GREEDY), want)
+
+
+def test_copies_have_graphs_of_their_own(patched: Any) -> None:
+    inputs = long_batch((0,))
+    want = patched.generate(**inputs, **GREEDY)
+    twin = copy.deepcopy(patched)
+    assert twin._fastpath.graphs.slots == []
+    with_graphs(twin)
+    patched._fastpath.graphs = None
+    assert torch.equal(twin.generate(**inputs, **GREEDY), want)
+    assert log_of(twin)
+    assert pickle.loads(pickle.dumps(DecodeGraphs())).slots == []
+    unpatch_model(twin)
+    assert "_fastpath" not in twin.__dict__
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (16, 16), (17, 32)])
+def test_buckets(batch: int, rows: int) -> None:
+    assert batch_bucket(batch) == rows
+
+
+@pytest.mark.parametrize(("rows", "tokens", "capacity"), [(1, 1, 2048), (1, 2049, 4096), (16, 600, 768), (4, 0, 512)])
+def test_capacities(rows: int, tokens: int, capacity: int) -> None:
+    assert capacity_for(rows, tokens) == capacity
