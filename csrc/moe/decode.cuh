@@ -45,7 +45,7 @@ inline Part make_part(const MoeWeight& weight, int n, int k, int group_size) {
           (units + chain_units - 1) / chain_units};
 }
 
-// Whether units are whole and each chain has one: what the kernels for that leave out is a third of their instructions.
+// Whether units are whole and each chain has one: what the kernels for that leave out is a sixth of their instructions.
 inline bool is_plain(const Part& p) {
   return p.k % kUnitCols == 0 && p.chain_units == 1;
 }
