@@ -30,13 +30,16 @@ class MoERouter(nn.Module):
         fits = hidden_states.dtype == self.weight.dtype and moe_router_supports(
             hidden_states.dtype, hidden_states.shape[1], self.weight.shape[0], self.top_k
         )
+        plain = hidden_states.is_cuda and not (self.on_kernel and fits)
         bias = expert_bias if self.use_expert_bias else None
+        if bias is not None and hidden_states.is_cuda and not plain:
+            bias = bias.float()  # which it is, unless the whole model was cast
         return moe_router(
             hidden_states,
             self.weight,
-            None if bias is None else bias.float(),  # as it is, unless the whole model was cast
+            bias,
             self.top_k,
             self.norm_topk_prob,
             self.routed_scaling_factor,
-            reference=hidden_states.is_cuda and not (self.on_kernel and fits),
+            reference=plain,
         )
