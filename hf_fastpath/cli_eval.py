@@ -58,9 +58,6 @@ Chunk = Annotated[int, typer.Option("--kv-chunk", help="Tokens fed at once; 1 is
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Questions at once.")]
 Compared = Annotated[int, typer.Option("--compared-windows", help="Windows in which predictions are compared.")]
 Speed = Annotated[int, typer.Option("--max-new-tokens", help="Tokens of a speed run with --tasks; 0 runs none.")]
-AnyWindow = Annotated[
-    int | None, typer.Option("--window", help="Tokens in a window of a perplexity. Default: 1024; of wikitext2, 2048.")
-]
 Seed = Annotated[int, typer.Option("--seed", help="Of few-shot examples and of the bootstrap.")]
 
 

@@ -177,12 +177,7 @@ def placements() -> list[OpPlacement]:
     else:
         cuda = "CUDA kernel, once built"
 
-    def on_cuda(name: str) -> str:
-        if torch.cuda.is_available() and name in ops.WITHOUT_KERNEL:
-            return "none yet: reference, if asked for"
-        return cuda
-
-    return [OpPlacement(name, _CPU_PATHS.get(name, "reference"), on_cuda(name)) for name in ops.SCHEMAS]
+    return [OpPlacement(name, _CPU_PATHS.get(name, "reference"), cuda) for name in ops.SCHEMAS]
 
 
 # W4A16Linear does not call the op on the CPU: torch's int4 product is many times faster than the reference.

@@ -1,7 +1,7 @@
 """The operators, one file each: schema, reference (which is the CPU implementation), fake, wrapper."""
 
 from hf_fastpath.ops._append import QKTransform
-from hf_fastpath.ops._library import IN_PYTHON, NAMESPACE, SCHEMAS, WITHOUT_KERNEL
+from hf_fastpath.ops._library import IN_PYTHON, NAMESPACE, SCHEMAS
 from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
@@ -34,7 +34,6 @@ __all__ = [
     "IN_PYTHON",
     "NAMESPACE",
     "SCHEMAS",
-    "WITHOUT_KERNEL",
     "QKTransform",
     "attn_decode_fp8",
     "attn_decode_h2o",

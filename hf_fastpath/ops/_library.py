@@ -14,7 +14,6 @@ import torch
 NAMESPACE = "hf_fastpath"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # must stay alive as long as the ops are used
 SCHEMAS: dict[str, str] = {}
-WITHOUT_KERNEL: set[str] = set()  # ops that have no CUDA implementation yet
 IN_PYTHON: set[str] = set()  # ops whose CUDA implementation is Python
 
 
@@ -23,12 +22,10 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    kernel: bool = True,
     on_cuda: Callable[..., Any] | None = None,
 ) -> Any:
     """Defines an op from its schema, with ``reference`` as its CPU implementation; returns the callable op.
 
-    kernel: whether the compiled library has it; an op without one raises NotImplementedError on CUDA tensors.
     on_cuda: an implementation for CUDA in terms of other ops, instead of one in the compiled library.
     """
     name = schema.split("(", 1)[0]
@@ -39,6 +36,4 @@ def define(
     if on_cuda is not None:
         LIBRARY.impl(name, on_cuda, "CUDA")
         IN_PYTHON.add(name)
-    elif not kernel:
-        WITHOUT_KERNEL.add(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
