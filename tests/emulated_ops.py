@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from emulator import IN_OUT, INPUT, OUTPUT, library
 
+from hf_fastpath.ops import TokenState
+
 
 class EmulatedOps:
     """Each op under its name, with its arguments; see :class:`emulator.KernelFault` for what they raise."""
@@ -529,6 +531,35 @@ class EmulatedOps:
             call(None, size)
         call(torch.empty(int(size), dtype=torch.uint8), None)
         return y
+
+    def choose_tokens(
+        self,
+        scores: torch.Tensor,
+        noise: torch.Tensor | None,
+        end: torch.Tensor | None,
+        pad: torch.Tensor | None,
+        state: TokenState,
+    ) -> None:
+        rows, vocabulary = scores.shape
+        ends = 0 if end is None else end.numel()
+        parts = torch.empty(
+            (rows, self._floats("emulated_choose_tokens_parts", rows, vocabulary, self.sm_count)), dtype=torch.int64
+        )
+        dtype = (torch.float16, torch.bfloat16, torch.float32).index(scores.dtype)
+        self._library.call(
+            "emulated_choose_tokens",
+            *(scores, scores.stride(0), noise, end, ends, pad, state.ids, state.positions, state.unfinished),
+            *(state.done, state.tokens, state.tokens.stride(0), state.tokens.shape[1], state.counted),
+            *(parts, rows, vocabulary, dtype, self.sm_count),
+            **_inputs(scores=scores, noise=noise, end=end, pad=pad),
+            ids=(state.ids, OUTPUT),
+            positions=(state.positions, IN_OUT),
+            unfinished=(state.unfinished, IN_OUT),
+            done=(state.done, IN_OUT),
+            tokens=(state.tokens, IN_OUT),
+            count=(state.counted, IN_OUT),
+            parts=(parts, OUTPUT),
+        )
 
     def _floats(self, entry_name: str, *sizes: int) -> int:
         entry = self._library.entry(entry_name)

@@ -238,6 +238,11 @@ def expert_stack(rows: int, columns: int) -> list[torch.Tensor]:
     return [torch.stack(parts) for parts in zip(*weights, strict=True)]
 
 
+def token_state(rows: int) -> ops.TokenState:
+    integers = [torch.ones(shape, dtype=torch.long) for shape in ((rows, 1), (rows, 1), (rows,), (rows, 5), (1, 1))]
+    return ops.TokenState(*integers[:3], torch.tensor(False), *integers[3:])
+
+
 def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     torch.manual_seed(0)
     qweight, scales, zero, _ = packed_weight(20, 64, 32, True, torch.bfloat16)
@@ -268,6 +273,8 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
         ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32, 0)),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
+        ("choose_tokens", (torch.randn(2, 9), torch.rand(2, 9), torch.tensor([3]), torch.tensor(0), *token_state(2))),
+        ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),
         ("kv_h2o_append", (*appended(1), *h2o, 5, 2)),
         ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
         ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 20, 0.2, 5, 2)),

@@ -9,6 +9,7 @@ from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
 from hf_fastpath.ops.attn_decode_static import attn_decode_static
 from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
 from hf_fastpath.ops.attn_received import attn_received
+from hf_fastpath.ops.choose_tokens import TokenState, choose_tokens
 from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
 from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
 from hf_fastpath.ops.kv_h2o_append import kv_h2o_append
@@ -35,6 +36,7 @@ __all__ = [
     "NAMESPACE",
     "SCHEMAS",
     "QKTransform",
+    "TokenState",
     "attn_decode_fp8",
     "attn_decode_h2o",
     "attn_decode_int4",
@@ -42,6 +44,7 @@ __all__ = [
     "attn_decode_static",
     "attn_prefill_h2o",
     "attn_received",
+    "choose_tokens",
     "kv_fp8_append",
     "kv_fp8_dequantize",
     "kv_h2o_append",

@@ -1,5 +1,6 @@
 // The kernels' launchers with C linkage, for ctypes: the fields of each Args struct in their order, then the dtype
 // (1: bfloat16, 0: float16). They return the cudaError_t.
+#include "choice.h"
 #include "kernels.h"
 
 using namespace hf_fastpath;
@@ -237,4 +238,34 @@ EXPORT int emulated_moe_experts(const void* x, const int64_t* experts, const voi
   }
   if (variant == 0) return launch_moe_experts(args, dtype_of(bfloat16), sm_count, nullptr);
   return launch_moe_grouped(args, workspace, variant, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+EXPORT int emulated_choose_tokens(const void* scores, int64_t score_row_stride, const float* noise, const int64_t* end,
+                                  int end_count, const int64_t* pad, int64_t* ids, int64_t* positions,
+                                  int64_t* unfinished, void* done, int64_t* tokens, int64_t token_row_stride,
+                                  int64_t capacity, int64_t* count, void* parts, int rows, int vocabulary, int dtype,
+                                  int sm_count) {
+  const ChooseTokensArgs args{scores,
+                              score_row_stride,
+                              noise,
+                              end,
+                              end_count,
+                              pad,
+                              ids,
+                              positions,
+                              unfinished,
+                              static_cast<bool*>(done),
+                              tokens,
+                              token_row_stride,
+                              capacity,
+                              count,
+                              static_cast<uint64_t*>(parts),
+                              rows,
+                              vocabulary};
+  constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
+  return launch_choose_tokens(args, kDtypes[dtype], sm_count, nullptr);
+}
+
+EXPORT int64_t emulated_choose_tokens_parts(int rows, int vocabulary, int sm_count) {
+  return choose_tokens_parts(rows, vocabulary, sm_count);
 }
