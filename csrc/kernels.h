@@ -37,6 +37,25 @@ cudaError_t launch_w4a16_swiglu(const W4A16LinearArgs& args, Dtype dtype, int sm
 // Whether a fused product wants x's RMSNorm from a kernel of its own, which it then launches before.
 bool w4a16_norm_is_apart(const W4A16LinearArgs& args);
 
+// ---- linear_16bit.cu, linear_16bit_swiglu.cu ------------------------------------------------------------------------
+struct Linear16BitArgs {
+  const void* x;  // (m, k), rows x_row_stride elements apart, all of them aligned to 16 bytes
+  int64_t x_row_stride;
+  const void* weight;  // (n, k) contiguous, 16-byte aligned
+  const void* bias;    // (n,) or nullptr
+  void* y;             // (m, n) contiguous; of swiglu (m, n / 2)
+  int m, n, k;         // k a multiple of 32
+  // As in W4A16LinearArgs, with linear_16bit_norm_is_apart():
+  const void* norm_weight;
+  float eps;
+  const void* residual;
+  void* normalized;
+  bool float32_out;  // y is float32, of values that are rounded to the dtype all the same; not of swiglu
+};
+cudaError_t launch_linear_16bit(const Linear16BitArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+cudaError_t launch_linear_16bit_swiglu(const Linear16BitArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+bool linear_16bit_norm_is_apart(const Linear16BitArgs& args);
+
 // ---- rms_norm.cu ----------------------------------------------------------------------------------------------------
 struct RmsNormArgs {
   const void* x;  // (m, k), rows x_row_stride elements apart, all of them aligned to 16 bytes

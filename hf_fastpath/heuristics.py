@@ -74,6 +74,25 @@ def moe_router_supports(dtype: torch.dtype, hidden: int, expert_count: int, top_
     return dtype in (torch.float16, torch.bfloat16) and hidden % 32 == 0 and expert_count <= 256 and top_k <= 32
 
 
+def linear_16bit_supports(
+    device_type: str, dtype: torch.dtype, rows: int, in_features: int, capability: tuple[int, int]
+) -> bool:
+    """Whether the kernels of linear_16bit and linear_16bit_swiglu take such a product, how it lies in memory aside; the
+    CPU has none. torch.nn.functional.linear takes any.
+
+    Not on GPUs whose multiprocessors have 100 KiB of shared memory (8.6, 8.9, 12.0): with more than 8 rows a CTA wants
+    152 KiB.
+    """
+    roomy = capability in ((8, 0), (8, 7)) or 9 <= capability[0] <= 11
+    fits = dtype in (torch.float16, torch.bfloat16) and 1 <= rows <= MAX_ROWS and in_features > 0
+    return device_type == "cuda" and roomy and fits and in_features % 32 == 0
+
+
+def rms_norm_supports(device_type: str, dtype: torch.dtype, columns: int) -> bool:
+    """Whether the kernel of rms_norm takes rows of so many columns."""
+    return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16) and columns > 0 and columns % 8 == 0
+
+
 def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16Variant:
     """As :func:`w4a16_variant`, for int8."""
     if device_type == "cpu":

@@ -129,8 +129,9 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
 def _install_cache(model: Any, state: PatchState) -> None:
     quantized = state.recipe.quantized_modules if state.replaced and not state.reference else {}
     classes = {**state.recipe.modules, **quantized}
+    single = state.recipe.single_modules if state.replaced and not state.reference else {}
     for name, module in model.named_modules():
-        if fast := classes.get(type(module)):
+        if fast := single.get(name, classes).get(type(module)):
             reason = "the reference implementations run the model" if state.reference else ""
             if hasattr(fast, "why_not") and (reason := reason or fast.why_not(module)):
                 state.unfit[name] = f"{type(module).__name__}, {reason}"

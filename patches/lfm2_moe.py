@@ -12,6 +12,7 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import (
 )
 
 from hf_fastpath.modules import MoERouter, ShortConv
+from hf_fastpath.patches.heads import HEAD, LAST_NORM
 from hf_fastpath.patches.lfm2 import ATTENTION_AND_CONVOLUTION, FEED_FORWARD
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
 from hf_fastpath.patches.recipe import Recipe
@@ -48,5 +49,6 @@ RECIPE = Recipe(
         Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
     },
     quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter},
+    single_modules={"model.embedding_norm": LAST_NORM, "lm_head": HEAD},
     capturable=True,
 )

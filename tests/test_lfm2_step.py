@@ -160,7 +160,9 @@ def test_unpatching_leaves_nothing(family: str, steps: Calls) -> None:
 
 
 def test_the_report_says_which_layers_and_why() -> None:
-    assert "Forward passes of ours: 5 Lfm2DecoderLayer, Lfm2ShortConv" in str(fastpath_report(patched()))
+    assert "Forward passes of ours: 7 Lfm2DecoderLayer, Lfm2RMSNorm, Lfm2ShortConv, Linear" in str(
+        fastpath_report(patched())
+    )
     skipped = patch_model(FAMILIES["lfm2"](), skip_modules=("model.layers.0.conv.in_proj",), **QUICK)
     text = str(fastpath_report(skipped))
     assert "Forward passes of transformers' own: 1 Lfm2DecoderLayer, not all of its linear layers are int4" in text

@@ -18,8 +18,11 @@ from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
+from hf_fastpath.ops.linear_16bit import linear_16bit
+from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_router import moe_router
+from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
@@ -53,8 +56,11 @@ __all__ = [
     "kv_int8_append",
     "kv_int8_dequantize",
     "kv_static_append",
+    "linear_16bit",
+    "linear_16bit_swiglu",
     "moe_experts",
     "moe_router",
+    "rms_norm",
     "short_conv_prefill",
     "short_conv_step",
     "w4a16_dequantize",

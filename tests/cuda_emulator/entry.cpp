@@ -269,3 +269,18 @@ EXPORT int emulated_choose_tokens(const void* scores, int64_t score_row_stride, 
 EXPORT int64_t emulated_choose_tokens_parts(int rows, int vocabulary, int sm_count) {
   return choose_tokens_parts(rows, vocabulary, sm_count);
 }
+
+// The fields of Linear16BitArgs; `swiglu`: which of the two products it is.
+EXPORT int emulated_linear_16bit(const void* x, int64_t x_row_stride, const void* weight, const void* bias, void* y,
+                                 int m, int n, int k, const void* norm_weight, float eps, const void* residual,
+                                 void* normalized, int float32_out, int bfloat16, int sm_count, int swiglu) {
+  const Linear16BitArgs args{x,        x_row_stride, weight,          bias, y, m, n, k, norm_weight, eps,
+                             residual, normalized,   float32_out != 0};
+  const auto launch = swiglu ? launch_linear_16bit_swiglu : launch_linear_16bit;
+  return launch(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+EXPORT int emulated_rms_norm(const void* x, int64_t x_row_stride, const void* weight, float eps, void* y, int m, int k,
+                             int bfloat16) {
+  return launch_rms_norm({x, x_row_stride, weight, eps, y, m, k}, dtype_of(bfloat16), nullptr);
+}
