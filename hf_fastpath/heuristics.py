@@ -8,7 +8,7 @@ import torch
 
 from hf_fastpath.ops.kv_int4_append import value_groups
 from hf_fastpath.ops.moe_experts import VARIANTS as EXPERTS_VARIANTS
-from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS, GemmVariant
+from hf_fastpath.ops.w4a16_gemm import VARIANTS, GemmVariant
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
 
@@ -135,6 +135,11 @@ def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
     return capability == (9, 0) if VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)
 
 
+# (rows of a tile, out features, in features): the form of w4a16_gemm that an H200 runs fastest, where that is not the
+# one that the rules below take.
+_MEASURED_GEMM_FORMS: dict[tuple[int, int, int], str] = {}
+
+
 def w4a16_gemm_variant(
     rows: int, out_features: int, in_features: int, capability: tuple[int, int], sm_count: int
 ) -> int:
@@ -145,12 +150,16 @@ def w4a16_gemm_variant(
     """
     forms = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, capability)]
     wgmma = [i for i in forms if VARIANTS[i].instruction == "wgmma"]
+    measured = _MEASURED_GEMM_FORMS.get((32 if rows <= 32 else 64, out_features, in_features))
+    if wgmma and rows <= 64 and measured:
+        return next(i for i in forms if VARIANTS[i].name == measured)
     if rows <= 32 and in_features >= 4096:  # mma.sync and stream-K are the faster ones there, on an H200 too
         wgmma = []
     forms = wgmma or [i for i in forms if VARIANTS[i].instruction == "mma"]
+    forms = [i for i in forms if VARIANTS[i].outputs == 128 and VARIANTS[i].splits in (0, 1, 2, 4, 8)]
     sizes = {VARIANTS[i].tokens for i in forms}
     tokens = min((size for size in sizes if size >= rows), default=max(sizes))
-    output_tiles = ceil_div(out_features, TILE_OUTPUTS)
+    output_tiles = ceil_div(out_features, 128)
     if wgmma and tokens == 256 and output_tiles * ceil_div(rows, 256) <= sm_count // 4:
         tokens = 128
     tiles, units = output_tiles * ceil_div(rows, tokens), ceil_div(in_features, 128)
