@@ -18,6 +18,7 @@ from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.ops.moe_experts import moe_experts
+from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
 from hf_fastpath.ops.moe_router import moe_router
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
@@ -51,6 +52,7 @@ __all__ = [
     "kv_int8_dequantize",
     "kv_static_append",
     "moe_experts",
+    "moe_experts_16bit",
     "moe_router",
     "short_conv_prefill",
     "short_conv_step",
