@@ -45,14 +45,15 @@ class Experts16(nn.Module):
     ) -> torch.Tensor:
         """``(M, H)``, the chosen experts and their shares ``(M, top_k)`` to the mixture ``(M, H)``, to which
         ``residual`` is added, if given."""
-        tensors = (hidden_states, top_k_weights, self.gate_up_proj, self.down_proj)
-        same_dtype = len({tensor.dtype for tensor in tensors}) == 1
-        wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        variant = self._variant(hidden_states) if same_dtype and not wants_gradient else Experts16Variant.TRANSFORMERS
         weights = (self.gate_up_proj, self.down_proj)
+        floats = (hidden_states, top_k_weights, *weights)
+        same_dtype = len({tensor.dtype for tensor in floats}) == 1
+        wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in floats)
+        variant = self._variant(hidden_states) if same_dtype and not wants_gradient else Experts16Variant.TRANSFORMERS
         if variant is Experts16Variant.OP:
-            tensors = (hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous())
-            return moe_experts_16bit(*tensors, *weights, None if residual is None else residual.contiguous())
+            residual = None if residual is None else residual.contiguous()
+            routes = (top_k_index.contiguous(), top_k_weights.contiguous())
+            return moe_experts_16bit(hidden_states.contiguous(), *routes, *weights, residual)
         if variant is Experts16Variant.GROUPED:
             mixture = grouped_experts(hidden_states, top_k_index, top_k_weights, *weights)
         else:
