@@ -362,4 +362,18 @@ int64_t moe_grouped_workspace_bytes(const MoeExpertsArgs& args);
 cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, void* workspace, int variant, Dtype dtype, int sm_count,
                                cudaStream_t stream);
 
+// ---- moe_experts16.cu: experts whose weights are in 16 bits ---------------------------------------------------------
+struct MoeExperts16Args {
+  const void* x;           // (rows, hidden) contiguous, 16-byte aligned; hidden and intermediate: multiples of 32
+  const int64_t* experts;  // (rows, top_k)
+  const void* shares;      // (rows, top_k)
+  const void* gate_up;     // (expert_count, 2 * intermediate, hidden), 16-byte aligned
+  const void* down;        // (expert_count, hidden, intermediate), 16-byte aligned
+  const void* residual;    // (rows, hidden), or nullptr
+  void* inner;             // (rows * top_k, intermediate) to work with, 16-byte aligned
+  void* y;                 // (rows, hidden)
+  int rows, top_k, expert_count, hidden, intermediate;
+};
+cudaError_t launch_moe_experts16(const MoeExperts16Args& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
 }  // namespace hf_fastpath

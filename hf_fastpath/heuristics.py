@@ -42,6 +42,25 @@ class MoEVariant(enum.Enum):
     CUDA_DEQUANTIZE = "w4a16_dequantize kernel for each chosen expert, then cuBLAS"
 
 
+class Experts16Variant(enum.Enum):
+    """How a mixture of 16-bit experts is computed."""
+
+    TRANSFORMERS = "transformers' own"
+    OP = "moe_experts_16bit"
+    GROUPED = "torch's grouped_mm over sorted rows"
+
+
+def experts16_variant(
+    device_type: str, rows: int, dtype: torch.dtype, capability: tuple[int, int] = (9, 0), capturing: bool = False
+) -> Experts16Variant:
+    """The variant for ``rows`` rows. The op reads a chosen expert's weights once for each 64 rows or fewer; with more,
+    arithmetic counts. grouped_mm waits for the GPU where torch has no kernel for it, which no CUDA graph can hold."""
+    if device_type != "cuda":
+        return Experts16Variant.TRANSFORMERS
+    waits = dtype != torch.bfloat16 or capability[0] not in (9, 10)
+    return Experts16Variant.OP if rows <= MOE_FEW_ROWS or (capturing and waits) else Experts16Variant.GROUPED
+
+
 def moe_variant(
     device_type: str, rows: int, reference: bool = False, capability: tuple[int, int] = (9, 0)
 ) -> MoEVariant:

@@ -11,7 +11,7 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import (
     Lfm2MoeTopKRouter,
 )
 
-from hf_fastpath.modules import MoERouter, ShortConv
+from hf_fastpath.modules import Experts16, MoERouter, ShortConv
 from hf_fastpath.patches.heads import HEAD, LAST_NORM
 from hf_fastpath.patches.lfm2 import ATTENTION_AND_CONVOLUTION, FEED_FORWARD
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
@@ -38,6 +38,10 @@ class QuantizedLfm2MoeTopKRouter(FastLfm2MoeTopKRouter):
     on_kernel = True
 
 
+class FastLfm2MoeExperts(Experts16, Lfm2MoeExperts):
+    """What ``Lfm2MoeExperts`` in 16 bits become where the rest of the model runs on kernels."""
+
+
 RECIPE = Recipe(
     family="lfm2_moe",
     model_classes=(Lfm2MoeForCausalLM,),
@@ -48,7 +52,7 @@ RECIPE = Recipe(
         Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter,
         Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
     },
-    quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter},
+    quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter, Lfm2MoeExperts: FastLfm2MoeExperts},
     single_modules={"model.embedding_norm": LAST_NORM, "lm_head": HEAD},
     capturable=True,
 )

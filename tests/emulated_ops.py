@@ -618,6 +618,27 @@ class EmulatedOps:
             parts=(parts, OUTPUT),
         )
 
+    def moe_experts_16bit(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        shares: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        (rows, hidden), top_k, (count, _, inner) = x.shape, experts.shape[1], down.shape
+        workspace, y = x.new_empty(rows * top_k, inner), torch.empty_like(x)
+        self._library.call(
+            "emulated_moe_experts_16bit",
+            *(x, experts, shares, gate_up, down, residual, workspace, y, rows, top_k, count, hidden, inner),
+            *(x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, experts=experts, shares=shares, gate_up=gate_up, down=down, residual=residual),
+            workspace=(workspace, OUTPUT),
+            y=(y, OUTPUT),
+        )
+        return y
+
     def _floats(self, entry_name: str, *sizes: int) -> int:
         entry = self._library.entry(entry_name)
         entry.restype = ctypes.c_int64

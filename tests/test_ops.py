@@ -272,6 +272,10 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("short_conv_prefill", (*conv, padding)),
         ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
         ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32, 0)),
+        (
+            "moe_experts_16bit",
+            (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *(torch.randn(2, 64, 64).bfloat16(),) * 2, x),
+        ),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("choose_tokens", (torch.randn(2, 9), torch.rand(2, 9), torch.tensor([3]), torch.tensor(0), *token_state(2))),
         ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),

@@ -1,6 +1,7 @@
 """Modules that replace a model's own."""
 
 from hf_fastpath.modules.decode_head import DecodeHead, DecodeNorm
+from hf_fastpath.modules.experts16 import Experts16
 from hf_fastpath.modules.moe_router import MoERouter
 from hf_fastpath.modules.packed_experts import PackedExperts
 from hf_fastpath.modules.packed_linear import PackedLinear
@@ -11,6 +12,7 @@ from hf_fastpath.modules.w8a16_linear import W8A16Linear
 __all__ = [
     "DecodeHead",
     "DecodeNorm",
+    "Experts16",
     "MoERouter",
     "PackedExperts",
     "PackedLinear",

@@ -21,6 +21,7 @@ from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.ops.linear_16bit import linear_16bit
 from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.moe_experts import moe_experts
+from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
 from hf_fastpath.ops.moe_router import moe_router
 from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
@@ -59,6 +60,7 @@ __all__ = [
     "linear_16bit",
     "linear_16bit_swiglu",
     "moe_experts",
+    "moe_experts_16bit",
     "moe_router",
     "rms_norm",
     "short_conv_prefill",

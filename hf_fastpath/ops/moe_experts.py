@@ -53,12 +53,14 @@ def expert_by_expert(
     gate_up: Weights,
     down: Weights,
     product: Product = torch.nn.functional.linear,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mixture from float weights, each chosen expert's once, in the order of their numbers.
 
     Args:
         gate_up: an expert's ``(2 I, H)``; down: its ``(H, I)``, in ``x.dtype``.
         product: ``(rows, weight)`` to ``rows @ weight.T``, in which the last one may be wider than ``x.dtype``.
+        residual: ``(M, H)`` to add to the sum before it is rounded, or None.
     """
     parts = x.new_zeros((*experts.shape, x.shape[1]), dtype=torch.float32)
     for expert in experts.unique().tolist():
@@ -69,6 +71,8 @@ def expert_by_expert(
     total = parts[:, 0]
     for slot in range(1, experts.shape[1]):
         total = total + parts[:, slot]
+    if residual is not None:
+        total = total + residual.float()
     return total.to(x.dtype)
 
 

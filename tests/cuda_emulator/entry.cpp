@@ -284,3 +284,11 @@ EXPORT int emulated_rms_norm(const void* x, int64_t x_row_stride, const void* we
                              int bfloat16) {
   return launch_rms_norm({x, x_row_stride, weight, eps, y, m, k}, dtype_of(bfloat16), nullptr);
 }
+
+EXPORT int emulated_moe_experts_16bit(const void* x, const int64_t* experts, const void* shares, const void* gate_up,
+                                      const void* down, const void* residual, void* inner, void* y, int rows, int top_k,
+                                      int expert_count, int hidden, int intermediate, int bfloat16, int sm_count) {
+  const MoeExperts16Args args{x, experts, shares, gate_up,      down,   residual,    inner,
+                              y, rows,    top_k,  expert_count, hidden, intermediate};
+  return launch_moe_experts16(args, dtype_of(bfloat16), sm_count, nullptr);
+}
