@@ -76,8 +76,8 @@ Tensor swiglu(const Tensor& x) {
   const Launch launch(x);
   Tensor y = launch.empty({rows, columns}, x.scalar_type());
   if (rows == 0) return y;
-  check.launched(launch_swiglu(data(x), y.data_ptr(), static_cast<int>(rows), static_cast<int>(columns), dtype,
-                               launch.stream()));
+  check.launched(
+      launch_swiglu(data(x), y.data_ptr(), static_cast<int>(rows), static_cast<int>(columns), dtype, launch.stream()));
   return y;
 }
 

@@ -33,22 +33,30 @@ __global__ void __launch_bounds__(32 * kWarpsOfRow)
   const T* const row = static_cast<const T*>(a.x) + blockIdx.x * a.x_row_stride;
   const T* const weight = static_cast<const T*>(a.weight);
   T* const target = static_cast<T*>(a.y) + first;
-  const auto load = [](const T* from) { return *reinterpret_cast<const uint4*>(from); };
+  const T* const other = static_cast<const T*>(residual) + first;
   const auto read = [&](int col) {
-    const uint4 x = load(row + col);
+    const uint4 x = load_early16(row + col);
     if constexpr (!kAdd) return x;
-    return add<T>(x, load(static_cast<const T*>(residual) + first + col));
+    return add<T>(x, load_early16(other + col));
   };
   const auto column = [](int i) { return 8 * static_cast<int>(threadIdx.x) + i * kColsAtOnce; };
-  uint4 w[kHeld], x[kHeld];
+  const auto load = [&](uint4(&to)[kHeld], const T* from) {  // all are under way before the first is used
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    w[i] = column(i) < a.k ? load_early16(weight + column(i)) : make_uint4(0, 0, 0, 0);
-  }
+    for (int i = 0; i < kHeld; ++i) {
+      to[i] = column(i) < a.k ? load_early16(from + column(i)) : make_uint4(0, 0, 0, 0);
+    }
+  };
+  uint4 w[kHeld], x[kHeld];
+  load(w, weight);
   wait_for_previous_kernel();
   let_next_kernel_begin();
+  load(x, row);
+  if constexpr (kAdd) {
+    uint4 r[kHeld];
+    load(r, other);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) x[i] = column(i) < a.k ? read(column(i)) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kHeld; ++i) x[i] = add<T>(x[i], r[i]);
+  }
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) sum = linear::add_squares<T>(sum, x[i]);
@@ -65,7 +73,7 @@ __global__ void __launch_bounds__(32 * kWarpsOfRow)
   for (int i = 0; i < kHeld; ++i) {
     if (column(i) < a.k) write(column(i), x[i], w[i]);
   }
-  for (int col = column(kHeld); col < a.k; col += kColsAtOnce) write(col, read(col), load(weight + col));
+  for (int col = column(kHeld); col < a.k; col += kColsAtOnce) write(col, read(col), load_early16(weight + col));
 }
 
 template <bool kAdd>
