@@ -66,6 +66,14 @@ struct RmsNormArgs {
   int m, k;  // k a multiple of 8
 };
 cudaError_t launch_rms_norm(const RmsNormArgs& args, Dtype dtype, cudaStream_t stream);
+// The same of sums = x + residual. residual, sums: (m, k) contiguous, 16-byte aligned.
+cudaError_t launch_add_rms_norm(const RmsNormArgs& args, const void* residual, void* sums, Dtype dtype,
+                                cudaStream_t stream);
+
+// ---- swiglu.cu ------------------------------------------------------------------------------------------------------
+// x (rows, 2 * columns): gates, then ups; y (rows, columns). Both contiguous and 16-byte aligned, columns a multiple of
+// 8.
+cudaError_t launch_swiglu(const void* x, void* y, int rows, int columns, Dtype dtype, cudaStream_t stream);
 
 // ---- w4a16_gemm.cu --------------------------------------------------------------------------------------------------
 struct W4A16GemmArgs {

@@ -109,29 +109,10 @@ Tensor linear_16bit_swiglu(const Tensor& x, const Tensor& weight, const std::opt
   return y;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  constexpr Check check{"rms_norm"};
-  check.shape(x, {-1, -1}, "x", "(M, K)");
-  const Dtype dtype = check.float_dtype(x, "x");
-  const int64_t m = x.size(0), k = x.size(1);
-  check(m <= kMaxInt, "takes up to 2^31 - 1 rows, got ", m);
-  check(k >= 8 && k <= kMaxInt - 8192 && k % 8 == 0, "x must have a positive multiple of 8 columns, got ", k);
-  check_rows(check, x);
-  check_norm(check, x, weight, eps, "weight");
-  const Launch launch(x);
-  Tensor y = launch.empty({m, k}, x.scalar_type());
-  if (m == 0) return y;
-  const RmsNormArgs args{data(x),      x.stride(0),         data(weight),       static_cast<float>(eps),
-                         y.data_ptr(), static_cast<int>(m), static_cast<int>(k)};
-  check.launched(launch_rms_norm(args, dtype, launch.stream()));
-  return y;
-}
-
 }  // namespace
 }  // namespace hf_fastpath
 
 STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("linear_16bit", TORCH_BOX(&hf_fastpath::linear_16bit));
   m.impl("linear_16bit_swiglu", TORCH_BOX(&hf_fastpath::linear_16bit_swiglu));
-  m.impl("rms_norm", TORCH_BOX(&hf_fastpath::rms_norm));
 }

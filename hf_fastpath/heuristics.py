@@ -143,10 +143,9 @@ def w4a16_variant(
     return W4A16Variant.CUDA_GEMM if capability == (9, 0) or rows <= 64 else W4A16Variant.CUDA_DEQUANTIZE
 
 
-def fuses_decoder_step(device_type: str, rows: int) -> bool:
-    """Whether a decoder layer of one new token in each of ``rows`` rows is run by the fused products. The CPU has
-    faster ones."""
-    return device_type == "cuda" and rows <= MAX_ROWS
+def fuses_decoder_step(device_type: str) -> bool:
+    """Whether decoder layers are run as steps, in few operations. The CPU's own products are faster than those."""
+    return device_type == "cuda"
 
 
 def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:

@@ -1,5 +1,5 @@
-"""LFM2's decoder layers, with a short convolution or attention and a dense feed-forward or experts, that run one new
-token a row in few kernels. Experts are run by their own modules."""
+"""LFM2's decoder layers, with a short convolution or attention and a dense feed-forward or experts, that run new
+tokens in few kernels. Experts are run by their own modules."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ class FusedLfm2Layer(FusedLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """``(batch, T, hidden_size)`` to the same."""
-        layer: Any = None
-        if not self.is_attention_layer:
-            layer = self._conv_layer(hidden_states, past_key_values, kwargs)
-        elif position_embeddings is not None:
-            layer = self._cache_layer(hidden_states, attention_mask, past_key_values, kwargs)
-        step = None if layer is None else self._ready_step(hidden_states.dtype)
-        if step is None:
-            out: torch.Tensor = super(FusedLayer, self).forward(
+        out = None
+        if self._takes(hidden_states, past_key_values):
+            if not self.is_attention_layer:
+                out = self._convolution_step(hidden_states, attention_mask, past_key_values, kwargs)
+            elif position_embeddings is not None:
+                arguments = (hidden_states, position_embeddings, attention_mask, past_key_values)
+                out = self._attention_step(*arguments, {"position_ids": position_ids, **kwargs})
+        if out is None:
+            out = super(FusedLayer, self).forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
@@ -59,22 +60,28 @@ class FusedLfm2Layer(FusedLayer):
                 **kwargs,
             )
             return out
-        x = hidden_states[:, 0].contiguous()
-        if isinstance(step, ConvStep):
-            state = layer.ready((x.shape[0], *step.state_shape), x)
-            x = step(x, state, layer.padding.mask)
-        else:
-            assert position_embeddings is not None
-            x = step(x, *position_embeddings, layer, None if attention_mask is None else attention_mask[:, 0, 0])
-        x = x.unsqueeze(1)
-        return x if step.parts.feed_forward is not None else x + self.feed_forward(self.ffn_norm(x))
+        has_experts = self.__dict__["_watched"].step.parts.feed_forward is None
+        return out + self.feed_forward(self.ffn_norm(out)) if has_experts else out
 
-    def _conv_layer(self, hidden: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> ConvStateLayer | None:
-        """The state that a step moves on; None where the layer's own forward has to run."""
-        if not self._is_step(hidden, cache) or kwargs.get("seq_idx") is not None:
-            return None
+    def _convolution_step(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The output of a layer with a convolution, as far as the step goes; None where the layer's own forward has to
+        run."""
         layer = cache.layers[self.conv.layer_idx]
-        return layer if isinstance(layer, ConvStateLayer) and not layer.record_past else None
+        if kwargs.get("seq_idx") is not None or not isinstance(layer, ConvStateLayer) or layer.record_past:
+            return None
+        step = self._ready_step(hidden.dtype)
+        if step is None:
+            return None
+        if hidden.shape[1] == 1:
+            state = layer.ready((hidden.shape[0], *step.state_shape), hidden)
+            return cast(torch.Tensor, step(hidden[:, 0].contiguous(), state, layer.padding.mask).unsqueeze(1))
+
+        def convolve(x: torch.Tensor) -> torch.Tensor:
+            return cast(torch.Tensor, self.conv(x, past_key_values=cache, attention_mask=mask, **kwargs))
+
+        return cast(torch.Tensor, step.prompt(hidden, convolve))
 
     @property
     def first_norm(self) -> Any:

@@ -32,6 +32,32 @@ class EmulatedOps:
         packed = (qweight, scales, zeros, bias)
         return self._int4_product(0, x, packed, out_features, None, 0.0, None, out_features, group_size)
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, None, weight, eps)[1]
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sums, y = (x.new_empty(x.shape) for _ in range(2))
+        self._library.call(
+            "emulated_rms_norm",
+            *(x, x.stride(0), residual, weight, eps, sums, y, *x.shape, x.dtype is torch.bfloat16),
+            **_inputs(x=x, residual=residual, weight=weight),
+            sums=(sums, OUTPUT),
+            y=(y, OUTPUT),
+        )
+        return sums, y
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(x.shape[0], x.shape[1] // 2)
+        self._library.call("emulated_swiglu", x, y, *y.shape, x.dtype is torch.bfloat16, **_inputs(x=x), y=(y, OUTPUT))
+        return y
+
     def w4a16_linear_fused(
         self,
         x: torch.Tensor,
@@ -163,16 +189,6 @@ class EmulatedOps:
             *(float32_out, x.dtype is torch.bfloat16, self.sm_count, swiglu),
             **_inputs(x=x, weight=weight, bias=bias, norm_weight=norm_weight, residual=residual),
             normalized=(normalized, OUTPUT),
-            y=(y, OUTPUT),
-        )
-        return y
-
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y = x.new_empty(x.shape)
-        self._library.call(
-            "emulated_rms_norm",
-            *(x, x.stride(0), weight, eps, y, *x.shape, x.dtype is torch.bfloat16),
-            **_inputs(x=x, weight=weight),
             y=(y, OUTPUT),
         )
         return y

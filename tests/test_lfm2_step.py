@@ -28,7 +28,7 @@ Calls = tuple[list[Any], list[Any]]  # of convolution and of attention layers
 def steps(monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str], list[Any]]) -> Calls:
     """The CPU goes the ways that a GPU goes, on the references."""
     monkeypatch.setattr(heuristics, "w4a16_variant", lambda *args: W4A16Variant.REFERENCE)
-    monkeypatch.setattr(heuristics, "fuses_decoder_step", lambda device, rows: rows <= 16)
+    monkeypatch.setattr(heuristics, "fuses_decoder_step", lambda device: True)
     return count_calls(ConvStep, "__call__"), count_calls(DecoderStep, "__call__")
 
 
@@ -64,6 +64,16 @@ def test_it_computes_what_the_layers_compute(
     assert [len(calls) for calls in steps] == [2 * 11, 11]  # the prompt gives the first of 12 tokens
     expected_tokens, expected = run(without_steps(model), inputs)
     assert [len(calls) for calls in steps] == [2 * 11, 11]
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", LFM2)
+def test_more_rows_than_fused_products_take(family: str, steps: Calls) -> None:
+    model, inputs = patched(family, conv_bias=True), long_batch(tuple(range(20)), 29)
+    tokens, logits = run(model, inputs, max_new_tokens=4)
+    assert [len(calls) for calls in steps] == [6, 3]
+    expected_tokens, expected = run(without_steps(model), inputs, max_new_tokens=4)
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
@@ -121,7 +131,6 @@ def test_what_a_hook_and_gradients_see(steps: Calls) -> None:
     for calls in steps:
         calls.clear()
     assert model(torch.tensor([[5]]), past_key_values=cache).logits.requires_grad
-    run(model, long_batch((0,) * 17, 9), max_new_tokens=3)  # more rows than the kernels take
     model.generate(**long_batch((0,)), **GREEDY, cache_implementation="dynamic")
     assert not any(steps)
 
@@ -163,9 +172,9 @@ def test_the_report_says_which_layers_and_why() -> None:
     assert "Forward passes of ours: 7 Lfm2DecoderLayer, Lfm2RMSNorm, Lfm2ShortConv, Linear" in str(
         fastpath_report(patched())
     )
-    skipped = patch_model(FAMILIES["lfm2"](), skip_modules=("model.layers.0.conv.in_proj",), **QUICK)
+    skipped = patch_model(FAMILIES["lfm2"](), skip_modules=("model.layers.0.feed_forward.w1",), **QUICK)
     text = str(fastpath_report(skipped))
-    assert "Forward passes of transformers' own: 1 Lfm2DecoderLayer, not all of its linear layers are int4" in text
+    assert "Forward passes of transformers' own: 1 Lfm2DecoderLayer, linear layers of one input are" in text
     odd = FAMILIES["lfm2"]()
     odd.model.layers[2].ffn_norm = nn.RMSNorm(64)
     text = str(fastpath_report(patch_model(odd, **QUICK)))

@@ -2,6 +2,7 @@
 
 from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops._library import IN_PYTHON, NAMESPACE, SCHEMAS
+from hf_fastpath.ops.add_rms_norm import add_rms_norm
 from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
@@ -26,6 +27,7 @@ from hf_fastpath.ops.moe_router import moe_router
 from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
+from hf_fastpath.ops.swiglu import swiglu
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
@@ -41,6 +43,7 @@ __all__ = [
     "SCHEMAS",
     "QKTransform",
     "TokenState",
+    "add_rms_norm",
     "attn_decode_fp8",
     "attn_decode_h2o",
     "attn_decode_int4",
@@ -65,6 +68,7 @@ __all__ = [
     "rms_norm",
     "short_conv_prefill",
     "short_conv_step",
+    "swiglu",
     "w4a16_dequantize",
     "w4a16_gemm",
     "w4a16_linear",

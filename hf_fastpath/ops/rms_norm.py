@@ -18,14 +18,15 @@ _op = _library.define(SCHEMA, rms_norm_reference, _fake)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``(M, K)`` to the same, each row normalized, with the roundings of LlamaRMSNorm.
+    """``(M, K)`` in ``x.dtype``, contiguous, each row normalized, with the roundings of LlamaRMSNorm.
 
     Args:
-        x: ``(M, K)``. On CUDA: fp16 or bf16, K a multiple of 8, the last dimension contiguous, every row aligned to 16
+        x: ``(M, K)``, any M. On CUDA: fp16 or bf16, K a multiple of 8, the last dimension contiguous, every row aligned to 16
             bytes.
         weight: ``(K,)`` in ``x.dtype``, on CUDA aligned to 16 bytes.
 
-    A row has the bits that the products with a norm (:func:`~hf_fastpath.ops.w4a16_linear_fused`,
-    :func:`~hf_fastpath.ops.linear_16bit`) multiply.
+    A row has the same bits for every M: those that the products with a norm
+    (:func:`~hf_fastpath.ops.w4a16_linear_fused`, :func:`~hf_fastpath.ops.linear_16bit`) multiply. Raises RuntimeError,
+    in words, for arguments that do not fit.
     """
     return _op(x, weight, eps)

@@ -26,6 +26,18 @@ EXPORT int emulated_w4a16_linear(const void* x, int64_t x_row_stride, const void
   return launch(args, dtype_of(bfloat16), sm_count, nullptr);
 }
 
+// Without `residual` and `sums` RMSNorm alone.
+EXPORT int emulated_rms_norm(const void* x, int64_t x_row_stride, const void* residual, const void* weight, float eps,
+                             void* sums, void* y, int m, int k, int bfloat16) {
+  const RmsNormArgs args{x, x_row_stride, weight, eps, y, m, k};
+  return residual ? launch_add_rms_norm(args, residual, sums, dtype_of(bfloat16), nullptr)
+                  : launch_rms_norm(args, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int emulated_swiglu(const void* x, void* y, int rows, int columns, int bfloat16) {
+  return launch_swiglu(x, y, rows, columns, dtype_of(bfloat16), nullptr);
+}
+
 EXPORT int emulated_w8a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                  const void* bias, void* y, int m, int n, int k, int bfloat16, int sm_count) {
   const W8A16LinearArgs args{x, x_row_stride, qweight, scales, bias, y, m, n, k};
@@ -278,11 +290,6 @@ EXPORT int emulated_linear_16bit(const void* x, int64_t x_row_stride, const void
                              residual, normalized,   float32_out != 0};
   const auto launch = swiglu ? launch_linear_16bit_swiglu : launch_linear_16bit;
   return launch(args, dtype_of(bfloat16), sm_count, nullptr);
-}
-
-EXPORT int emulated_rms_norm(const void* x, int64_t x_row_stride, const void* weight, float eps, void* y, int m, int k,
-                             int bfloat16) {
-  return launch_rms_norm({x, x_row_stride, weight, eps, y, m, k}, dtype_of(bfloat16), nullptr);
 }
 
 EXPORT int emulated_moe_experts_16bit(const void* x, const int64_t* experts, const void* shares, const void* gate_up,
