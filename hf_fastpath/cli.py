@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_fastpath import __version__, cli_eval
+from hf_fastpath import __version__, cli_eval, cli_generate
 from hf_fastpath.cli_options import (
     Calibration,
     Device,
@@ -197,6 +197,9 @@ def bench_attention(
     counts = parse_rows(batches), parse_rows(tokens)
     sizes = job.Sizes(*counts, heads, kv_heads, dim, pick_dtype(dtype), kv_budget)
     job.run(sizes, pick_device(device), Console(), out, plot)
+
+
+bench.command("generate")(cli_generate.bench_generate)
 
 
 @bench.command("plot")
