@@ -73,7 +73,7 @@ class Sizes:
     Args:
         new: tokens of a row; stock_new: of stock, which is slow, None: the same, up to 64.
         compiled_batches: of ``compiled``, which compiles anew for each, with the first prompt only; None: the first.
-        choices: names of CHOICES. scale_search: of the int4 codes.
+        choices: names of CHOICES. scale_search: of the int4 codes. commit: to name in every row; None: git is asked.
 
     Raises:
         ValueError: a number that is too small, or a name that there is not.
@@ -87,6 +87,7 @@ class Sizes:
     choices: tuple[str, ...] = ("greedy",)
     runs: int = 3
     scale_search: str = "absmax"
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batches", 1), ("prompts", 1), ("compiled_batches", 1)):
@@ -234,7 +235,7 @@ def rows(
     """One row of the CSV after the other, each with those of its profile. ``say`` is told what cannot be measured."""
     device = torch.device(source.device)
     copy_gb_s = bench_gemm.copy_rate(device)
-    where = machine(device)
+    where = machine(device, sizes.commit)
     for variant in variants:
         if reason := why_not(variant, device):
             say(f"Not measured: {reason}")
@@ -255,13 +256,13 @@ def rows(
         free(device)
 
 
-def machine(device: torch.device) -> Row:
+def machine(device: torch.device, commit: str | None) -> Row:
     """The columns that say where a row was measured."""
     return {
         "device": info.device_name(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit_of(Path(__file__).parent),
+        "commit": commit or commit_of(Path(__file__).parent),
     }
 
 

@@ -39,10 +39,13 @@ def draw(rows: list[Row], path: Path) -> list[str]:
 def _lines(rows: list[Row], column: str, label: str, fixed: str, path: Path) -> None:
     """Tokens a second over a column, one line a variant and way to choose tokens."""
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    for variant, choice in dict.fromkeys((row["variant"], row["choice"]) for row in rows):
-        chosen = [row for row in rows if (row["variant"], row["choice"]) == (variant, choice)]
+    models = sorted({row["model"] for row in rows})
+    for key in dict.fromkeys((row["model"], row["variant"], row["choice"]) for row in rows):
+        model, variant, choice = key
+        chosen = [row for row in rows if (row["model"], row["variant"], row["choice"]) == key]
         line = sorted((int(row[column]), float(row["tok_s"])) for row in chosen)
         name = variant if choice == "greedy" else f"{variant}, {choice}"
+        name = name if len(models) == 1 else f"{model}, {name}"
         style: dict[str, Any] = (
             {"color": "black", "linestyle": "--"} if variant == "stock" and choice == "greedy" else {}
         )
@@ -55,7 +58,7 @@ def _lines(rows: list[Row], column: str, label: str, fixed: str, path: Path) -> 
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize="small")
     first = rows[0]
-    title = f"{first['model']}, {first['dtype']}, {fixed}\n{first['device']}, torch {first['torch']}"
+    title = f"{', '.join(models)}, {first['dtype']}, {fixed}\n{first['device']}, torch {first['torch']}"
     axis.set_title(title, fontsize="small")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,14 +121,23 @@ def main(paths: Iterable[str]) -> None:
     measured: list[Row] = []
     profiled: list[Row] = []
     for path in map(Path, paths):
-        with path.open(newline="") as file:
-            rows: list[Row] = list(csv.DictReader(file))
-        if not rows or not {"model", "variant", "choice"} <= set(rows[0]):
+        found = read_csv(path)
+        if not found:
             raise ValueError(f"{path}: not a CSV of `hf-fastpath bench generate`")
-        (profiled if "role" in rows[0] else measured).extend(rows)
+        (profiled if "role" in found[0] else measured).extend(found)
     for rows, render in ((measured, markdown), (profiled, profile_markdown)):
         if rows:
             print(render(rows), end="\n\n")
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows of ``bench generate`` or of its ``--profile``, as strings; none of a file that is something else."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows: list[Row] = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    return rows if rows and {"model", "variant", "choice"} <= set(rows[0]) else []
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ _OURS = (
     ("norm", r"norm"),
     ("attention", r"attn|h2o_count"),
     ("append", r"append|finish_chunk|::kv"),
-    ("experts", r"moe|expert|gate_up|down_kernel|grouped|swiglu_kernel|sort_kernel|gather|combine"),
+    ("experts", r"moe|expert|gate_up|down_kernel|grouped|sort_kernel|gather|combine"),
     (CHOICE, r"cho|argmax|sample|softmax|top_"),
+    ("activation", r"swiglu|gelu|silu"),
     (PRODUCT, r"linear|gemm|gemv|product"),
     ("convolution", r"conv|step_kernel|chunks_kernel"),
 )
@@ -74,7 +75,7 @@ class Kernel:
 
 
 def role_of(name: str) -> str:
-    """attention, append, norm, product, router, experts, convolution, choice, or other (copies, torch's small ones)."""
+    """attention, append, norm, product, router, experts, activation, convolution, choice, or other: what torch does."""
     ours = "hf_fastpath" in name
     text = re.split(r"[<(](?!anonymous)", name)[0] if ours else name
     for role, pattern in _OURS if ours else _TORCHS:

@@ -204,14 +204,19 @@ bench.command("generate")(cli_generate.bench_generate)
 
 @bench.command("plot")
 def bench_plot(
-    numbers: Annotated[Path, typer.Argument(help="A CSV file of `bench gemm --out`.")],
+    numbers: Annotated[Path, typer.Argument(help="A CSV file of `bench gemm --out` or `bench generate --out`.")],
     plot: Annotated[Path, typer.Argument(help="The PNG, SVG or PDF to draw.")],
 ) -> None:
-    """Draws a CSV file of `bench gemm`, of this or another machine."""
+    """Draws a CSV file of `bench gemm` or `bench generate`, of this or another machine."""
     from hf_fastpath.eval import bench_gemm as job
-    from hf_fastpath.eval import plots
+    from hf_fastpath.eval import generate_plots, generate_tables, plots
 
-    plots.bandwidth_over_rows(job.read_csv(numbers), plot)
+    generate_plots.check(plot)
+    rows = generate_tables.read_csv(numbers)
+    if rows and "tok_s" in rows[0]:
+        generate_plots.draw(rows, plot)
+    else:
+        plots.bandwidth_over_rows(job.read_csv(numbers), plot)
 
 
 @app.command()

@@ -74,6 +74,16 @@ def test_table_csv_and_plots(tmp_path: Path) -> None:
     assert [bool(row["patch_s"]) for row in rows[::4]] == [False, True, True]
     for path in (plot, tmp_path / "generate_context.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.svg"
+    assert CliRunner().invoke(cli.app, ["bench", "plot", str(numbers), str(again)]).exit_code == 0
+    assert "<svg" in again.read_text()
+
+
+def test_the_help_names_every_variant_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    printed = " ".join(bench("--help").output.split())
+    for name in (*VARIANTS, *(shape for shape in generate_models.SHAPES if shape not in TINY)):
+        assert name in printed
 
 
 def test_rows_are_added_to_a_file(tmp_path: Path) -> None:
@@ -219,7 +229,7 @@ class CalledAgain:
 def test_the_graphs_of_a_step_are_replayed_as_far_as_there_is_room() -> None:
     log: list[Any] = []
     model = patch_model(make_llama(), weights=None, kv_cache="int8")
-    model._fastpath.graphs = DecodeGraphs(lambda: lambda call: CalledAgain(call, log))
+    model._fastpath.graphs = DecodeGraphs(lambda *_: lambda call: CalledAgain(call, log))
     model._fastpath.graphs.watch(model)
     inputs = {"input_ids": torch.randint(2, 199, (2, 1000)), "attention_mask": torch.ones(2, 1000, dtype=torch.long)}
     replay = replay_of(model, inputs, 10, do_sample=False)
