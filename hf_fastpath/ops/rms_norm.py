@@ -21,8 +21,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``(M, K)`` in ``x.dtype``, contiguous, each row normalized, with the roundings of LlamaRMSNorm.
 
     Args:
-        x: ``(M, K)``, any M. On CUDA: fp16 or bf16, K a multiple of 8, the last dimension contiguous, every row aligned to 16
-            bytes.
+        x: ``(M, K)``, any M. On CUDA: fp16 or bf16, K a multiple of 8, the last dimension contiguous, every row aligned
+            to 16 bytes.
         weight: ``(K,)`` in ``x.dtype``, on CUDA aligned to 16 bytes.
 
     A row has the same bits for every M: those that the products with a norm
