@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import linear16_cases
 import pytest
@@ -15,7 +16,7 @@ from tiny_models import FAMILIES, long_batch
 from torch import nn
 
 from hf_fastpath import patch_model
-from hf_fastpath.modules import DecodeHead
+from hf_fastpath.modules import DecodeHead, decode_head
 from hf_fastpath.ops import linear_16bit, linear_16bit_swiglu, rms_norm
 
 pytestmark = pytest.mark.gpu
@@ -165,6 +166,7 @@ def test_bad_arguments_are_refused_in_words() -> None:
     assert bias is not None
     assert norm is not None
     assert residual is not None
+    odd = torch.cat((w.flatten(), bias))[1 : 1 + w.numel()].view(w.shape)
     cases: list[tuple[str, tuple[object, ...]]] = [
         ("takes up to 16 rows, got 17", (x[:1].expand(17, 128), w, None, None, EPS, None, False)),
         ("positive multiple of 32, got 104", (x[:, :104], w, None, None, EPS, None, False)),
@@ -175,10 +177,7 @@ def test_bad_arguments_are_refused_in_words() -> None:
         ("weight and x must have the same dtype", (x.bfloat16(), w, None, None, EPS, None, False)),
         (r"weight must have shape \(N, K\)", (x, w[:, :96], None, None, EPS, None, False)),
         ("weight must be contiguous", (x, w.T.contiguous().T, None, None, EPS, None, False)),
-        (
-            "weight must be aligned",
-            (x, torch.cat((w.flatten(), bias))[1:5121].view(40, 128), None, None, EPS, None, False),
-        ),
+        ("weight must be aligned", (x, odd, None, None, EPS, None, False)),
         ("bias must have shape", (x, w, bias[:3], None, EPS, None, False)),
         ("weight must be on cuda:0", (x, w.cpu(), None, None, EPS, None, False)),
         ("norm_weight and x must have the same dtype", (x, w, None, norm.float(), EPS, None, False)),
@@ -224,14 +223,18 @@ def test_a_head_is_its_linear_layer(rows: int) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "lfm2", "lfm2_moe", "gpt2"])
 def test_generate_ends_in_our_ops(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of the same patched model whose last norm and head are transformers'."""
-    from hf_fastpath.modules import decode_head
+    calls: list[tuple[object, ...]] = []
 
-    calls = []
-    monkeypatch.setattr(decode_head, "linear_16bit", lambda *args: calls.append(1) or linear_16bit(*args))
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return linear_16bit(*args)
+
+    monkeypatch.setattr(decode_head, "linear_16bit", counted)
     model = FAMILIES[family](torch.bfloat16).to(DEVICE)
     patch_model(model, progress=False, scale_search="absmax")
     inputs = {name: value.to(DEVICE) for name, value in long_batch((0, 5)).items()}
-    options = {"do_sample": False, "max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     out = model.generate(**inputs, **options)
     assert calls
     head = model.get_output_embeddings()
