@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kWarps>, kCtasPerSm)
   auto& shared = *reinterpret_cast<Memory*>(dynamic_shared());
   static_assert(sizeof shared.stages >= kTokenTiles * 32 * kWarps * sizeof(float4));  // for store_sum_of_cluster()
   const int thread = threadIdx.x, lane = thread % 32, warp = uniform(thread / 32), cta = blockIdx.x;
+  if (warp == kWarps && lane == 0) prefetch_maps(params);
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(shared.full + i, kFillArrivals);

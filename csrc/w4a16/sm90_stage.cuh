@@ -92,6 +92,15 @@ struct StageCursor {
   }
 };
 
+// One thread's work.
+template <typename T>
+__device__ __forceinline__ void prefetch_maps(const Sm90Operands<T>& params) {
+  prefetch_map(params.weights);
+  prefetch_map(params.scales);
+  if (params.gemm.zeros) prefetch_map(params.zeros);
+  if (params.x_mapped) prefetch_map(params.x);
+}
+
 // One thread's work. Beyond the last row or column of tiles the engine writes zeros.
 template <typename T, int kGroup, int kTokenTiles, int kWarps>
 __device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles, kWarps>& stage, uint64_t* full,
