@@ -30,9 +30,29 @@ struct Params {
 
 constexpr int kGateTile = 8;  // outputs of gate, and of up, in a tile
 
-template <typename T, int kTokenTiles>
+// Of a warp's ring: as many as let a CTA of the one kernel and one of the other share a multiprocessor of an H100; and
+// where a CTA cannot have as much memory.
+template <int kTokenTiles>
+constexpr int kManyStages = kTokenTiles == 1 ? 6 : 5;
+constexpr int kFewStages = 3;
+constexpr int kPrefetchSlots = 2, kPrefetchBytes = 64 * 1024;  // of each
+
+// Asks for the weights that the second kernel's CTA of this number wants next, after those that it has asked for
+// itself: the memory rests otherwise while that one waits for the last products of this one.
+template <typename T>
+__device__ __forceinline__ void prefetch_down(const Params<T>& p, const Slots& slots) {
+  if (blockIdx.x * kTileRows >= p.hidden) return;
+  const int tile_bytes = min(kTileRows * p.down.row_bytes, kPrefetchBytes);
+  for (int slot = 1; slot < min(slots.count, 1 + kPrefetchSlots); ++slot) {
+    const unsigned char* const tile = p.down.data + slots.expert[slot] * p.down.expert_bytes +
+                                      blockIdx.x * kTileRows * static_cast<int64_t>(p.down.row_bytes);
+    for (int i = threadIdx.x * 128; i < tile_bytes; i += kThreads * 128) prefetch_l2(tile + i);
+  }
+}
+
+template <typename T, typename Memory>
 __global__ void __launch_bounds__(kThreads, 2) gate_up_kernel(const Params<T> p) {
-  auto& memory = *reinterpret_cast<Memory<kTokenTiles>*>(dynamic_shared());
+  auto& memory = *reinterpret_cast<Memory*>(dynamic_shared());
   wait_for_previous_kernel();
   let_next_kernel_begin();
   memory.make_slots(p.choices, p.choices.top_k);
@@ -47,12 +67,14 @@ __global__ void __launch_bounds__(kThreads, 2) gate_up_kernel(const Params<T> p)
     p.inner[pair * p.intermediate + tile * kGateTile + output] =
         linear::swiglu<T>(memory.total(turn, row, output), memory.total(turn, row, kGateTile + output));
   };
-  multiply_items(memory, p.gate_up, p.x, Work{first / tiles, first % tiles, 0, tiles, end - first}, [] {}, finish);
+  const auto before_last = [&] { prefetch_down(p, slots); };
+  multiply_items(
+      memory, p.gate_up, p.x, Work{first / tiles, first % tiles, 0, tiles, end - first}, [] {}, before_last, finish);
 }
 
-template <typename T, int kTokenTiles>
+template <typename T, typename Memory>
 __global__ void __launch_bounds__(kThreads, 2) down_kernel(const Params<T> p) {
-  auto& memory = *reinterpret_cast<Memory<kTokenTiles>*>(dynamic_shared());
+  auto& memory = *reinterpret_cast<Memory*>(dynamic_shared());
   float* const products = reinterpret_cast<float*>(memory.end());  // [pair][output]
   const int tile = blockIdx.x, top_k = p.choices.top_k;
   // The kernel before let this one begin when it had waited for those that computed `experts`.
@@ -68,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 2) down_kernel(const Params<T> p) {
     const int pair = slots.pairs[slots.begin[slot] + row];
     products[pair * kTileRows + output] = memory.total(turn, row, output) * to_float(p.shares[pair]);
   };
-  multiply_items(memory, p.down, p.inner, Work{0, tile, tile, tile + 1, slots.count}, ready, finish);
+  multiply_items(memory, p.down, p.inner, Work{0, tile, tile, tile + 1, slots.count}, ready, [] {}, finish);
   __syncthreads();
   for (int i = threadIdx.x; i < p.choices.rows * kTileRows; i += kThreads) {
     const int row = i / kTileRows, output = i % kTileRows;
@@ -87,13 +109,22 @@ cudaError_t launch_early(Kernel kernel, int grid, int bytes, cudaStream_t stream
   return launch_kernel_with_shared(kernel, grid, kThreads, bytes, stream, p);
 }
 
-template <typename T, int kTokenTiles>
+template <typename T, typename Memory>
 cudaError_t launch_form(const Params<T>& p, int sm_count, cudaStream_t stream) {
-  const int bytes = static_cast<int>(sizeof(Memory<kTokenTiles>));
   const int pairs = p.choices.rows * p.choices.top_k, most = pairs * (p.intermediate / kGateTile);
-  const cudaError_t error = launch_early(gate_up_kernel<T, kTokenTiles>, std::min(sm_count, most), bytes, stream, p);
+  const int bytes = static_cast<int>(sizeof(Memory)), product_bytes = 4 * pairs * kTileRows;
+  const cudaError_t error = launch_early(gate_up_kernel<T, Memory>, std::min(sm_count, most), bytes, stream, p);
   if (error != cudaSuccess) return error;
-  return launch_early(down_kernel<T, kTokenTiles>, p.hidden / kTileRows, bytes + 4 * pairs * kTileRows, stream, p);
+  return launch_early(down_kernel<T, Memory>, p.hidden / kTileRows, bytes + product_bytes, stream, p);
+}
+
+template <typename T, int kTokenTiles>
+cudaError_t launch_rows(const Params<T>& p, int sm_count, cudaStream_t stream) {
+  using Large = Memory<kTokenTiles, kManyStages<kTokenTiles>>;
+  const int most_products = 4 * kMaxPairs * kTileRows;
+  return static_cast<int>(sizeof(Large)) + most_products <= max_shared_bytes()
+             ? launch_form<T, Large>(p, sm_count, stream)
+             : launch_form<T, Memory<kTokenTiles, kFewStages>>(p, sm_count, stream);
 }
 
 // (2 * intermediate, hidden), of which a tile has rows of both halves; or (n, k).
@@ -124,7 +155,7 @@ cudaError_t launch(const MoeExperts16Args& a, int sm_count, cudaStream_t stream)
   for (int done = 0; done < a.rows; done += p.choices.rows) {
     p.choices.rows = std::min(most_rows, a.rows - done);
     const cudaError_t error =
-        p.choices.rows <= kSlotPairs ? launch_form<T, 1>(p, sm_count, stream) : launch_form<T, 2>(p, sm_count, stream);
+        p.choices.rows <= kSlotPairs ? launch_rows<T, 1>(p, sm_count, stream) : launch_rows<T, 2>(p, sm_count, stream);
     if (error != cudaSuccess) return error;
     const int64_t rows = p.choices.rows, pairs = rows * a.top_k;
     p.x += rows * p.hidden;

@@ -424,6 +424,10 @@ class EmulatedOps:
         mask = None if mask is None else mask.unsqueeze(1)
         return self.short_conv_prefill(bcx.unsqueeze(1), state, weight, bias, mask).squeeze(1)
 
+    def limit_shared_memory(self, bytes_: int) -> None:
+        """To what a CTA can have on another GPU."""
+        self._library.entry("emulator_set_shared_limit")(bytes_)
+
     def assume_written_since(self, amount: int) -> None:
         """What kernels read early (load_early()) is so much less than what they read in the end."""
         self._library.entry("emulator_set_written_since")(amount)

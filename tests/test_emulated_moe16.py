@@ -49,6 +49,17 @@ def test_a_gpu_of_another_size_gives_the_same_bits() -> None:
         assert torch.equal(mixture.run(), expected)
 
 
+@pytest.mark.parametrize("rows", [3, 12])
+def test_a_gpu_with_less_shared_memory_gives_the_same_bits(rows: int) -> None:
+    mixture = make_mixture(target(), generator(rows), rows, 2, 3, (608, 96), torch.bfloat16, residual=True)
+    expected = mixture.run()
+    mixture.target.ops.limit_shared_memory(99 * 1024)  # of compute capability 8.9
+    try:
+        assert torch.equal(mixture.run(), expected)
+    finally:
+        mixture.target.ops.limit_shared_memory(227 * 1024)
+
+
 def test_more_pairs_than_one_launch_takes() -> None:
     mixture = make_mixture(target(), generator(0), 90, 3, 4, (64, 32), torch.bfloat16, residual=True)
     full = mixture.run()

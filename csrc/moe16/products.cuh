@@ -23,9 +23,6 @@ constexpr int kTileRows = 16;  // of a weight
 constexpr int kUnitCols = 64;  // 128 bytes: a line of the L2
 constexpr int kUnitBytes = 2 * kUnitCols;
 constexpr int kHeldUnits = 4;  // units of x that a warp has in registers
-// Of a warp's ring: what lets a CTA of the one kernel and one of the other share a multiprocessor.
-template <int kTokenTiles>
-constexpr int kStages = kTokenTiles == 1 ? 6 : 5;
 static_assert(kThreads == kMaxPairs);
 
 // The experts' weights (N, K) of one product, one after the other.
@@ -52,10 +49,13 @@ struct alignas(16) Stage {
   unsigned char bytes[kTileRows][kUnitBytes];
 };
 
-// A CTA's shared memory: this, then what else a kernel wants. kTokenTiles: eights of rows that a slot can have.
-template <int kTokenTiles>
+// A CTA's shared memory: this, then what else a kernel wants. kTokenTiles_: eights of rows that a slot can have;
+// kStages_: of a warp's ring.
+template <int kTokenTiles_, int kStages_>
 struct alignas(16) Memory {
-  Stage ring[kWarps][kStages<kTokenTiles>];
+  static constexpr int kTokenTiles = kTokenTiles_, kStages = kStages_;
+
+  Stage ring[kWarps][kStages];
   float4 sums[2][kWarps][kTokenTiles][32];  // C fragments; items take turns
   Slots slots;
 
@@ -152,7 +152,7 @@ struct Rows {
     const int column = unit * kUnitCols, lane_column = column + 8 * (static_cast<int>(threadIdx.x) % 4);
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) {
-      if (c >= tiles) continue;
+      if (c > 0 && c >= tiles) continue;  // there is a first one
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const bool there = lane_column + 32 * h < k;
@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[kTokenTiles][4], cons
     const uint4 high = *reinterpret_cast<const uint4*>(place + 8 * kUnitBytes);
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) {
-      if (c >= tiles) continue;
+      if (c > 0 && c >= tiles) continue;  // there is a first one
       mma_m16n8k16<T>(acc[c], {low.x, high.x, low.y, high.y}, x[c][h].x, x[c][h].y);
       mma_m16n8k16<T>(acc[c], {low.z, high.z, low.w, high.w}, x[c][h].z, x[c][h].w);
     }
@@ -182,11 +182,12 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[kTokenTiles][4], cons
 }
 
 // Multiplies a CTA's items. ready() is called once, before x is read and after the first weights are asked for;
-// finish(slot, tile, turn) for every item, by all threads, when memory.total(turn, ...) is there.
-template <typename T, int kTokenTiles, typename Ready, typename Finish>
-__device__ __forceinline__ void multiply_items(Memory<kTokenTiles>& memory, const Weight& w, const T* x, Work work,
-                                               Ready ready, Finish finish) {
-  constexpr int kStages = moe16::kStages<kTokenTiles>;
+// before_last() once the last weights are; finish(slot, tile, turn) for every item, by all threads, when
+// memory.total(turn, ...) is there.
+template <typename T, typename Memory, typename Ready, typename BeforeLast, typename Finish>
+__device__ __forceinline__ void multiply_items(Memory& memory, const Weight& w, const T* x, Work work, Ready ready,
+                                               BeforeLast before_last, Finish finish) {
+  constexpr int kTokenTiles = Memory::kTokenTiles, kStages = Memory::kStages;
   const Slots& slots = memory.slots;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Stage* const ring = memory.ring[warp];
@@ -209,6 +210,7 @@ __device__ __forceinline__ void multiply_items(Memory<kTokenTiles>& memory, cons
   while (work.left > 0) {
     const int slot = work.slot, tile = work.tile, tiles = (slots.size(slot) + kSlotPairs - 1) / kSlotPairs;
     work.advance();
+    if (work.left == 0) before_last();
     float acc[kTokenTiles][4] = {};
     for (int first = 0; first < w.units; first += kPassUnits) {
       // What the registers hold next, if that is something else.
@@ -229,7 +231,8 @@ __device__ __forceinline__ void multiply_items(Memory<kTokenTiles>& memory, cons
     }
 #pragma unroll
     for (int c = 0; c < kTokenTiles; ++c) {
-      if (c < tiles) memory.sums[turn][warp][c][lane] = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
+      if (c == 0 || c < tiles)
+        memory.sums[turn][warp][c][lane] = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
     }
     __syncthreads();
     finish(slot, tile, turn);
