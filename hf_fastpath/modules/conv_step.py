@@ -68,7 +68,8 @@ class ConvStep(LayerStep):
         p, w = self.parts, self.in_proj
         conv = (state, p.weight.squeeze(1), p.bias, mask)
         if isinstance(w, Int4Weight) and w.fuses(x.shape[0]):
-            return self.finish(x, w4a16_short_conv(x, *w.packed, *p.norm, *conv, w.group_size))
+            packed = (w.qweight, w.scales, w.zeros, w.bias)
+            return self.finish(x, w4a16_short_conv(x, *packed, p.norm.weight, p.norm.eps, *conv, w.group_size))
         return self.finish(x, short_conv_step(w.product(x, p.norm, None), *conv))
 
     def prompt(self, x: torch.Tensor, convolve: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_fastpath.modules.w4a16_linear import W4A16Linear, int4_product, variant_for
-from hf_fastpath.ops import w4a16_linear_fused, w4a16_swiglu
 from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.swiglu import swiglu
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
+from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
+from hf_fastpath.ops.w4a16_swiglu import w4a16_swiglu
 from hf_fastpath.packing import TILE_ROWS
 
 PER_ROW = ("qweight", "scales", "zeros", "bias")  # the tensors of a packed layer whose first dimension is its rows
