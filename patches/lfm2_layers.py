@@ -1,5 +1,5 @@
 """LFM2's decoder layers, with a short convolution or attention and a dense feed-forward or experts, that run one new
-token a row in few kernels. Experts are run by their own modules."""
+token a row in few kernels. Experts that are not packed are run by their own modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from torch import nn
 from hf_fastpath.caches.conv_state import ConvStateLayer
 from hf_fastpath.modules.conv_step import ConvParts, ConvStep
 from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts
+from hf_fastpath.modules.moe_router import MoERouter
+from hf_fastpath.modules.moe_step import MoEParts, MoEStep
+from hf_fastpath.modules.packed_experts import PackedExperts
 from hf_fastpath.patches.decoder_layers import FusedLayer, norm_of
 
 
 class Lfm2Kinds(NamedTuple):
-    """The classes of a family's parts; ``convolutions`` also what ours becomes."""
+    """The classes of a family's parts; ``convolutions`` also what ours becomes. sparse: a router and experts."""
 
     attention: type[nn.Module]
     convolutions: tuple[type[nn.Module], ...]
     dense: type[nn.Module]
     norm: type[nn.Module]
+    sparse: type[nn.Module] | None = None
 
 
 class FusedLfm2Layer(FusedLayer):
@@ -66,8 +70,20 @@ class FusedLfm2Layer(FusedLayer):
         else:
             assert position_embeddings is not None
             x = step(x, *position_embeddings, layer, None if attention_mask is None else attention_mask[:, 0, 0])
-        x = x.unsqueeze(1)
-        return x if step.parts.feed_forward is not None else x + self.feed_forward(self.ffn_norm(x))
+        if step.parts.feed_forward is None:
+            mixture = self._mixture()
+            x = mixture(x) if mixture is not None else x + self.feed_forward(self.ffn_norm(x.unsqueeze(1))).squeeze(1)
+        return x.unsqueeze(1)
+
+    def _mixture(self) -> MoEStep | None:
+        """The step of the layer's experts; None where the modules have to run them."""
+        block: Any = self.feed_forward
+        if type(block) is not self.lfm2_kinds.sparse:
+            return None
+        if not isinstance(block.gate, MoERouter) or type(block.experts) is not PackedExperts:
+            return None
+        bias = block.expert_bias if block.use_expert_bias else None
+        return MoEStep(MoEParts(block.gate, bias, block.experts, norm_of(self.ffn_norm)))
 
     def _conv_layer(self, hidden: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> ConvStateLayer | None:
         """The state that a step moves on; None where the layer's own forward has to run."""

@@ -18,7 +18,7 @@ from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.ops.moe_experts import moe_experts
-from hf_fastpath.ops.moe_router import moe_router
+from hf_fastpath.ops.moe_router import moe_norm_router, moe_router
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
@@ -51,6 +51,7 @@ __all__ = [
     "kv_int8_dequantize",
     "kv_static_append",
     "moe_experts",
+    "moe_norm_router",
     "moe_router",
     "short_conv_prefill",
     "short_conv_step",
