@@ -338,7 +338,10 @@ struct MoeRouterArgs {
   float scaling;
 };
 constexpr int kMaxRouterExperts = 256, kMaxRouterTopK = 32;
-cudaError_t launch_moe_router(const MoeRouterArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+// norm_weight: (hidden,), 16-byte aligned, of an RMSNorm of x that comes first and is stored in `normalized`, which is
+// as x is; or both nullptr.
+cudaError_t launch_moe_router(const MoeRouterArgs& args, const void* norm_weight, float norm_eps, void* normalized,
+                              Dtype dtype, int sm_count, cudaStream_t stream);
 
 // ---- moe_experts.cu -------------------------------------------------------------------------------------------------
 // The experts' packed weights of one product, one after the other, 16-byte aligned as W4A16GemmArgs has one's.
@@ -359,7 +362,9 @@ struct MoeExpertsArgs {
   int rows, top_k, expert_count, hidden, intermediate;
 };
 constexpr int kMaxTopK = 256;
-cudaError_t launch_moe_experts(const MoeExpertsArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+// residual: (rows, hidden), added before y is rounded; or nullptr.
+cudaError_t launch_moe_experts(const MoeExpertsArgs& args, const void* residual, Dtype dtype, int sm_count,
+                               cudaStream_t stream);
 
 // ---- moe_grouped_sm90.cu: the same for many rows, compute capability 9.0 --------------------------------------------
 // Rows are taken in turns of at most kMaxGroupedPairs pairs of a row and an expert; `workspace` has
@@ -367,8 +372,8 @@ cudaError_t launch_moe_experts(const MoeExpertsArgs& args, Dtype dtype, int sm_c
 constexpr int kMaxGroupedPairs = 16384, kMaxGroupedExperts = 256;
 constexpr int kMoeVariants = 5;  // hf_fastpath/ops/moe_experts.py has the table; 0 is launch_moe_experts()
 int64_t moe_grouped_workspace_bytes(const MoeExpertsArgs& args);
-cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, void* workspace, int variant, Dtype dtype, int sm_count,
-                               cudaStream_t stream);
+cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, const void* residual, void* workspace, int variant,
+                               Dtype dtype, int sm_count, cudaStream_t stream);
 
 // ---- moe_experts16.cu: experts whose weights are in 16 bits ---------------------------------------------------------
 struct MoeExperts16Args {

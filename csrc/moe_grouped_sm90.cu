@@ -213,7 +213,8 @@ cudaError_t launch_simple(void (*kernel)(Args...), int64_t threads, cudaStream_t
 
 // Some of the rows: those that `a` has.
 template <typename T>
-cudaError_t launch_turn(const MoeExpertsArgs& a, const Workspace& w, int variant, int sm_count, cudaStream_t stream) {
+cudaError_t launch_turn(const MoeExpertsArgs& a, const T* residual, const Workspace& w, int variant, int sm_count,
+                        cudaStream_t stream) {
   const int pairs = a.rows * a.top_k;
   const Sorting sorting{a.experts, pairs, a.expert_count, w.first, w.order, w.place};
   cudaError_t error = launch_simple(sort_kernel, int64_t{a.expert_count} * moe::kThreads, stream, sorting);
@@ -234,17 +235,19 @@ cudaError_t launch_turn(const MoeExpertsArgs& a, const Workspace& w, int variant
   if (error != cudaSuccess) return error;
   return launch_simple(combine_kernel<T>, int64_t{a.rows} * a.hidden / 4, stream,
                        reinterpret_cast<const float4*>(w.products), static_cast<const int*>(w.place),
-                       static_cast<const T*>(a.shares), static_cast<T*>(a.y), a.rows, a.top_k, a.hidden);
+                       static_cast<const T*>(a.shares), residual, static_cast<T*>(a.y), a.rows, a.top_k, a.hidden);
 }
 
 template <typename T>
-cudaError_t launch(MoeExpertsArgs a, void* workspace, int variant, int sm_count, cudaStream_t stream) {
+cudaError_t launch(MoeExpertsArgs a, const T* residual, void* workspace, int variant, int sm_count,
+                   cudaStream_t stream) {
   const Workspace w(workspace, a, int64_t{rows_of_turn(a)} * a.top_k);
   const int all_rows = a.rows, most = rows_of_turn(a);
   for (int done = 0; done < all_rows; done += a.rows) {
     a.rows = std::min(most, all_rows - done);
-    const cudaError_t error = launch_turn<T>(a, w, variant, sm_count, stream);
+    const cudaError_t error = launch_turn<T>(a, residual, w, variant, sm_count, stream);
     if (error != cudaSuccess) return error;
+    if (residual) residual += static_cast<int64_t>(a.rows) * a.hidden;
     a.x = static_cast<const T*>(a.x) + static_cast<int64_t>(a.rows) * a.hidden;
     a.y = static_cast<T*>(a.y) + static_cast<int64_t>(a.rows) * a.hidden;
     a.experts += a.rows * a.top_k;
@@ -259,11 +262,14 @@ int64_t moe_grouped_workspace_bytes(const MoeExpertsArgs& args) {
   return Workspace(nullptr, args, int64_t{rows_of_turn(args)} * args.top_k).bytes;
 }
 
-cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, void* workspace, int variant, Dtype dtype, int sm_count,
-                               cudaStream_t stream) {
+cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, const void* residual, void* workspace, int variant,
+                               Dtype dtype, int sm_count, cudaStream_t stream) {
   if (args.expert_count > kMaxGroupedExperts) return cudaErrorInvalidValue;
-  if (dtype == Dtype::kFloat16) return launch<__half>(args, workspace, variant, sm_count, stream);
-  return launch<__nv_bfloat16>(args, workspace, variant, sm_count, stream);
+  const auto launch_as = [&](auto type) {
+    using T = decltype(type);
+    return launch<T>(args, static_cast<const T*>(residual), workspace, variant, sm_count, stream);
+  };
+  return dtype == Dtype::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
 }
 
 }  // namespace hf_fastpath

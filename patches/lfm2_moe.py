@@ -8,6 +8,7 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import (
     Lfm2MoeMLP,
     Lfm2MoeRMSNorm,
     Lfm2MoeShortConv,
+    Lfm2MoeSparseMoeBlock,
     Lfm2MoeTopKRouter,
 )
 
@@ -25,7 +26,13 @@ class FastLfm2MoeShortConv(ShortConv, Lfm2MoeShortConv):
 class FusedLfm2MoeDecoderLayer(FusedLfm2Layer, Lfm2MoeDecoderLayer):
     """What an ``Lfm2MoeDecoderLayer`` becomes."""
 
-    lfm2_kinds = Lfm2Kinds(Lfm2MoeAttention, (Lfm2MoeShortConv, FastLfm2MoeShortConv), Lfm2MoeMLP, Lfm2MoeRMSNorm)
+    lfm2_kinds = Lfm2Kinds(
+        Lfm2MoeAttention,
+        (Lfm2MoeShortConv, FastLfm2MoeShortConv),
+        Lfm2MoeMLP,
+        Lfm2MoeRMSNorm,
+        Lfm2MoeSparseMoeBlock,
+    )
 
 
 class FastLfm2MoeTopKRouter(MoERouter, Lfm2MoeTopKRouter):

@@ -556,14 +556,36 @@ class EmulatedOps:
         normalize: bool,
         scaling: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._moe_router(x, None, 0.0, None, weight, expert_bias, top_k, normalize, scaling)
+
+    def moe_norm_router(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float, *router: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        normalized = torch.empty_like(x)
+        _, shares, experts = self._moe_router(x, norm_weight, norm_eps, normalized, *router)
+        return normalized, shares, experts
+
+    def _moe_router(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        norm_eps: float,
+        normalized: torch.Tensor | None,
+        weight: torch.Tensor,
+        expert_bias: torch.Tensor | None,
+        top_k: int,
+        normalize: bool,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (rows, hidden), count = x.shape, weight.shape[0]
         logits, shares = x.new_empty(rows, count), x.new_empty(rows, top_k)
         experts = torch.empty(rows, top_k, dtype=torch.int64)
         self._library.call(
             "emulated_moe_router",
             *(x, weight, expert_bias, logits, shares, experts, rows, hidden, count, top_k, normalize, float(scaling)),
-            *(x.dtype is torch.bfloat16, self.sm_count),
-            **_inputs(x=x, weight=weight, expert_bias=expert_bias),
+            *(norm_weight, float(norm_eps), normalized, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, weight=weight, expert_bias=expert_bias, norm_weight=norm_weight),
+            normalized=(normalized, OUTPUT),
             logits=(logits, OUTPUT),
             shares=(shares, OUTPUT),
             experts=(experts, OUTPUT),
@@ -585,6 +607,7 @@ class EmulatedOps:
         gate_up_group_size: int,
         down_group_size: int,
         variant: int,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         (rows, hidden), top_k, count = x.shape, experts.shape[1], gate_up_qweight.shape[0]
         y = torch.empty_like(x)
@@ -593,10 +616,10 @@ class EmulatedOps:
             self._library.call(
                 "emulated_moe_experts",
                 *(x, experts, shares, gate_up_qweight, gate_up_scales, gate_up_zeros, gate_up_group_size),
-                *(down_qweight, down_scales, down_zeros, down_group_size, workspace, y),
+                *(down_qweight, down_scales, down_zeros, down_group_size, residual, workspace, y),
                 *(rows, top_k, count, hidden, intermediate_size, variant, x.dtype is torch.bfloat16, self.sm_count),
                 size,
-                **_inputs(x=x, experts=experts, shares=shares),
+                **_inputs(x=x, experts=experts, shares=shares, residual=residual),
                 **_inputs(gate_up_qweight=gate_up_qweight, gate_up_scales=gate_up_scales, gate_up_zeros=gate_up_zeros),
                 **_inputs(down_qweight=down_qweight, down_scales=down_scales, down_zeros=down_zeros),
                 workspace=(workspace, OUTPUT),

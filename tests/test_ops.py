@@ -267,15 +267,15 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     h2o = h2o_storage()
     conv, state = (torch.randn(2, 4, 18), torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6)), torch.randn(2, 6, 3)
     gate_up, down = (expert_stack(64, 64), expert_stack(64, 32))
+    sent = x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()
     padding = torch.tensor([[False, True, True, True], [True] * 4])
     return [
         ("short_conv_prefill", (*conv, padding)),
-        ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
-        ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32, 0)),
-        (
-            "moe_experts_16bit",
-            (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *(torch.randn(2, 64, 64).bfloat16(),) * 2, x),
-        ),
+        ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0, None, 0.0)),
+        ("moe_router", (x, torch.randn(6, 64).bfloat16(), None, 2, True, 1.0, norm_weight, 1e-5)),
+        ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, None)),
+        ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, x)),
+        ("moe_experts_16bit", (*sent, *(torch.randn(2, 64, 64).bfloat16(),) * 2, x)),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("choose_tokens", (torch.randn(2, 9), torch.rand(2, 9), torch.tensor([3]), torch.tensor(0), *token_state(2))),
         ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),

@@ -23,7 +23,7 @@ from hf_fastpath.ops.linear_16bit import linear_16bit
 from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
-from hf_fastpath.ops.moe_router import moe_router
+from hf_fastpath.ops.moe_router import moe_norm_router, moe_router
 from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
@@ -64,6 +64,7 @@ __all__ = [
     "linear_16bit_swiglu",
     "moe_experts",
     "moe_experts_16bit",
+    "moe_norm_router",
     "moe_router",
     "rms_norm",
     "short_conv_prefill",

@@ -220,18 +220,20 @@ EXPORT int emulated_w4a16_short_conv(const void* x, int64_t x_row_stride, const 
 
 EXPORT int emulated_moe_router(const void* x, const void* weight, const float* bias, void* logits, void* shares,
                                int64_t* experts, int rows, int hidden, int expert_count, int top_k, int normalize,
-                               float scaling, int bfloat16, int sm_count) {
+                               float scaling, const void* norm_weight, float norm_eps, void* normalized, int bfloat16,
+                               int sm_count) {
   const MoeRouterArgs args{x,    weight, bias,         logits, shares,         experts,
                            rows, hidden, expert_count, top_k,  normalize != 0, scaling};
-  return launch_moe_router(args, dtype_of(bfloat16), sm_count, nullptr);
+  return launch_moe_router(args, norm_weight, norm_eps, normalized, dtype_of(bfloat16), sm_count, nullptr);
 }
 
 // `workspace_bytes`: only says how many those of variants other than 0 are.
 EXPORT int emulated_moe_experts(const void* x, const int64_t* experts, const void* shares, const void* up_qweight,
                                 const void* up_scales, const uint8_t* up_zeros, int up_group, const void* down_qweight,
-                                const void* down_scales, const uint8_t* down_zeros, int down_group, void* workspace,
-                                void* y, int rows, int top_k, int expert_count, int hidden, int intermediate,
-                                int variant, int bfloat16, int sm_count, int64_t* workspace_bytes) {
+                                const void* down_scales, const uint8_t* down_zeros, int down_group,
+                                const void* residual, void* workspace, void* y, int rows, int top_k, int expert_count,
+                                int hidden, int intermediate, int variant, int bfloat16, int sm_count,
+                                int64_t* workspace_bytes) {
   const MoeExpertsArgs args{x,
                             experts,
                             shares,
@@ -248,8 +250,8 @@ EXPORT int emulated_moe_experts(const void* x, const int64_t* experts, const voi
     *workspace_bytes = moe_grouped_workspace_bytes(args);
     return 0;
   }
-  if (variant == 0) return launch_moe_experts(args, dtype_of(bfloat16), sm_count, nullptr);
-  return launch_moe_grouped(args, workspace, variant, dtype_of(bfloat16), sm_count, nullptr);
+  if (variant == 0) return launch_moe_experts(args, residual, dtype_of(bfloat16), sm_count, nullptr);
+  return launch_moe_grouped(args, residual, workspace, variant, dtype_of(bfloat16), sm_count, nullptr);
 }
 
 EXPORT int emulated_choose_tokens(const void* scores, int64_t score_row_stride, const float* noise, const int64_t* end,
