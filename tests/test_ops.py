@@ -276,7 +276,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("moe_router", (x, torch.randn(6, 64).bfloat16(), None, 2, True, 1.0, norm_weight, 1e-5)),
         ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, None)),
         ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, x)),
-        ("moe_experts_16bit", (*sent, *(torch.randn(2, 64, 64).bfloat16(),) * 2, x)),
+        ("moe_experts_16bit", (*sent, torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16(), x)),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("choose_tokens", (torch.randn(2, 9), torch.rand(2, 9), torch.tensor([3]), torch.tensor(0), *token_state(2))),
         ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),
