@@ -205,7 +205,7 @@ def test_of_no_rows() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
 def test_a_head_is_its_linear_layer(rows: int) -> None:
-    """Within what the sums' order allows, twice: both are rounded once."""
+    """Within what the order of sums allows; for more rows it is that layer."""
     torch.manual_seed(rows)
     head = nn.Linear(512, 3001, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(rows, 1, 512, device=DEVICE).bfloat16()
@@ -214,8 +214,10 @@ def test_a_head_is_its_linear_layer(rows: int) -> None:
         plain = head(x)
         head.__class__ = DecodeHead
         out = head(x)
+        if rows > 16:
+            assert torch.equal(out, plain)
+            return
         check_linear(inputs, out[:, 0])
-        assert torch.equal(out, plain) or rows <= 16
         odd = torch.randn(rows, 1, 513, device=DEVICE).bfloat16()[..., 1:]
         assert torch.equal(head(odd), head(odd.contiguous()))
 
@@ -231,7 +233,7 @@ def test_generate_ends_in_our_ops(family: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(decode_head, "linear_16bit", counted)
     model = FAMILIES[family](torch.bfloat16).to(DEVICE)
-    patch_model(model, progress=False, scale_search="absmax")
+    patch_model(model, progress=False, scale_search="absmax", cuda_graphs=False)
     inputs = {name: value.to(DEVICE) for name, value in long_batch((0, 5)).items()}
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
     options |= {"output_logits": True, "return_dict_in_generate": True}
