@@ -88,6 +88,8 @@ struct Tuning<Weights16Bit<T>> {
     return place == Place::kHeld ? 7 : place == Place::kShared || col_tiles == 2 ? 4 : 5;
   }
   static constexpr int kLongWarps = 8;
+  // Five rows of 4,096 columns are more than the L1 has room for, and from the L2 they would come for every block.
+  static constexpr int kHoldFrom = 5;
 };
 
 template <typename T>
