@@ -133,8 +133,9 @@ def _install_cache(model: Any, state: PatchState) -> None:
     rounds = bool(state.replaced) or state.config.weights is WeightFormat.W16A16
     quantized = state.recipe.quantized_modules if rounds and not state.reference else {}
     classes = {**state.recipe.modules, **quantized}
+    single = state.recipe.single_modules if rounds and not state.reference else {}
     for name, module in model.named_modules():
-        if fast := classes.get(type(module)):
+        if fast := single.get(name, classes).get(type(module)):
             if hasattr(fast, "why_not") and (reason := _why_stock_layers(state) or fast.why_not(module)):
                 state.unfit[name] = f"{type(module).__name__}, {reason}"
                 continue

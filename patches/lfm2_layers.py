@@ -1,5 +1,5 @@
 """LFM2's decoder layers, with a short convolution or attention and a dense feed-forward or experts, that run new
-tokens in few kernels. Experts are run by their own modules."""
+tokens in few kernels. Experts of other kinds than ours are run by their own modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from torch import nn
 from hf_fastpath.caches.conv_state import ConvStateLayer
 from hf_fastpath.modules.conv_step import ConvParts, ConvStep
 from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts
+from hf_fastpath.modules.experts16 import Experts16
+from hf_fastpath.modules.moe_router import MoERouter
+from hf_fastpath.modules.moe_step import MoEParts, MoEStep
+from hf_fastpath.modules.packed_experts import PackedExperts
 from hf_fastpath.patches.decoder_layers import FusedLayer, norm_of
 
 
 class Lfm2Kinds(NamedTuple):
-    """The classes of a family's parts; ``convolutions`` also what ours becomes."""
+    """The classes of a family's parts; ``convolutions`` also what ours becomes. sparse: a router and experts."""
 
     attention: type[nn.Module]
     convolutions: tuple[type[nn.Module], ...]
     dense: type[nn.Module]
     norm: type[nn.Module]
+    sparse: type[nn.Module] | None = None
 
 
 class FusedLfm2Layer(FusedLayer):
@@ -61,7 +66,17 @@ class FusedLfm2Layer(FusedLayer):
             )
             return out
         has_experts = self.__dict__["_watched"].step.parts.feed_forward is None
-        return out + self.feed_forward(self.ffn_norm(out)) if has_experts else out
+        return self._add_experts(out) if has_experts else out
+
+    def _add_experts(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream ``(batch, T, hidden_size)`` behind the layer's experts."""
+        block: Any = self.feed_forward
+        ours = type(block) is self.lfm2_kinds.sparse and isinstance(block.gate, MoERouter)
+        if not ours or not isinstance(block.experts, (PackedExperts, Experts16)):
+            return x + cast(torch.Tensor, block(self.ffn_norm(x)))
+        bias = block.expert_bias if block.use_expert_bias else None
+        step = MoEStep(MoEParts(block.gate, bias, block.experts, norm_of(self.ffn_norm)))
+        return step(x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def _convolution_step(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]

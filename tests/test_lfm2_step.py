@@ -16,6 +16,7 @@ from hf_fastpath.heuristics import W4A16Variant
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.modules.conv_step import ConvStep
 from hf_fastpath.modules.decoder_step import DecoderStep
+from hf_fastpath.modules.moe_step import MoEStep
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer
 
 QUICK = {"progress": False, "scale_search": "absmax"}
@@ -89,6 +90,25 @@ def test_padding_stays_out_of_the_state(family: str, chunk: int, steps: Calls) -
         alone = run(model, {"input_ids": inputs["input_ids"][row : row + 1, padding:]})[1]
         # float32 sums in another order, which can move a key by one of int8's 127 steps.
         assert float((together[:, row] - alone[:, 0]).abs().max()) <= 4e-3 * float(alone.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_mixtures_of_experts_are_steps_where_they_are_ours(
+    dtype: torch.dtype, steps: Calls, count_calls: Callable[[Any, str], list[Any]]
+) -> None:
+    mixtures, inputs = count_calls(MoEStep, "__call__"), long_batch((0, 4))
+    model = patched("lfm2_moe", "int8", dtype)
+    run(model, inputs)
+    assert len(mixtures) == 2 * 11  # the last two of three layers
+    mixtures.clear()
+    left = patch_model(FAMILIES["lfm2_moe"](dtype), kv_cache="int8", skip_modules=("experts",), **QUICK)
+    steps[0].clear()
+    run(left, inputs)
+    assert steps[0]
+    assert not mixtures
+    model.model.layers[1].feed_forward.experts.register_forward_hook(lambda *args: None)
+    run(model, inputs)
+    assert len(mixtures) == 11  # of the other layer
 
 
 def test_beams_sampling_and_assistants(steps: Calls) -> None:
@@ -169,7 +189,9 @@ def test_unpatching_leaves_nothing(family: str, steps: Calls) -> None:
 
 
 def test_the_report_says_which_layers_and_why() -> None:
-    assert "Forward passes of ours: 5 Lfm2DecoderLayer, Lfm2ShortConv" in str(fastpath_report(patched()))
+    assert "Forward passes of ours: 7 Lfm2DecoderLayer, Lfm2RMSNorm, Lfm2ShortConv, Linear" in str(
+        fastpath_report(patched())
+    )
     skipped = patch_model(FAMILIES["lfm2"](), skip_modules=("model.layers.0.feed_forward.w1",), **QUICK)
     text = str(fastpath_report(skipped))
     assert "Forward passes of transformers' own: 1 Lfm2DecoderLayer, linear layers of one input are" in text

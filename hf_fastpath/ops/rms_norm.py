@@ -1,11 +1,11 @@
-"""RMSNorm of rows, for products that do not normalize them themselves."""
+"""RMSNorm (Zhang and Sennrich, 2019) in one kernel, where transformers takes six operations."""
 
 from __future__ import annotations
 
 import torch
 
 from hf_fastpath.ops import _library
-from hf_fastpath.ops import _rms_norm as reference
+from hf_fastpath.ops._rms_norm import rms_norm as rms_norm_reference
 
 SCHEMA = "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor"
 
@@ -14,17 +14,19 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-_op = _library.define(SCHEMA, reference.rms_norm, _fake)
+_op = _library.define(SCHEMA, rms_norm_reference, _fake)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``(M, K)`` in ``x.dtype``, contiguous: Zhang and Sennrich, 2019, with the roundings of LlamaRMSNorm.
+    """``(M, K)`` in ``x.dtype``, contiguous, each row normalized, with the roundings of LlamaRMSNorm.
 
     Args:
-        x: ``(M, K)``, any M. On CUDA fp16 or bf16, K a multiple of 8, every row aligned to 16 bytes.
+        x: ``(M, K)``, any M. On CUDA: fp16 or bf16, K a multiple of 8, the last dimension contiguous, every row aligned
+            to 16 bytes.
         weight: ``(K,)`` in ``x.dtype``, on CUDA aligned to 16 bytes.
 
-    A row's result has the same bits for every M, and those of the norm in
-    :func:`~hf_fastpath.ops.w4a16_linear_fused`. Raises RuntimeError, in words, for arguments that do not fit.
+    A row has the same bits for every M: those that the products with a norm
+    (:func:`~hf_fastpath.ops.w4a16_linear_fused`, :func:`~hf_fastpath.ops.linear_16bit`) multiply. Raises RuntimeError,
+    in words, for arguments that do not fit.
     """
     return _op(x, weight, eps)
