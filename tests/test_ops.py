@@ -267,6 +267,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     h2o = h2o_storage()
     conv, state = (torch.randn(2, 4, 18), torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6)), torch.randn(2, 6, 3)
     gate_up, down = (expert_stack(64, 64), expert_stack(64, 32))
+    plain = torch.randn(32, 64).bfloat16()
     sent = x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()
     padding = torch.tensor([[False, True, True, True], [True] * 4])
     return [
@@ -309,6 +310,10 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("rms_norm", (x, norm_weight, 1e-5)),
         ("add_rms_norm", (x, x + 1, norm_weight, 1e-5)),
         ("swiglu", (x,)),
+        ("linear_16bit", (x, plain, plain[:, 0], norm_weight, 1e-5, None, False)),
+        ("linear_16bit", (x, plain, None, None, 0.0, torch.randn(3, 32).bfloat16(), False)),
+        ("linear_16bit", (x, plain, None, norm_weight, 1e-5, None, True)),
+        ("linear_16bit_swiglu", (x, plain, None, norm_weight, 1e-5)),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),
         ("w8a16_dequantize", (*int8, 20)),
