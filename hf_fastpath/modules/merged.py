@@ -205,10 +205,10 @@ def _set_parameter(layer: nn.Linear, name: str, value: torch.Tensor) -> None:
     getattr(layer, name).data = value
 
 
-def addresses(layers: Sequence[Any]) -> list[int]:
-    """Where the parameters of plain layers are: moving them leaves the parameters the objects that they were."""
+def places(layers: Sequence[Any]) -> list[tuple[torch.Tensor, int]]:
+    """The parameters of plain layers, and where they are: moving them leaves them the objects that they were."""
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    return [x.data_ptr() for layer in plain for x in (layer.weight, layer.bias) if x is not None]
+    return [(x, x.data_ptr()) for layer in plain for x in (layer.weight, layer.bias) if x is not None]
 
 
 @torch.inference_mode(False)

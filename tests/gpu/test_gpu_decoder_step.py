@@ -113,6 +113,47 @@ def test_many_rows_are_as_exact_as_the_layers(family: str, kv_cache: str, rows: 
     assert float((fused - plain).norm()) < 1.5 * plain_error
 
 
+@pytest.mark.parametrize("weights", ["w4a16", "w16a16"])
+@pytest.mark.parametrize("cuts", [(100,), (60, 100), (6, 9, 100)], ids=str)
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30)], ids=len)
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4", "static"])
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "qwen2", "qwen3"])
+def test_prompts_are_as_exact_as_the_layers(
+    family: str,
+    kv_cache: str,
+    padding: tuple[int, ...],
+    cuts: tuple[int, ...],
+    weights: str,
+    count_calls: Callable[[Any, str], Calls],
+) -> None:
+    """A prompt at once and in chunks. Each rounding is the layers' own or is left out."""
+    inputs = long_batch(padding, 100)
+    ids, mask = inputs["input_ids"].to("cuda"), inputs["attention_mask"].to("cuda")
+    real = mask.bool()
+
+    def prompt_logits(model: Any, cache: Any) -> torch.Tensor:
+        parts, start, out = [], 0, None
+        with torch.no_grad():
+            for stop in cuts:
+                places = (mask[:, :stop].cumsum(1) - 1).clamp(0)[:, start:]
+                past = cache if out is None else out.past_key_values
+                seen = mask[:, :stop]
+                out = model(ids[:, start:stop], attention_mask=seen, position_ids=places, past_key_values=past)
+                parts.append(out.logits)
+                start = stop
+        return torch.cat(parts, 1)[real].double()
+
+    prompts, model = count_calls(DecoderStep, "prompt"), patched(family, kv_cache, weights=weights)
+    new_cache = CACHES[model._fastpath.config.kv_cache]
+    got = prompt_logits(model, new_cache(model.config))
+    assert len(prompts) == 2 * len(cuts)
+    truth = prompt_logits(unpatch_model(copy.deepcopy(model), dequantize=True).float(), None)
+    plain = prompt_logits(without_steps(model), new_cache(model.config))
+    assert len(prompts) == 2 * len(cuts)
+    error, plain_error = float((got - truth).norm()), float((plain - truth).norm())
+    assert 0 < error < 1.15 * plain_error
+
+
 @pytest.mark.parametrize("padding", [(0,), (0, 7, 30), tuple(range(17)), tuple(range(64))], ids=len)
 @pytest.mark.parametrize("kv_cache", ["static", "int8", "fp8", "int4", "h2o"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
