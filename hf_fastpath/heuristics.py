@@ -203,6 +203,11 @@ def kv_append_supports(head_dim: int) -> bool:
     return head_dim % 8 == 0 and 8 <= head_dim <= 256
 
 
+def rope_supports(rotary_dim: int) -> bool:
+    """Whether they turn so many channels of a head by their position (the references turn any)."""
+    return rotary_dim % 16 == 0
+
+
 def short_conv_supports(taps: int) -> bool:
     """Whether the CUDA kernel of the short convolution takes so many taps (the reference takes any)."""
     return 2 <= taps <= 8

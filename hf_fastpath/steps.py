@@ -114,6 +114,8 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
         for name in state.swapped:
             if hasattr(module := model.get_submodule(name), "prepare"):
                 module.prepare()
+                if state.config.weights is WeightFormat.W16A16:  # the unmerged weights' memory is of other sizes
+                    torch.cuda.empty_cache()
     if state.replaced:
         # functools.partial, not a bound method: those pickle as an attribute of the model, which these are not.
         model.save_pretrained = functools.partial(save_packed, model, state.config)

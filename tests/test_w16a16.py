@@ -27,6 +27,7 @@ from hf_fastpath import (
     unpatch_model,
 )
 from hf_fastpath.generation import CACHES
+from hf_fastpath.modules import merged
 from hf_fastpath.modules.conv_step import ConvStep
 from hf_fastpath.modules.decoder_step import DecoderStep, LayerStep
 from hf_fastpath.modules.merged import PlainWeight, merge, why_not_merged
@@ -42,6 +43,13 @@ def steps(monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str], Cal
     """The CPU goes the ways that a GPU goes, on the references; the ends of layers' steps, prompts' too."""
     monkeypatch.setattr(heuristics, "fuses_decoder_step", lambda device: True)
     return count_calls(LayerStep, "add")
+
+
+@pytest.fixture
+def fused(steps: Calls, monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str], Calls]) -> Calls:
+    """Up to 16 rows go through the products that take in norms, residuals and SwiGLU; their calls."""
+    monkeypatch.setattr(heuristics, "linear_16bit_supports", lambda kind, dtype, rows, *args: rows <= 16)
+    return count_calls(merged, "linear_16bit")
 
 
 def patched(family: str = "llama", kv_cache: str = "static", dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
@@ -66,6 +74,19 @@ def test_it_computes_what_stock_computes(family: str, padding: tuple[int, ...], 
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("family", FUSED)
+def test_few_rows_in_fused_products(family: str, fused: Calls, steps: Calls) -> None:
+    stock, inputs = FAMILIES[family](), long_batch((0, 5, 60))
+    want_tokens, want = generated(stock, inputs)
+    tokens, got = generated(patched(family), inputs)
+    # Of a layer with a feed-forward three products, SwiGLU apart; the prompt is more rows.
+    dense = 1 if family == "lfm2_moe" else len(stock.model.layers)
+    assert len(fused) == 7 * (2 * len(stock.model.layers) + dense)
+    assert len(steps) <= len(stock.model.layers)
+    assert torch.equal(tokens, want_tokens)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4", "h2o"])
 def test_every_cache(kv_cache: str, steps: Calls) -> None:
     inputs = long_batch((0, 5))
@@ -80,9 +101,14 @@ def test_every_cache(kv_cache: str, steps: Calls) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "lfm2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_it_rounds_no_more_than_stock(family: str, dtype: torch.dtype, steps: Calls) -> None:
+@pytest.mark.parametrize("in_one", [False, True], ids=["apart", "fused"])
+def test_it_rounds_no_more_than_stock(
+    family: str, dtype: torch.dtype, in_one: bool, steps: Calls, request: pytest.FixtureRequest
+) -> None:
     """Against the same weights in float32; the means are over 8 x 6 x 199 logits, which vary by a few percent."""
     stock = FAMILIES[family](dtype)
+    if in_one:
+        request.getfixturevalue("fused")
     ids = torch.randint(2, 199, (8, 26), generator=torch.Generator().manual_seed(5))
 
     def last_logits(model: Any, cache: Any) -> torch.Tensor:
@@ -223,7 +249,7 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_says_what_runs() -> None:
     text = str(fastpath_report(patched("llama")))
     assert "weights='w16a16': linear layers as they are, 2 decoder layers that a GPU would run in kernels" in text
-    assert "Forward passes of ours: 2 LlamaDecoderLayer" in text
+    assert "Forward passes of ours: 4 Linear, LlamaDecoderLayer, LlamaRMSNorm" in text
     assert "weights='w16a16'" in [row.reason for row in fastpath_report(patched()).rows if row.kind == "Linear"]
     gpt2 = str(fastpath_report(patched("gpt2")))
     assert "0 decoder layers" in gpt2

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hf_fastpath.modules.merged import Norm, addresses, merge, separate, why_not_merged
+from hf_fastpath.modules.merged import Norm, merge, places, separate, why_not_merged
 from hf_fastpath.modules.w4a16_linear import W4A16Linear
 from hf_fastpath.ops import QKTransform, add_rms_norm, kv_static_append, swiglu
 
@@ -122,12 +122,12 @@ class LayerStep:
             self.gate_up, self.down = merge(feed_forward.gate_up), merge([feed_forward.down])
             self.norm = feed_forward.norm
             self._layers += [*feed_forward.gate_up, feed_forward.down]
-        self._addresses = addresses(self._layers)
+        self._places = places(self._layers)
 
     @property
     def moved(self) -> bool:
         """Whether weights in 16 bits are no longer where they were merged."""
-        return addresses(self._layers) != self._addresses
+        return any(parameter.data_ptr() != place for parameter, place in self._places)
 
     def release(self) -> None:
         """Gives the layers memory of their own again, as far as that matters: packed ones are never unpacked in it."""

@@ -15,13 +15,17 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from hf_fastpath import heuristics
 from hf_fastpath.modules.w4a16_linear import W4A16Linear, int4_product, variant_for
+from hf_fastpath.ops.linear_16bit import linear_16bit
+from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.swiglu import swiglu
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
 from hf_fastpath.ops.w4a16_swiglu import w4a16_swiglu
 from hf_fastpath.packing import TILE_ROWS
+from hf_fastpath.runtime import gpu_properties
 
 PER_ROW = ("qweight", "scales", "zeros", "bias")  # the tensors of a packed layer whose first dimension is its rows
 PLAIN_PER_ROW = ("weight", "bias")
@@ -113,7 +117,27 @@ class PlainWeight(MergedWeight):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
+    def fuses(self, rows: int) -> bool:
+        w, capability = self.weight, (0, 0)
+        if w.is_cuda:
+            gpu = gpu_properties(w.device)
+            capability = (gpu.major, gpu.minor)
+        supported = heuristics.linear_16bit_supports(w.device.type, w.dtype, rows, w.shape[1], capability)
+        return supported and w.data_ptr() % 16 == 0
+
+    def product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
+        if not self.fuses(x.shape[0]):
+            return super().product(x, norm, residual)
+        return linear_16bit(x, self.weight, self.bias, *(norm or (None, 0.0)), residual)
+
+    def swiglu(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if not self.fuses(x.shape[0]):
+            return super().swiglu(x, norm)
+        return linear_16bit_swiglu(x, self.weight, self.bias, *norm)
+
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self.fuses(x.shape[0]):
+            return self.product(x, None, total)
         if self.bias is not None:
             return super().add_to(total, x)
         return total.addmm_(x, self.weight.t())  # cuBLAS adds before it rounds
@@ -181,10 +205,10 @@ def _set_parameter(layer: nn.Linear, name: str, value: torch.Tensor) -> None:
     getattr(layer, name).data = value
 
 
-def addresses(layers: Sequence[Any]) -> list[int]:
-    """Where the parameters of plain layers are: moving them leaves the parameters the objects that they were."""
+def places(layers: Sequence[Any]) -> list[tuple[torch.Tensor, int]]:
+    """The parameters of plain layers, and where they are: moving them leaves them the objects that they were."""
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    return [x.data_ptr() for layer in plain for x in (layer.weight, layer.bias) if x is not None]
+    return [(x, x.data_ptr()) for layer in plain for x in (layer.weight, layer.bias) if x is not None]
 
 
 @torch.inference_mode(False)
