@@ -16,8 +16,6 @@ from tiny_models import FAMILIES, long_batch, make_llama
 
 from hf_fastpath import patch_model, unpatch_model
 from hf_fastpath.caches.conv_state import ConvStateLayer
-from hf_fastpath.eval import profile_decode
-from hf_fastpath.eval.graph_replay import replay_of
 
 pytestmark = pytest.mark.gpu
 
@@ -216,18 +214,3 @@ def test_the_memory_is_given_back() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 2 * 2**20  # the original weights are back, the packed ones gone
-
-
-@pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
-def test_the_graphs_replayed_and_profiled_without_generate(how: dict[str, Any]) -> None:
-    model, inputs = patched("int8"), on_gpu(long_batch((0, 0)))
-    replay = replay_of(model, inputs, 60, **{name: value for name, value in how.items() if name != "max_new_tokens"})
-    rows = profile_decode.profile(replay)
-    found = profile_decode.roles(rows)
-    assert {"product", "attention", "append", "head", "choice"} <= set(found)
-    layers = model.config.num_hidden_layers
-    assert sum(row["nodes"] for row in found["attention"]) >= layers
-    assert sum(row["nodes"] for row in found["append"]) == layers
-    assert rows[0]["wall_us"] > rows[0]["idle_us"] >= 0
-    assert replay.rate(2, at_most=8) > 0
-    check_alike(model, **inputs, **how)
