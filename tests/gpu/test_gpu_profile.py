@@ -25,7 +25,8 @@ def test_replayed_and_profiled(make: Any, how: dict[str, Any]) -> None:
     replay = replay_of(model, inputs, 60, **how)
     rows = profile_decode.profile(replay)
     found = profile_decode.roles(rows)
-    attention_layers = getattr(model.config, "layer_types", ["full_attention"] * 2).count("full_attention")
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
+    attention_layers = kinds.count("full_attention")
     assert {"product", "attention", "append", "head", "choice"} <= set(found)
     assert sum(row["nodes"] for row in found["append"]) == attention_layers
     assert sum(row["nodes"] for row in found["attention"]) >= attention_layers
