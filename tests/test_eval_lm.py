@@ -99,9 +99,9 @@ def test_a_chunk_of_one_is_decoding(requests: list[Request]) -> None:
 
 def test_progress_counts_contexts(requests: list[Request]) -> None:
     calls: list[tuple[int, int]] = []
-    lm = make_lm(batch_size=3, on_progress=lambda done, total: calls.append((done, total)))
+    lm = make_lm(batch_size=4, on_progress=lambda done, total: calls.append((done, total)))
     lm._loglikelihood_tokens(requests)
-    assert calls == [(3, 4), (4, 4)]
+    assert calls == [(2, 4), (4, 4)]  # 3 + 1 rows, 2 + 1
     calls.clear()
     lm = make_lm(batch_size=2, kv_chunk=0, on_progress=lambda done, total: calls.append((done, total)))
     lm._loglikelihood_tokens(requests)
