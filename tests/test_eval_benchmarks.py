@@ -91,6 +91,31 @@ def test_the_report(request_: accuracy.Request) -> None:
         assert Path(f"{request_.out}_{name}.png").stat().st_size > 10_000
 
 
+def test_a_report_is_written_again_from_its_numbers(
+    request_: accuracy.Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(dataclasses.replace(request_, tasks="wikitext2,mmlu:0"))
+    path = Path(f"{request_.out}.md")
+    text = path.read_text()
+    assert "Questions were read as in decoding, through each configuration's own KV cache, 64 tokens" in text
+    path.unlink()
+    monkeypatch.setattr(sys, "argv", ["accuracy_report", f"{request_.out}.json"])
+    accuracy_report.main()
+    assert path.read_text() == text
+    shown = capsys.readouterr().out
+    for table in ("Speed, memory, perplexity", "Accuracy: stock's"):
+        assert f"## {table}" in shown
+    for line in shown.splitlines():
+        assert line in text
+
+
+def test_a_single_pass_is_called_so(request_: accuracy.Request) -> None:
+    request = dataclasses.replace(request_, tasks="mmlu:0", kv_chunk=0, limit=2, candidates=request_.candidates[:2])
+    report = run(request)
+    assert report["configurations"][1]["benchmarks"]["mmlu"]["likelihood_change"] < 0.01  # bf16 weights, other kernels
+    assert "in which a quantized KV cache is not read" in accuracy_report.markdown(report)
+
+
 def test_stock_answers_as_lm_evals_own_model(request_: accuracy.Request) -> None:
     """Through a full-precision cache in chunks, against HFLM's single pass over the same prompts."""
     request = dataclasses.replace(
