@@ -41,7 +41,7 @@ class Recipe:
             Where a module may not be fit for it, the subclass has a ``why_not(module)``, which says why or "". One that
             keeps what it can make anew has ``prepare()``, which makes it at once, and ``forget()``.
         quantized_modules: the same for classes whose modules become another one where layers were packed and run on
-            kernels, or run on kernels in 16 bits, since stock's bits are not what is wanted there.
+            kernels, since stock's bits are not what is wanted there.
         capturable: whether the decode step of ``model_classes`` runs as a CUDA graph: nothing in it waits for the GPU.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.
     """
