@@ -267,10 +267,6 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("short_conv_prefill", (*conv, padding)),
         ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
         ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32, 0)),
-        (
-            "moe_experts_16bit",
-            (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *(torch.randn(2, 64, 64).bfloat16(),) * 2, x),
-        ),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("kv_h2o_append", (*appended(1), *h2o, 5, 2)),
         ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
@@ -309,6 +305,10 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),
         ("kv_int8_dequantize", (*cache[:2], 3, torch.empty(2, 2, 10, 32))),
         ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), None, 0.2, 9, 2.0, torch.randn(4))),
+        (
+            "moe_experts_16bit",
+            (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *(torch.randn(2, 64, 64).bfloat16(),) * 2, x),
+        ),
         ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, 0.2, 0, 0.0, None)),
     ]
 
