@@ -307,7 +307,10 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), None, 0.2, 9, 2.0, torch.randn(4))),
         (
             "moe_experts_16bit",
-            (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *(torch.randn(2, 64, 64).bfloat16(),) * 2, x),
+            (
+                *(x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()),
+                *(torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16(), x),
+            ),
         ),
         ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, 0.2, 0, 0.0, None)),
     ]
