@@ -8,7 +8,10 @@ outlive the cache.
 
 from __future__ import annotations
 
+import functools
+import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -16,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.modules import module as torch_module
 
+from hf_fastpath.ops import TokenState
 from hf_fastpath.packing import ceil_div
 
 # A call that needs a little more than the last one finds the same slot; all rows of a slot together have about this.
@@ -45,21 +49,57 @@ Capture = Callable[[Callable[[], None]], Graph]
 _capturing = threading.Lock()
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a GPU: libraries keep a workspace for each stream that they ever saw."""
+    return torch.cuda.Stream(device)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch, CUDA or cuBLAS says that there is too little GPU memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
 class CudaCapture:
     """Captures into one memory pool for all graphs of a slot: what a replay leaves there is read before the next."""
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, call: Callable[[], None]) -> Graph:
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may allocate meanwhile, which the default mode takes for a mistake; but not capture as well.
+        """Calls ``call`` twice where memory was short the first time: what PyTorch keeps for later cannot be given to
+        the pool of a graph while there is a capture."""
+        with _capturing:
+            try:
+                return self._record(call)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    error.add_note(
+                        "hf_fastpath was capturing a CUDA graph: patch_model(model, cuda_graphs=False) needs none"
+                    )
+                    raise
+            torch.cuda.empty_cache()
+            return self._record(call)
+
+    def _record(self, call: Callable[[], None]) -> Graph:
+        # Not torch.cuda.graph: it first gives all memory that PyTorch keeps back to the driver, which costs
+        # milliseconds, and lets other processes take what the next call needs.
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        torch.cuda.synchronize(self.device)
+        gc.disable()  # a finalizer may do what a capture forbids
         try:
-            with _capturing, torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                call()
-        except RuntimeError as error:
-            error.add_note("hf_fastpath was capturing a CUDA graph: patch_model(model, cuda_graphs=False) needs none")
-            raise
+            with torch.cuda.device(self.device), torch.cuda.stream(_capture_stream(self.device)):
+                # Another thread may allocate meanwhile, which the default mode takes for a mistake; but not capture.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    call()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         return graph
 
 
@@ -80,8 +120,9 @@ class Slot:
     Attributes:
         cache, kind: one whose storage is lent, and what caches like it have in common.
         rows, capacity: the largest batch, and the tokens of a row that there is room for.
-        ids, positions: int64 ``(rows, 1)``, the tokens that the next step gets, and their positions.
-        logits: float32 ``(rows, V)``, of the latest step; None before the first.
+        ids, positions: int64 ``(rows, 1)``, the tokens that the next step gets, and their positions; before the first
+            are chosen, the positions before.
+        logits: ``(rows, V)`` in the model's dtype, of the latest step; None before the first.
         unfinished: int64 ``(rows,)``, 1 until a row has its end token. tokens: int64 ``(rows, capacity)``, those that
             were chosen, ``count`` ``(1, 1)`` of them. done: bool ``()``, whether no row is unfinished.
     """
@@ -90,7 +131,7 @@ class Slot:
         self.cache, self.kind, self.rows, self.capacity, self.capture = cache, cache.kind, rows, capacity, capture
         self.device = device
         self.owner: weakref.ref[Any] | None = None
-        self.batch, self.masked = 0, False
+        self.batch, self.masked, self.short_of_memory = 0, False, False
         self.logits: torch.Tensor | None = None
         self._graphs: dict[Any, tuple[Graph | None, Any]] = {}
         self._stream: Any = None
@@ -135,17 +176,33 @@ class Slot:
         cache = self._cache()
         if cache.padding is not None:
             cache.padding.end()
-        self.positions[:batch].copy_(positions)
+        self.positions[:batch].copy_(positions - 1)
         self.unfinished.fill_(1)
         self.count.zero_()
+        self.short_of_memory = False
         self.masked = mask is not None and not bool(mask.all())
         if mask is not None and self.masked:
             self.mask[:batch].fill_(True)
             self.mask[:batch, 0, 0, : mask.shape[1]].copy_(mask)
 
+    @property
+    def state(self) -> TokenState:
+        """What is noted of the rows of the batch as tokens are chosen."""
+        rows = slice(0, self.batch)
+        return TokenState(
+            *(self.ids[rows], self.positions[rows], self.unfinished[rows], self.done, self.tokens[rows], self.count)
+        )
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """Makes ``(B,)`` the tokens that the next step gets, where :attr:`state` is not used to choose them."""
+        self.ids[: self.batch].copy_(tokens[:, None])
+        self.positions[: self.batch] += 1
+
     def run(self, key: Any, call: Callable[[], None], keep: Any = None) -> None:
         """Calls ``call`` the first time that ``key`` comes, captures it the second time, and replays it from then on:
         libraries set themselves up in their first call, which a capture forbids. ``keep`` lives as long as the graph.
+
+        ``call`` may be called once more where it was captured in vain, for want of memory.
         """
         self._order_streams()
         known = self._graphs.pop(key, None)
@@ -157,42 +214,65 @@ class Slot:
             return
         graph, kept = known
         if graph is None:
-            graph, kept = self.capture(call), keep
+            graph, kept = self._captured(call), keep
         self._graphs[key] = graph, kept
-        graph.replay()
+        if graph is None:
+            call()
+        else:
+            graph.replay()
+
+    def _captured(self, call: Callable[[], None]) -> Graph | None:
+        """A graph of ``call``; None when there is no memory for it, which is not tried again before :meth:`begin`."""
+        if self.short_of_memory:
+            return None
+        try:
+            return self.capture(call)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            warnings.warn(f"generate() goes on without a CUDA graph, and slower: {error}", stacklevel=2)
+            self.short_of_memory = True
+            return None
 
     def step(self, forward: Callable[..., Any]) -> None:
         """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times."""
         cache = self._cache()
         length = cache.get_seq_length()
-        self.run(("step", self.batch, self.masked), lambda: self._forward(forward))
+        self.run(("step", self.batch, self.masked), lambda: self._forward(forward, length))
         for layer in cache.layers:
             layer.advance_to(length + 1)
+
+    @property
+    def captured(self) -> list[tuple[str, Graph]]:
+        """What was captured, ``"step"`` or ``"choice"``, and its graph; the one that was used last is at the end.
+        Replaying choice and step adds a token to each row, for which there has to be room."""
+        return [(key[0], graph) for key, (graph, _) in self._graphs.items() if graph is not None]
 
     def _cache(self) -> Any:
         cache = None if self.owner is None else self.owner()
         assert cache is not None
         return cache
 
-    def _forward(self, forward: Callable[..., Any]) -> None:
-        batch = self.batch
+    def _forward(self, forward: Callable[..., Any], length: int) -> None:
+        batch, cache = self.batch, self._cache()
+        for layer in cache.layers:  # a capture that failed has counted
+            layer.advance_to(length)
         out = forward(
             input_ids=self.ids[:batch],
             position_ids=self.positions[:batch],
             attention_mask=self.mask[:batch] if self.masked else None,
-            past_key_values=self._cache(),
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
         )
         self.take(out.logits)
-        self.positions[:batch] += 1
 
     @torch.inference_mode(False)
     def take(self, logits: torch.Tensor) -> None:
         """Puts ``(B, T, V)`` logits of the last token into :attr:`logits`."""
         if self.logits is None:
-            self.logits = torch.empty((self.rows, logits.shape[2]), dtype=torch.float32, device=self.device)
+            self.logits = logits.new_empty((self.rows, logits.shape[2]))
         self.logits[: logits.shape[0]].copy_(logits[:, -1].detach())
 
     def _order_streams(self) -> None:
@@ -209,10 +289,10 @@ class DecodeGraphs:
     """All slots of one patched model. A copy of it has none.
 
     Args:
-        new_capture: makes what records the graphs of one slot; None: on the GPU.
+        new_capture: makes what records the graphs of one slot on a device; None: on the GPU.
     """
 
-    def __init__(self, new_capture: Callable[[], Capture] | None = None) -> None:
+    def __init__(self, new_capture: Callable[[torch.device], Capture] | None = None) -> None:
         self.new_capture = new_capture or CudaCapture
         self.slots: list[Slot] = []
         self._lock = threading.Lock()
@@ -241,7 +321,7 @@ class DecodeGraphs:
                 self.slots = [slot for slot in self.slots if slot not in same]
                 same.clear()
                 capacity = capacity_for(rows, tokens)
-                slot = Slot(cache.empty_like(capacity), rows, capacity, self.new_capture(), device)
+                slot = Slot(cache.empty_like(capacity), rows, capacity, self.new_capture(device), device)
             else:
                 self.slots.remove(slot)
             slot.lend_to(cache)

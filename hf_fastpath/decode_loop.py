@@ -38,9 +38,11 @@ class StopWatch:
         """After a step was queued: how many steps were queued too many; None: go on.
 
         Args:
-            done: bool ``()``, whether all rows are finished after the step; None: they are not.
+            done: bool ``()``, whether all rows are finished after the step; None, at each step: they are not.
             last: there is no further step.
         """
+        if done is None and self.streamer is None:  # nothing to wait for
+            return 0 if last else None
         copy = self._free.pop()
         copy.start(done, tokens if self.streamer is not None else None)
         self._pending.append(copy)
@@ -111,12 +113,12 @@ class _Steps:
             slot.begin(positions, mask)
 
     def __call__(self, choice: Choice) -> torch.Tensor:
-        """Logits of the tokens behind the latest ones, float32 ``(B, V)``."""
+        """Logits of the tokens behind the latest ones, ``(B, V)`` in the model's dtype."""
         slot, count = self.slot, self.count
         self.count += 1
         if slot is not None and self.cache.get_seq_length() < slot.capacity:
             if not isinstance(choice, InGraph):
-                slot.ids[: slot.batch].copy_(choice.latest[:, None])
+                slot.put(choice.latest)
             slot.step(self.model.forward)
             return _logits(slot)
         mask = self.mask
@@ -134,7 +136,7 @@ class _Steps:
     def first(self, logits: torch.Tensor) -> torch.Tensor:
         """The model's logits ``(B, T, V)`` of the last token, as :meth:`__call__` gives them."""
         if self.slot is None:
-            return logits[:, -1].to(copy=True, dtype=torch.float32)
+            return logits[:, -1].clone()
         self.slot.take(logits)
         return _logits(self.slot)
 

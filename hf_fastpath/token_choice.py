@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from hf_fastpath.decode_graph import Slot
+from hf_fastpath.ops import choose_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Choice(Protocol):
     done: torch.Tensor | None
 
     def __call__(self, logits: torch.Tensor) -> None:
-        """Chooses by float32 logits ``(B, V)``, which it does not change."""
+        """Chooses by logits ``(B, V)`` in the model's dtype, which it does not change."""
 
     def drop(self, count: int) -> None:
         """Forgets the last ``count`` calls."""
@@ -72,7 +73,7 @@ class CallByCall:
     done: torch.Tensor | None
 
     def __call__(self, logits: torch.Tensor) -> None:
-        rule, raw = self.rule, logits.clone()
+        rule, raw = self.rule, logits.to(torch.float32, copy=True)
         scores = rule.processors(self.ids, raw)
         if self.scores is not None:
             self.scores += (scores,)
@@ -126,21 +127,15 @@ class InGraph:
 def _choose(rule: Rule, slot: Slot) -> None:
     """From ``slot.logits`` to ``slot.ids``, without waiting for the GPU."""
     assert slot.logits is not None
-    batch, unfinished = slot.batch, slot.unfinished[: slot.batch]
-    scores = rule.processors(slot.tokens[:batch, :1], slot.logits[:batch].clone())
+    state, scores = slot.state, slot.logits[: slot.batch]
+    if rule.processors:
+        scores = rule.processors(state.tokens[:, :1], scores.to(torch.float32, copy=True))
+    noise = None
     if rule.do_sample:
-        probabilities = torch.nn.functional.softmax(scores, dim=-1)
+        scores = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
         # torch.multinomial does this with the same random numbers, but for a check that a graph cannot hold.
-        tokens = (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
-    else:
-        tokens = torch.argmax(scores, dim=-1)
-    if rule.end is not None and rule.pad is not None:
-        tokens = tokens * unfinished + rule.pad * (1 - unfinished)
-        unfinished &= ~torch.isin(tokens, rule.end)
-        slot.done.copy_(unfinished.max() == 0)
-    slot.ids[:batch].copy_(tokens[:, None])
-    slot.tokens[:batch].scatter_(1, slot.count.expand(batch, 1), tokens[:, None])
-    slot.count += 1
+        noise = torch.empty_like(scores).exponential_(1)
+    choose_tokens(scores, noise, rule.end, rule.pad, state)
 
 
 def settings_of(processors: Sequence[Any], stateless: tuple[type, ...]) -> Any:

@@ -8,10 +8,12 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import (
     Lfm2MoeMLP,
     Lfm2MoeRMSNorm,
     Lfm2MoeShortConv,
+    Lfm2MoeSparseMoeBlock,
     Lfm2MoeTopKRouter,
 )
 
 from hf_fastpath.modules import Experts16, MoERouter, ShortConv
+from hf_fastpath.patches.heads import HEAD, LAST_NORM
 from hf_fastpath.patches.lfm2 import ATTENTION_AND_CONVOLUTION, FEED_FORWARD
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
 from hf_fastpath.patches.recipe import Recipe
@@ -24,7 +26,13 @@ class FastLfm2MoeShortConv(ShortConv, Lfm2MoeShortConv):
 class FusedLfm2MoeDecoderLayer(FusedLfm2Layer, Lfm2MoeDecoderLayer):
     """What an ``Lfm2MoeDecoderLayer`` becomes."""
 
-    lfm2_kinds = Lfm2Kinds(Lfm2MoeAttention, (Lfm2MoeShortConv, FastLfm2MoeShortConv), Lfm2MoeMLP, Lfm2MoeRMSNorm)
+    lfm2_kinds = Lfm2Kinds(
+        Lfm2MoeAttention,
+        (Lfm2MoeShortConv, FastLfm2MoeShortConv),
+        Lfm2MoeMLP,
+        Lfm2MoeRMSNorm,
+        Lfm2MoeSparseMoeBlock,
+    )
 
 
 class FastLfm2MoeTopKRouter(MoERouter, Lfm2MoeTopKRouter):
@@ -52,5 +60,6 @@ RECIPE = Recipe(
         Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
     },
     quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter, Lfm2MoeExperts: FastLfm2MoeExperts},
+    single_modules={"model.embedding_norm": LAST_NORM, "lm_head": HEAD},
     capturable=True,
 )

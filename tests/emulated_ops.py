@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from emulator import IN_OUT, INPUT, OUTPUT, library
 
+from hf_fastpath.ops import TokenState
+
 
 class EmulatedOps:
     """Each op under its name, with its arguments; see :class:`emulator.KernelFault` for what they raise."""
@@ -29,6 +31,32 @@ class EmulatedOps:
     ) -> torch.Tensor:
         packed = (qweight, scales, zeros, bias)
         return self._int4_product(0, x, packed, out_features, None, 0.0, None, out_features, group_size)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, None, weight, eps)[1]
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sums, y = (x.new_empty(x.shape) for _ in range(2))
+        self._library.call(
+            "emulated_rms_norm",
+            *(x, x.stride(0), residual, weight, eps, sums, y, *x.shape, x.dtype is torch.bfloat16),
+            **_inputs(x=x, residual=residual, weight=weight),
+            sums=(sums, OUTPUT),
+            y=(y, OUTPUT),
+        )
+        return sums, y
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(x.shape[0], x.shape[1] // 2)
+        self._library.call("emulated_swiglu", x, y, *y.shape, x.dtype is torch.bfloat16, **_inputs(x=x), y=(y, OUTPUT))
+        return y
 
     def w4a16_linear_fused(
         self,
@@ -113,6 +141,53 @@ class EmulatedOps:
             *(norm_weight, eps, residual, normalized, x.dtype is torch.bfloat16, self.sm_count, product),
             **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
             **_inputs(norm_weight=norm_weight, residual=residual),
+            normalized=(normalized, OUTPUT),
+            y=(y, OUTPUT),
+        )
+        return y
+
+    def linear_16bit(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        float32_out: bool = False,
+    ) -> torch.Tensor:
+        y = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32 if float32_out else x.dtype)
+        return self._16bit_product(x, weight, bias, norm_weight, eps, residual, y, float32_out, False)
+
+    def linear_16bit_swiglu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        y = x.new_empty((x.shape[0], weight.shape[0] // 2))
+        return self._16bit_product(x, weight, bias, norm_weight, eps, None, y, False, True)
+
+    def _16bit_product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        y: torch.Tensor,
+        float32_out: bool,
+        swiglu: bool,
+    ) -> torch.Tensor:
+        normalized = x.new_empty(x.shape)
+        self._library.call(
+            "emulated_linear_16bit",
+            *(x, x.stride(0), weight, bias, y, x.shape[0], *weight.shape, norm_weight, eps, residual, normalized),
+            *(float32_out, x.dtype is torch.bfloat16, self.sm_count, swiglu),
+            **_inputs(x=x, weight=weight, bias=bias, norm_weight=norm_weight, residual=residual),
             normalized=(normalized, OUTPUT),
             y=(y, OUTPUT),
         )
@@ -481,14 +556,36 @@ class EmulatedOps:
         normalize: bool,
         scaling: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._moe_router(x, None, 0.0, None, weight, expert_bias, top_k, normalize, scaling)
+
+    def moe_norm_router(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float, *router: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        normalized = torch.empty_like(x)
+        _, shares, experts = self._moe_router(x, norm_weight, norm_eps, normalized, *router)
+        return normalized, shares, experts
+
+    def _moe_router(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        norm_eps: float,
+        normalized: torch.Tensor | None,
+        weight: torch.Tensor,
+        expert_bias: torch.Tensor | None,
+        top_k: int,
+        normalize: bool,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (rows, hidden), count = x.shape, weight.shape[0]
         logits, shares = x.new_empty(rows, count), x.new_empty(rows, top_k)
         experts = torch.empty(rows, top_k, dtype=torch.int64)
         self._library.call(
             "emulated_moe_router",
             *(x, weight, expert_bias, logits, shares, experts, rows, hidden, count, top_k, normalize, float(scaling)),
-            *(x.dtype is torch.bfloat16, self.sm_count),
-            **_inputs(x=x, weight=weight, expert_bias=expert_bias),
+            *(norm_weight, float(norm_eps), normalized, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, weight=weight, expert_bias=expert_bias, norm_weight=norm_weight),
+            normalized=(normalized, OUTPUT),
             logits=(logits, OUTPUT),
             shares=(shares, OUTPUT),
             experts=(experts, OUTPUT),
@@ -510,6 +607,7 @@ class EmulatedOps:
         gate_up_group_size: int,
         down_group_size: int,
         variant: int,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         (rows, hidden), top_k, count = x.shape, experts.shape[1], gate_up_qweight.shape[0]
         y = torch.empty_like(x)
@@ -518,10 +616,10 @@ class EmulatedOps:
             self._library.call(
                 "emulated_moe_experts",
                 *(x, experts, shares, gate_up_qweight, gate_up_scales, gate_up_zeros, gate_up_group_size),
-                *(down_qweight, down_scales, down_zeros, down_group_size, workspace, y),
+                *(down_qweight, down_scales, down_zeros, down_group_size, residual, workspace, y),
                 *(rows, top_k, count, hidden, intermediate_size, variant, x.dtype is torch.bfloat16, self.sm_count),
                 size,
-                **_inputs(x=x, experts=experts, shares=shares),
+                **_inputs(x=x, experts=experts, shares=shares, residual=residual),
                 **_inputs(gate_up_qweight=gate_up_qweight, gate_up_scales=gate_up_scales, gate_up_zeros=gate_up_zeros),
                 **_inputs(down_qweight=down_qweight, down_scales=down_scales, down_zeros=down_zeros),
                 workspace=(workspace, OUTPUT),
@@ -533,6 +631,35 @@ class EmulatedOps:
             call(None, size)
         call(torch.empty(int(size), dtype=torch.uint8), None)
         return y
+
+    def choose_tokens(
+        self,
+        scores: torch.Tensor,
+        noise: torch.Tensor | None,
+        end: torch.Tensor | None,
+        pad: torch.Tensor | None,
+        state: TokenState,
+    ) -> None:
+        rows, vocabulary = scores.shape
+        ends = 0 if end is None else end.numel()
+        parts = torch.empty(
+            (rows, self._floats("emulated_choose_tokens_parts", rows, vocabulary, self.sm_count)), dtype=torch.int64
+        )
+        dtype = (torch.float16, torch.bfloat16, torch.float32).index(scores.dtype)
+        self._library.call(
+            "emulated_choose_tokens",
+            *(scores, scores.stride(0), noise, end, ends, pad, state.ids, state.positions, state.unfinished),
+            *(state.done, state.tokens, state.tokens.stride(0), state.tokens.shape[1], state.counted),
+            *(parts, rows, vocabulary, dtype, self.sm_count),
+            **_inputs(scores=scores, noise=noise, end=end, pad=pad),
+            ids=(state.ids, OUTPUT),
+            positions=(state.positions, IN_OUT),
+            unfinished=(state.unfinished, IN_OUT),
+            done=(state.done, IN_OUT),
+            tokens=(state.tokens, IN_OUT),
+            count=(state.counted, IN_OUT),
+            parts=(parts, OUTPUT),
+        )
 
     def moe_experts_16bit(
         self,

@@ -39,7 +39,7 @@ class CalledAgain:
 class FakeCapture:
     log: list[str]
 
-    def __init__(self, log: list[str]) -> None:
+    def __init__(self, log: list[str], device: torch.device) -> None:
         self.log = log
 
     def __call__(self, call: Callable[[], None]) -> CalledAgain:
@@ -379,6 +379,58 @@ def test_copies_have_graphs_of_their_own(patched: Any) -> None:
     assert pickle.loads(pickle.dumps(DecodeGraphs())).slots == []
     unpatch_model(twin)
     assert "_fastpath" not in twin.__dict__
+
+
+class OutOfMemory(FakeCapture):
+    """As many times as there are ``failures``, the memory is found short after everything was called once."""
+
+    failures: int
+
+    def __call__(self, call: Callable[[], None]) -> CalledAgain:
+        if self.failures:
+            OutOfMemory.failures -= 1
+            generators = torch.get_rng_state()
+            state = [tensor.clone() for tensor in self.on_gpu()]
+            call()
+            for tensor, before in zip(self.on_gpu(), state, strict=True):
+                tensor.copy_(before)  # a capture changes nothing on the GPU
+            torch.set_rng_state(generators)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().__call__(call)
+
+    slot: Any
+
+    def on_gpu(self) -> list[torch.Tensor]:
+        slot = self.slot()
+        storage = [tensor for layer in slot.cache.layers for tensor in getattr(layer, "storage", [])]
+        return [*storage, *slot.state]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+def test_without_memory_for_a_graph_there_is_none(patched: Any, how: dict[str, Any], failures: int) -> None:
+    inputs, graphs = long_batch((0, 7)), patched._fastpath.graphs
+    OutOfMemory.failures, OutOfMemory.slot = failures, staticmethod(lambda: graphs.slots[-1])
+    graphs.new_capture = functools.partial(OutOfMemory, graphs.log)
+    torch.manual_seed(1)
+    want = plain(patched, **inputs, **how)
+    for left in reversed(range(failures)):
+        torch.manual_seed(1)
+        with pytest.warns(UserWarning, match="without a CUDA graph, and slower: CUDA out of memory"):
+            assert torch.equal(patched.generate(**inputs, **how), want)
+        assert OutOfMemory.failures == left
+        assert log_of(patched) == []
+    check_alike(patched, **inputs, **how)
+    assert log_of(patched).count("capture") == 2
+
+
+def test_other_errors_of_a_capture_are_raised(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(self: Any, call: Callable[[], None]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeCapture, "__call__", capture)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        patched.generate(**long_batch((0,)), **GREEDY)
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (16, 16), (17, 32)])

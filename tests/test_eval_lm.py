@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,42 @@ def test_a_chunk_of_one_is_decoding(requests: list[Request]) -> None:
         assert found == pytest.approx(likelihood, abs=1e-4)  # the same arithmetic but for the order of the sum
 
 
-def test_progress_counts_forward_passes(requests: list[Request]) -> None:
+def test_progress_counts_contexts(requests: list[Request]) -> None:
     calls: list[tuple[int, int]] = []
-    lm = make_lm(batch_size=2, on_progress=lambda done, total: calls.append((done, total)))
+    lm = make_lm(batch_size=3, on_progress=lambda done, total: calls.append((done, total)))
     lm._loglikelihood_tokens(requests)
-    assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]  # the three continuations of one token share one
+    assert calls == [(3, 4), (4, 4)]
+    calls.clear()
+    lm = make_lm(batch_size=2, kv_chunk=0, on_progress=lambda done, total: calls.append((done, total)))
+    lm._loglikelihood_tokens(requests)
+    assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]  # the three continuations of one token share one pass
+
+
+def test_texts_encoded_together_are_those_encoded_one_by_one() -> None:
+    """A context that ends in a space, which lm-eval moves to the continuation, one that is empty, one that begins with
+    the token that an empty one is replaced by, and the same pair twice."""
+    pairs = [("a b c", " d"), ("a b ", "c"), ("", "d e"), ("[EOS] a", " b"), ("a b c", " e"), ("a b c", " d")]
+    asked = [types.SimpleNamespace(args=pair) for pair in pairs]
+    known, seen = make_lm(), make_lm(encoded={})
+    assert seen.loglikelihood(asked, disable_tqdm=True) == known.loglikelihood(asked, disable_tqdm=True)  # type: ignore[arg-type]
+    assert seen.encoded is not None
+    assert {*seen.encoded} == {pair for pair in pairs if pair[0]}
+    for pair, ids in seen.encoded.items():
+        assert ids == known._encode_pair(*pair)
+    assert not seen._ids
+
+
+def test_a_context_too_long_is_cut_on_the_left() -> None:
+    model = make_llama(max_position_embeddings=32)
+    tokens = torch.randint(2, 199, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    request = [(("", ""), tokens[:-2], tokens[-2:]), (("", ""), tokens[:-2], tokens[-1:])]
+    for (own, greedy), (known, known_greedy) in zip(
+        FastpathLM(model, make_tokenizer())._loglikelihood_tokens(request, disable_tqdm=True),
+        HFLM(pretrained=model, tokenizer=make_tokenizer())._loglikelihood_tokens(request, disable_tqdm=True),
+        strict=True,
+    ):
+        assert own == pytest.approx(known, abs=TOLERANCE)
+        assert greedy == known_greedy
 
 
 def test_registered_under_its_name_and_made_from_a_folder(tmp_path: Path) -> None:

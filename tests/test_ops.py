@@ -238,6 +238,11 @@ def expert_stack(rows: int, columns: int) -> list[torch.Tensor]:
     return [torch.stack(parts) for parts in zip(*weights, strict=True)]
 
 
+def token_state(rows: int) -> ops.TokenState:
+    integers = [torch.ones(shape, dtype=torch.long) for shape in ((rows, 1), (rows, 1), (rows,), (rows, 5), (1, 1))]
+    return ops.TokenState(*integers[:3], torch.tensor(False), *integers[3:])
+
+
 def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     torch.manual_seed(0)
     qweight, scales, zero, _ = packed_weight(20, 64, 32, True, torch.bfloat16)
@@ -262,12 +267,19 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     h2o = h2o_storage()
     conv, state = (torch.randn(2, 4, 18), torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6)), torch.randn(2, 6, 3)
     gate_up, down = (expert_stack(64, 64), expert_stack(64, 32))
+    plain = torch.randn(32, 64).bfloat16()
+    sent = x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()
     padding = torch.tensor([[False, True, True, True], [True] * 4])
     return [
         ("short_conv_prefill", (*conv, padding)),
-        ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
-        ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32, 0)),
+        ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0, None, 0.0)),
+        ("moe_router", (x, torch.randn(6, 64).bfloat16(), None, 2, True, 1.0, norm_weight, 1e-5)),
+        ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, None)),
+        ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, x)),
+        ("moe_experts_16bit", (*sent, torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16(), x)),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
+        ("choose_tokens", (torch.randn(2, 9), torch.rand(2, 9), torch.tensor([3]), torch.tensor(0), *token_state(2))),
+        ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),
         ("kv_h2o_append", (*appended(1), *h2o, 5, 2)),
         ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
         ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 20, 0.2, 5, 2)),
@@ -295,6 +307,13 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
                 32,
             ),
         ),
+        ("rms_norm", (x, norm_weight, 1e-5)),
+        ("add_rms_norm", (x, x + 1, norm_weight, 1e-5)),
+        ("swiglu", (x,)),
+        ("linear_16bit", (x, plain, plain[:, 0], norm_weight, 1e-5, None, False)),
+        ("linear_16bit", (x, plain, None, None, 0.0, torch.randn(3, 32).bfloat16(), False)),
+        ("linear_16bit", (x, plain, None, norm_weight, 1e-5, None, True)),
+        ("linear_16bit_swiglu", (x, plain, None, norm_weight, 1e-5)),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),
         ("w8a16_dequantize", (*int8, 20)),
@@ -305,13 +324,6 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),
         ("kv_int8_dequantize", (*cache[:2], 3, torch.empty(2, 2, 10, 32))),
         ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), None, 0.2, 9, 2.0, torch.randn(4))),
-        (
-            "moe_experts_16bit",
-            (
-                *(x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()),
-                *(torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16(), x),
-            ),
-        ),
         ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, 0.2, 0, 0.0, None)),
     ]
 

@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, long_batch, make_llama
 
 from hf_fastpath import patch_model, unpatch_model
 from hf_fastpath.caches.conv_state import ConvStateLayer
+from hf_fastpath.decode_graph import Slot
 
 pytestmark = pytest.mark.gpu
 
@@ -191,6 +192,28 @@ def test_threads_one_after_the_other_and_at_once() -> None:
         thread.start()
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+def test_a_capture_that_finds_no_memory(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the step runs as it is, and later calls are captured: nothing that failed is left behind."""
+    model, inputs = new_patched("int8"), on_gpu(long_batch((0, 7)))
+    torch.manual_seed(1)
+    want = model.generate(**inputs, **how, disable_compile=True)
+    take, failing = Slot.take, {"left": 4}  # two attempts each of two calls
+
+    def take_once_there_is_memory(slot: Slot, logits: torch.Tensor) -> None:
+        take(slot, logits)
+        if failing["left"] and torch.cuda.is_current_stream_capturing():
+            failing["left"] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory, says the test")
+
+    monkeypatch.setattr(Slot, "take", take_once_there_is_memory)
+    while failing["left"]:
+        torch.manual_seed(1)
+        with pytest.warns(UserWarning, match="without a CUDA graph"):
+            assert torch.equal(model.generate(**inputs, **how), want)
+    check_alike(model, **inputs, **how)
 
 
 def test_the_first_call_is_ready_soon() -> None:

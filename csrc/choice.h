@@ -1,0 +1,27 @@
+// The host entry points of the kernels that choose tokens; see kernels.h.
+#pragma once
+
+#include "kernels.h"
+
+namespace hf_fastpath {
+
+// ---- choose_tokens.cu -----------------------------------------------------------------------------------------------
+struct ChooseTokensArgs {
+  const void* scores;  // (rows, vocabulary), rows score_row_stride elements apart
+  int64_t score_row_stride;
+  const float* noise;  // (rows, vocabulary) contiguous, with float32 scores only; or nullptr
+  const int64_t* end;  // (end_count,), or nullptr: then neither unfinished nor done is read or written
+  int end_count;
+  const int64_t* pad;
+  int64_t *ids, *positions, *unfinished;  // (rows,)
+  bool* done;
+  int64_t* tokens;  // (rows, capacity), rows token_row_stride elements apart
+  int64_t token_row_stride, capacity;
+  int64_t* count;
+  uint64_t* parts;  // (rows, choose_tokens_parts()) to work with
+  int rows, vocabulary;
+};
+int choose_tokens_parts(int rows, int vocabulary, int sm_count);
+cudaError_t launch_choose_tokens(const ChooseTokensArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
+}  // namespace hf_fastpath

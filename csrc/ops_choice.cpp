@@ -1,0 +1,87 @@
+// The choice of tokens on CUDA: argument checks, dispatch on the dtype, launch (see ops_checks.h).
+#include <torch/csrc/stable/library.h>
+
+#include "choice.h"
+#include "ops_checks.h"
+
+namespace hf_fastpath {
+namespace {
+
+Dtype scores_dtype(const Check& check, const Tensor& scores) {
+  return scores.scalar_type() == ScalarType::Float ? Dtype::kFloat32 : check.float_dtype(scores, "scores");
+}
+
+// int64, contiguous, beside the scores.
+int64_t* integers(const Check& check, const Tensor& scores, const Tensor& t, const char* name) {
+  check.dtype(t, ScalarType::Long, name, "int64");
+  check.contiguous(t, name);
+  check.same_device(scores, t, name);
+  return static_cast<int64_t*>(t.data_ptr());
+}
+
+void check_noise(const Check& check, const Tensor& scores, const Tensor& noise) {
+  check.dtype(scores, ScalarType::Float, "scores with noise", "float32");
+  check.dtype(noise, ScalarType::Float, "noise", "float32");
+  check.shape(noise, {scores.size(0), scores.size(1)}, "noise", "(B, V)");
+  check.contiguous(scores, "scores with noise");
+  check.contiguous(noise, "noise");
+  check.same_device(scores, noise, "noise");
+}
+
+void choose_tokens(const Tensor& scores, const std::optional<Tensor>& noise, const std::optional<Tensor>& end,
+                   const std::optional<Tensor>& pad, const Tensor& ids, const Tensor& positions,
+                   const Tensor& unfinished, const Tensor& done, const Tensor& tokens, const Tensor& count) {
+  constexpr Check check{"choose_tokens"};
+  check.shape(scores, {-1, -1}, "scores", "(B, V)");
+  const Dtype dtype = scores_dtype(check, scores);
+  const int64_t rows = scores.size(0), vocabulary = scores.size(1);
+  check(vocabulary >= 1 && vocabulary <= kMaxInt && rows <= 65535, "scores are too many, or none: ", scores);
+  check(scores.stride(1) == 1 || vocabulary == 1, "the last dimension of scores must be contiguous");
+  if (noise) check_noise(check, scores, *noise);
+  check(!end || pad, "end needs pad");
+  check.shape(ids, {rows, 1}, "ids", "(B, 1)");
+  check.shape(positions, {rows, 1}, "positions", "(B, 1)");
+  check.shape(unfinished, {rows}, "unfinished", "(B,)");
+  check.shape(tokens, {rows, -1}, "tokens", "(B, capacity)");
+  check.shape(count, {1, 1}, "count", "(1, 1)");
+  check.dtype(tokens, ScalarType::Long, "tokens", "int64");
+  check(tokens.stride(1) == 1 || tokens.size(1) == 1, "the last dimension of tokens must be contiguous");
+  check.same_device(scores, tokens, "tokens");
+  check.dtype(done, ScalarType::Bool, "done", "bool");
+  check.shape(done, {}, "done", "()");
+  check.same_device(scores, done, "done");
+  ChooseTokensArgs args = {};
+  if (end) {
+    check.shape(*end, {-1}, "end", "(E,)");
+    check.shape(*pad, {}, "pad", "()");
+    args.end = integers(check, scores, *end, "end");
+    args.end_count = static_cast<int>(end->size(0));
+    args.pad = integers(check, scores, *pad, "pad");
+  }
+  args.ids = integers(check, scores, ids, "ids");
+  args.positions = integers(check, scores, positions, "positions");
+  args.unfinished = integers(check, scores, unfinished, "unfinished");
+  args.count = integers(check, scores, count, "count");
+  if (rows == 0) return;
+  const Launch launch(scores);
+  args.scores = data(scores);
+  args.score_row_stride = scores.stride(0);
+  args.noise = data<float>(noise);
+  args.done = static_cast<bool*>(done.data_ptr());
+  args.tokens = static_cast<int64_t*>(tokens.data_ptr());
+  args.token_row_stride = tokens.stride(0);
+  args.capacity = tokens.size(1);
+  args.rows = static_cast<int>(rows);
+  args.vocabulary = static_cast<int>(vocabulary);
+  const int parts = choose_tokens_parts(args.rows, args.vocabulary, launch.sm_count());
+  const Tensor best = launch.empty({rows, parts}, ScalarType::Long);
+  args.parts = static_cast<uint64_t*>(best.data_ptr());
+  check.launched(launch_choose_tokens(args, dtype, launch.sm_count(), launch.stream()));
+}
+
+}  // namespace
+}  // namespace hf_fastpath
+
+STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
+  m.impl("choose_tokens", TORCH_BOX(&hf_fastpath::choose_tokens));
+}
