@@ -5,10 +5,10 @@ layer is LFM2.5-8B-A1B's; a row's experts are drawn evenly. Columns, beside benc
 
 part     layer (norm, router, experts and residual, as a decoder layer of the model runs them), router (norm and
          router), experts (and residual)
-impl     hf_fastpath: the variant that heuristics.py takes; hf_fastpath_apart: with norm and residual by torch, as modules
-         do them; hf_fastpath_*: each variant of moe_experts that the GPU runs; grouped_mm_bf16: torch's products over
-         sorted rows, the weights in bf16; dequantize_cublas: each chosen expert expanded to 16 bits, then cuBLAS, which
-         asks the GPU which they are and so is timed without a graph
+impl     hf_fastpath: the variant that heuristics.py takes; hf_fastpath_apart: with norm and residual by torch, as
+         modules do them; hf_fastpath_*: each variant of moe_experts that the GPU runs; grouped_mm_bf16: torch's
+         products over sorted rows, the weights in bf16; dequantize_cublas: each chosen expert expanded to 16 bits, then
+         cuBLAS, which asks the GPU which they are and so is timed without a graph
 rows     of x
 chosen   experts that at least one row was sent to
 bytes    what one call must move: the chosen experts' weights once, x and y
