@@ -167,7 +167,7 @@ def _templates_compiled_once() -> Iterator[None]:
     """lm-eval compiles a question's template anew for every example shown: most of the time that prompts take."""
     from lm_eval.utils import env
 
-    env.from_string = functools.cache(env.from_string)  # type: ignore[method-assign]
+    env.from_string = functools.cache(env.from_string)
     try:
         yield
     finally:

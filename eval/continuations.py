@@ -146,8 +146,8 @@ def _score(
         low, high = (bisect.bisect_left(wanted, (edge,)) for edge in (start, stop))
         for begin in range(low, high, _LOGIT_ROWS):
             part = slice(begin, min(begin + _LOGIT_ROWS, high))
-            row, position, target = (x[part].to(logits.device) for x in (at, positions - start, targets))
-            chosen = logits[row, position]
+            place, position, target = (x[part].to(logits.device) for x in (at, positions - start, targets))
+            chosen = logits[place, position]
             logs.append(chosen.float().log_softmax(-1).gather(1, target[:, None])[:, 0])
             hits.append(chosen.argmax(-1) == target)
         start = stop
