@@ -88,6 +88,7 @@ struct W4A16GemmArgs {
   int m, n, k;
   int group_size;
   int variant;  // 0 .. kW4A16GemmVariants - 1, see hf_fastpath/ops/w4a16_gemm.py
+  const void* residual;  // (m, n), added to the product; nullptr: none
 };
 constexpr int kW4A16GemmVariants = 40;
 int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_count);

@@ -43,16 +43,19 @@ constexpr int kDownStages = 4;
 
 // Asks for the second product's weights of the first slots' experts, kAheadBytes of them: a thread's share.
 __device__ __forceinline__ void ask_for_next_weights(const Slots& slots, const Part& p) {
-  const int64_t tiles = static_cast<int64_t>(p.row_tiles) * p.col_tiles * 512, values = int64_t{p.row_tiles} * p.groups;
-  const int lines = static_cast<int>((tiles + kLineBytes - 1) / kLineBytes);
-  const int scale_lines = static_cast<int>((32 * values + kLineBytes - 1) / kLineBytes);
-  const int expert_lines = lines + scale_lines;
+  const int64_t tile_bytes = static_cast<int64_t>(p.row_tiles) * p.col_tiles * 512;
+  const int64_t zero_bytes = p.zeros ? static_cast<int64_t>(p.row_tiles) * p.groups * 16 : 0;
+  const int64_t scale_bytes = static_cast<int64_t>(p.row_tiles) * p.groups * 32;
+  const auto lines_of = [](int64_t bytes) { return static_cast<int>((bytes + kLineBytes - 1) / kLineBytes); };
+  const int scales_from = lines_of(tile_bytes), zeros_from = scales_from + lines_of(scale_bytes);
+  const int expert_lines = zeros_from + lines_of(zero_bytes);
   const int all = static_cast<int>(min(int64_t{slots.count} * expert_lines, int64_t{kAheadBytes / kLineBytes}));
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
-    const int64_t expert = slots.expert[i / expert_lines];
-    const int line = i % expert_lines;
-    prefetch_l2(line < lines ? p.qweight + expert * tiles + int64_t{line} * kLineBytes
-                             : p.scales + expert * 32 * values + int64_t{line - lines} * kLineBytes);
+    const int64_t expert = slots.expert[i / expert_lines], line = i % expert_lines;
+    const unsigned char* from = p.qweight + expert * tile_bytes + line * kLineBytes;
+    if (line >= scales_from) from = p.scales + expert * scale_bytes + (line - scales_from) * kLineBytes;
+    if (line >= zeros_from) from = p.zeros + expert * zero_bytes + (line - zeros_from) * kLineBytes;
+    prefetch_l2(from);
   }
 }
 

@@ -1,9 +1,10 @@
-// y = x @ W.T + bias for more than 16 rows of x, W packed int4 (hf_fastpath/packing.py), by wgmma: compute capability
-// 9.0.
+// y = residual + x @ W.T + bias for more than 16 rows of x, W packed int4 (hf_fastpath/packing.py), by wgmma: compute
+// capability 9.0.
 //
-// One warp fills a ring of stages of 64 columns in shared memory; two warpgroups multiply. All that a stage holds
-// arrives by the engine that copies boxes of matrices, as it is in global memory, so that what is under way needs no
-// registers: loads to registers that a loop keeps under way share scoreboards, where each waits for all.
+// One warp fills a ring of stages of 128 columns (of 64 where tokens are many) in shared memory; two or four warpgroups
+// multiply. All that a stage holds arrives by the engine that copies boxes of matrices, as it is in global memory, so
+// that what is under way needs no registers: loads to registers that a loop keeps under way share scoreboards, where
+// each waits for all.
 //
 // The packed weights are the A operand: a lane reads its 16 bytes of a tile, exchanges a few bits with its neighbours
 // so that their columns have the order of x, and expands them in registers, where wgmma takes them. A weight is scaled
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kWarps>, kCtasPerSm)
     wait_for_readers();
   } else {
     if constexpr (kMovesRegisters) take_registers<kConsumerRegisters>();
+    wait_for_previous_kernel();  // for the residual; x, which comes first, has waited anyway
     float acc[kTokenTiles][4];
     const auto store_tile = [&](const float (&sums)[kTokenTiles][4], int tile) {
       if (!whole) return;
@@ -103,7 +105,7 @@ cudaError_t make_params(Sm90Params<T>& params, const W4A16GemmArgs& a, int sm_co
   const int tokens = 8 * v.token_tiles;
   const int64_t row_bytes = a.m == 1 ? (a.k + 7) / 8 * 16 : 2 * a.x_row_stride;
   params.x_mapped = p.x_aligned && row_bytes >= 2 * int64_t{a.k};
-  params.y_mapped = a.n % 8 == 0 && aligned_to(a.y, 16);
+  params.y_mapped = a.n % 8 == 0 && aligned_to(a.y, 16) && !a.residual;
   const int64_t groups = p.groups;
   const int64_t weight_bytes = int64_t{p.col_tiles} * 512;
   cudaError_t error = make_row_map(&params.weights, a.qweight, p.row_tiles, weight_bytes, kWarps, 512 * Stage::kTiles);

@@ -30,6 +30,7 @@ import csv
 import dataclasses
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,7 +180,6 @@ def prompt_of(subject: Subject, batch: int, prompt: int) -> dict[str, torch.Tens
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@torch.inference_mode()
 def measure(
     subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str, runs: int, copy_gb_s: float
 ) -> Row:
@@ -222,11 +222,8 @@ def measure_graphs(
         replay = replay_of(subject.model, inputs, new if profiled else 0, **how)
     except Unsupported:
         return {}, []
-    rate = round(replay.rate(inputs["input_ids"].shape[0], new), 1)
-    if not profiled:
-        return {"replay_tok_s": rate}, []
-    del replay  # its slot is full now
-    return {"replay_tok_s": rate}, profile_decode.profile(replay_of(subject.model, inputs, new, **how))
+    kernels = profile_decode.profile(replay) if profiled else []
+    return {"replay_tok_s": round(replay.rate(inputs["input_ids"].shape[0], new), 1)}, kernels
 
 
 def rows(
@@ -268,7 +265,8 @@ def machine(device: torch.device, commit: str | None) -> Row:
 
 def free(device: torch.device) -> None:
     """Gives back the memory of models that nobody has any more."""
-    torch._dynamo.reset()  # what was compiled holds its model
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what was compiled holds its model
     gc.collect()  # modules refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -305,7 +303,8 @@ def run(
     torch.manual_seed(0)
     found: list[Row] = []
     profiles: list[Row] = []
-    total = sum(len(sizes.of(variant)) for variant in variants)
+    device = torch.device(source.device)
+    total = sum(len(sizes.of(variant)) for variant in variants if not why_not(variant, device))
     with Progress(console=console) as progress, Writer(out, append) as writer:
         task = progress.add_task("Measuring", total=total)
         for row, kernels in rows(source, variants, sizes, progress.console.print, profile is not None):

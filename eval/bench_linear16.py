@@ -103,9 +103,8 @@ def main() -> None:
                 row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
                 writer.writerow(row | machine)
                 size = f"m={row['m']} k={row['k']} n={row['n']}"
-                print(
-                    f"{op:7} {row['impl']:12} {size:28} {row['us_p50']:9.2f} us, {row['gb_s'] / rate:4.0%}", flush=True
-                )
+                share = row["gb_s"] / rate
+                print(f"{op:7} {row['impl']:12} {size:28} {row['us_p50']:9.2f} us, {share:4.0%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,10 @@ class _Row:
     continuations: tuple[int, ...]  # of the question, alike but for their last tokens
 
 
-def in_batches(contexts: Sequence[Tokens], size: int) -> list[list[int]]:
-    """Indices of contexts of about the same length, up to ``size`` together, the longest first. Contexts that many
-    others begin like are together with those."""
+def in_batches(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """Indices of questions with contexts of about the same length, up to ``size`` rows together, the longest first.
+    Contexts that many others begin like are together with those."""
+    contexts = [question.context for question in questions]
     heads = collections.Counter(context[:_HEAD] for context in contexts if len(context) > _HEAD)
 
     def head(index: int) -> Tokens:
@@ -55,7 +56,17 @@ def in_batches(contexts: Sequence[Tokens], size: int) -> list[list[int]]:
     groups: dict[Tokens, list[int]] = {}
     for index in sorted(range(len(contexts)), key=lambda index: (-len(contexts[index]), contexts[index])):
         groups.setdefault(head(index), []).append(index)
-    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+    batches: list[list[int]] = []
+    for group in groups.values():
+        room = 0
+        for index in group:
+            rows = len({continuation[:-1] for continuation in questions[index].continuations})
+            if rows > room:
+                batches.append([])
+                room = max(size, rows)
+            batches[-1].append(index)
+            room -= rows
+    return batches
 
 
 @torch.inference_mode()

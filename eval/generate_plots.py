@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_fastpath.eval.plots import plt
+from hf_fastpath.eval.plots import LogLocator, plt
 
 Row = dict[str, Any]
 
@@ -54,6 +54,7 @@ def _lines(rows: list[Row], column: str, label: str, fixed: str, path: Path) -> 
     axis.set(xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize="small")

@@ -18,24 +18,34 @@ Row = dict[str, Any]
 
 
 def summary(rows: list[Row]) -> Table:
-    """One line a measurement, with how many times stock's speed it is where stock was measured alike."""
+    """One line a measurement, with how many times stock's speed it is where stock was measured alike. What none has is
+    left out."""
     first = rows[0]
     title = f"generate() of {first['model']}, {first['dtype']}, on {first['device']}"
     out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    names = ("variant", "sampling", "rows", "prompt", "tokens/s", "of limit", "graphs alone", "first token, ms")
-    for name in (*names, "set-up, s", "peak GB"):
+    lines = [_cells(row, rows) for row in rows]
+    shown = [name for name in lines[0] if any(line[name] for line in lines)]
+    for name in shown:
         out.add_column(name, justify="left" if name in ("variant", "sampling") else "right")
-    for row in rows:
-        out.add_row(
-            *(row["variant"], row["choice"], str(row["batch"]), f"{row['prompt']:,}"),
-            f"{row['tok_s']:,.1f}{_against(row, rows)}",
-            f"{row['of_limit']:.0%}",
-            f"{row['replay_tok_s']:,.1f}" if row.get("replay_tok_s") else "",
-            f"{row['first_token_ms']:,.1f}",
-            f"{row['setup_s']:.1f}",
-            str(row["peak_gb"]),
-        )
+    for line in lines:
+        out.add_row(*(line[name] for name in shown))
     return out
+
+
+def _cells(row: Row, rows: list[Row]) -> dict[str, str]:
+    """A line of :func:`summary` by its columns."""
+    return {
+        "variant": row["variant"],
+        "sampling": row["choice"],
+        "rows": str(row["batch"]),
+        "prompt": f"{row['prompt']:,}",
+        "tokens/s": f"{row['tok_s']:,.1f}{_against(row, rows)}",
+        "of limit": f"{row['of_limit']:.0%}",
+        "graphs alone": f"{row['replay_tok_s']:,.1f}" if row.get("replay_tok_s") else "",
+        "first token, ms": f"{row['first_token_ms']:,.1f}",
+        "set-up, s": f"{row['setup_s']:.1f}",
+        "peak GB": str(row["peak_gb"]),
+    }
 
 
 def caption(rows: list[Row]) -> str:

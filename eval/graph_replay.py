@@ -14,48 +14,50 @@ from hf_fastpath.errors import Unsupported
 _TOKENS = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Replay:
     """The graphs of one slot for one batch size. Keep it as long as they are replayed: it holds the cache.
 
     Attributes:
-        step: the model's step; choice: what chooses the next tokens, if that is a graph. Each replay of both is a token
-            a row.
-        room: how many steps fit into the slot.
+        model_step, choice: replay the model's step, and what chooses the next tokens.
+        room: how many more steps fit into the slot.
     """
 
-    step: Callable[[], None]
+    model_step: Callable[[], None]
     choice: Callable[[], None]
     room: int
     cache: Any
+    device: torch.device
+
+    def step(self) -> None:
+        """The model's step.
+
+        Raises:
+            ValueError: the slot is full, and a kernel would write behind its end.
+        """
+        if self.room < 1:
+            raise ValueError("the slot is full: generate fewer tokens before")
+        self.room -= 1
+        self.model_step()
 
     def token(self) -> None:
-        """One token a row."""
+        """One token a row: the choice, and the step that follows it."""
         self.choice()
         self.step()
 
     def rate(self, rows: int, at_most: int = 512) -> float:
-        """Tokens a second of ``rows`` rows with nothing but the graphs, queued one behind the other.
-
-        Raises:
-            ValueError: there is no room for a token.
-        """
-        steps = min(self.room, at_most)
-        if steps < 1:
-            raise ValueError("the slot is full: generate fewer tokens before")
-        synchronize(self.cache)
+        """Tokens a second of ``rows`` rows with nothing but the graphs, queued one behind the other."""
+        steps = max(min(self.room, at_most), 1)
+        self._wait()
         start = time.perf_counter()
         for _ in range(steps):
             self.token()
-        synchronize(self.cache)
+        self._wait()
         return rows * steps / (time.perf_counter() - start)
 
-
-def synchronize(cache: Any) -> None:
-    """Waits for the device of a cache."""
-    device = next(layer.device for layer in cache.layers if hasattr(layer, "device"))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def replay_of(model: Any, inputs: dict[str, torch.Tensor], new: int, **how: Any) -> Replay:
@@ -85,4 +87,4 @@ def replay_of(model: Any, inputs: dict[str, torch.Tensor], new: int, **how: Any)
         raise Unsupported("no graph to replay: how tokens are chosen is not captured")
     (_, step), (_, choice) = used
     most = min(slot.capacity, getattr(model.config, "max_position_embeddings", slot.capacity))
-    return Replay(step.replay, choice.replay, most - cache.get_seq_length() - 1, cache)
+    return Replay(step.replay, choice.replay, most - cache.get_seq_length() - 1, cache, slot.device)

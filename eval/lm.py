@@ -44,7 +44,7 @@ Encoded = dict[tuple[str, str], tuple[list[int], list[int]]]
 _FIELDS = {field.name for field in dataclasses.fields(FastpathConfig)}
 
 _PAIRS = 2048  # encoded at once: some hundred MB with long prompts
-_AUTO_BATCH = 64  # questions at once where lm-eval is asked for "auto"
+_AUTO_BATCH = 64  # sequences at once where lm-eval is asked for "auto"
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) and the token ids of both
 
@@ -61,7 +61,7 @@ class FastpathLM(HFLM):
             single pass, where the cache is written but a quantized one is not read: for comparison.
         device: of a path or hub id: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         dtype: likewise: ``"bf16"``, ``"fp16"``, ``"fp32"``, ``"auto"``, or torch's names.
-        batch_size: contexts at once, which are read once for all their continuations.
+        batch_size: sequences at once; a context is read once for all its continuations.
         on_progress: called with (contexts done, contexts in all) of this process.
         encoded: token ids by (context, continuation), filled here: for several models of one tokenizer, which takes
             longer than a small model on a GPU.
@@ -201,7 +201,7 @@ class FastpathLM(HFLM):
             groups.setdefault(tokens[: -len(tail)], {}).setdefault(tail, []).append(index)
         questions = [Question(context, tuple(tails)) for context, tails in groups.items()]
         size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else _AUTO_BATCH)
-        batches = in_batches([question.context for question in questions], size)
+        batches = in_batches(questions, size)
         mine = batches[self.processes.rank :: self.processes.count]
         self._done, self._total = 0, sum(map(len, mine))
         found: dict[int, Answer] = {}

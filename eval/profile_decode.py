@@ -137,9 +137,12 @@ def with_roles(step: list[Kernel], tokens: int) -> list[tuple[str, Kernel]]:
     each, rest = divmod(len(step), tokens)
     if not rest:
         for start in range(0, len(step), each or 1):
-            last = [i for i in range(start, start + each) if roles[i] == PRODUCT]
-            if last:
-                roles[last[-1]] = HEAD
+            products = [i for i in range(start, start + each) if roles[i] == PRODUCT]
+            for i in reversed(products):
+                roles[i] = HEAD
+                # cuBLAS may take two kernels for a product: its parts, and their sum.
+                if i - 1 not in products or any("hf_fastpath" in step[part].name for part in (i - 1, i)):
+                    break
     return list(zip(roles, step, strict=True))
 
 
@@ -166,7 +169,7 @@ def profile(replay: Replay) -> list[Row]:
     Raises:
         ValueError: the slot has no room for the steps that are replayed.
     """
-    tokens = min(TOKENS, replay.room // 3 - 1)
+    tokens = min(TOKENS, replay.room // 3 - 1)  # some room is left
     if tokens < 1:
         raise ValueError(f"a profile needs room for {3 * 2} tokens, and there is room for {replay.room}")
     step, choice, both = (record(call, tokens) for call in (replay.step, replay.choice, replay.token))

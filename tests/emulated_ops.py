@@ -231,6 +231,7 @@ class EmulatedOps:
         out_features: int,
         group_size: int,
         variant: int,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         (m, k), n = x.shape, out_features
         y = x.new_empty(m, n)
@@ -239,8 +240,8 @@ class EmulatedOps:
         self._library.call(
             "emulated_w4a16_gemm",
             *(x, x.stride(0), qweight, scales, zeros, bias, y, workspace),
-            *(m, n, k, group_size, variant, x.dtype is torch.bfloat16, self.sm_count),
-            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
+            *(m, n, k, group_size, variant, residual, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias, residual=residual),
             y=(y, OUTPUT),
             workspace=(workspace, OUTPUT),
         )

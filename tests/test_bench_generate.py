@@ -241,7 +241,11 @@ def test_the_graphs_of_a_step_are_replayed_as_far_as_there_is_room() -> None:
     assert rate > 0
     assert len(log) == 10
     assert int(slot.count) == before + 5
+    assert replay.room == slot.capacity - 1003 - 1 - 5
     assert torch.equal(slot.positions, positions + 5)
+    replay.room = 0
+    with pytest.raises(ValueError, match="slot is full"):
+        replay.token()
     for _ in range(2):  # what was replayed leaves nothing behind
         out = model.generate(**inputs, do_sample=False, max_new_tokens=6)
     graphs, model._fastpath.graphs = model._fastpath.graphs, None

@@ -57,6 +57,16 @@ def test_a_long_row(k: int) -> None:
     assert torch.equal(inputs.rows(slice(3, 11)).linear(), full[3:11])
 
 
+@pytest.mark.parametrize("k", [64, 320])
+def test_many_blocks(k: int) -> None:
+    """So many that a CTA keeps x of five rows and more in registers."""
+    inputs = make(420, k, torch.bfloat16, residual=True)
+    full = inputs.linear()
+    check_linear(inputs, full)
+    for m in (4, 5, 8):
+        assert torch.equal(inputs.rows(slice(0, m)).linear(), full[:m])
+
+
 def test_float32_of_rounded_values() -> None:
     inputs = make(50, 160, torch.bfloat16)
     for m in (1, 8, 13):

@@ -141,6 +141,11 @@ def test_more_pairs_than_one_launch_takes() -> None:
     assert torch.equal(mixture.rows(slice(83, 90)).run(), full[83:])
 
 
+def test_a_row_with_as_many_experts_as_a_launch_takes() -> None:
+    mixture = make_mixture(target(), generator(2), 1, 256, 257, (32, 32), (32, 32), torch.bfloat16, residual=True)
+    check_experts(mixture, mixture.run(), VARIANTS[0])
+
+
 @pytest.mark.parametrize("expert", [-1, 4])
 def test_an_expert_that_there_is_not_ends_the_kernel(expert: int) -> None:
     mixture = make_mixture(target(), generator(1), 2, 2, 4, (64, 32), (64, 32), torch.float16)

@@ -95,7 +95,9 @@ def test_batches_are_of_about_one_length_and_of_one_beginning() -> None:
     alike = [head + drawn(generator, size) for size in range(1, 21)]
     others = [drawn(generator, size) for size in (300, 70, 70, 5)]
     contexts = [*others[:2], *alike, *others[2:]]
-    batches = in_batches(contexts, 8)
+    tails: tuple[Tokens, ...] = ((1,), (2,), (3, 4))  # two rows
+    asked = [Question(context, tails) for context in contexts]
+    batches = in_batches(asked, 17)
     assert sorted(index for batch in batches for index in batch) == list(range(len(contexts)))
     assert max(map(len, batches)) == 8
     for batch in batches:
@@ -103,7 +105,8 @@ def test_batches_are_of_about_one_length_and_of_one_beginning() -> None:
         lengths = [len(contexts[index]) for index in batch]
         assert lengths == sorted(lengths, reverse=True)
     assert len(contexts[batches[0][0]]) == 300
-    assert batches == in_batches(contexts, 8)
+    assert batches == in_batches(asked, 17)
+    assert all(len(batch) == 1 for batch in in_batches(asked, 1))
 
 
 def test_what_contexts_begin_with() -> None:

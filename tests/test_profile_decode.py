@@ -110,6 +110,14 @@ def test_the_rows_of_a_profile() -> None:
     assert (first["nodes_total"], first["sum_us"], first["wall_us"], first["idle_us"]) == (5, 18, 10.0, 1.7)
 
 
+def test_a_head_of_two_kernels() -> None:
+    parts = ("nvjet_tst_64x8_splitK", "void cublasLt::splitKreduce_kernel<X>(Y)")
+    names = (parts[0], "void hf_fastpath::rms_norm_kernel<X>(Y)", LINEAR, *parts)
+    step = [Kernel(name, (8,), float(i), 1.0) for i, name in enumerate(names * 2)]
+    roles = [role for role, _ in profile_decode.with_roles(step, 2)]
+    assert roles == ["product", "norm", "product", "head", "head"] * 2
+
+
 def test_a_trace_that_lost_a_kernel_has_no_head() -> None:
     roles = [role for role, _ in profile_decode.with_roles(steps(3)[1:], 3)]
     assert "head" not in roles

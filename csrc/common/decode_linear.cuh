@@ -151,6 +151,8 @@ struct Tuning {
   }
   // Of a CTA with up to 8 rows of a long K, 16 chains.
   static constexpr int kLongWarps = 16;
+  // From how many rows on, up to 8, a CTA with many blocks holds x; more than 8 rows have a rule of their own.
+  static constexpr int kHoldFrom = 9;
 };
 constexpr int kHeldCols = 512;  // columns of x that a warp can have in registers, of 16 rows
 constexpr int kShortK = 8 * kHeldCols;
@@ -302,6 +304,11 @@ cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaSt
   }
   if constexpr (kEpilogue != Epilogue::kBias) {
     if (p.norm_weight) return launch<W, 1, 8, 8, Place::kShared, kWhole, kEpilogue>(p, sm_count, stream);
+  }
+  if constexpr (kWhole && Tuning<W>::kHoldFrom <= 8) {
+    if (p.m >= Tuning<W>::kHoldFrom && p.m <= 8 && p.row_tiles > 4 * kRowTiles<kEpilogue> * sm_count) {
+      return launch<W, 1, 8, 8, Place::kHeld, kWhole, kEpilogue>(p, sm_count, stream);
+    }
   }
   if (p.m <= 8) return launch<W, 1, 8, 8, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream);
   // x in registers is there at once or not at all; where each CTA has one block, waiting for little of it is faster.

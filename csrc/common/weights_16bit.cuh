@@ -4,7 +4,7 @@
 // 8 of a tile, 16 bytes each, and what it copies to shared memory is what it multiplies.
 //
 // There is nothing to compute here but the products: what counts is that enough bytes are under way, 4 MB on an H200,
-// all the time. A CTA has 64 to 96 KiB of them, and there is room for a second one on its multiprocessor, of this
+// all the time. A CTA has 48 to 96 KiB of them, and there is room for a second one on its multiprocessor, of this
 // kernel or already of the next, whose first weights come while this one ends.
 #pragma once
 
@@ -77,17 +77,20 @@ struct Weights16Bit {
   }
 };
 
-// Two CTAs to a multiprocessor, but for the one whose registers hold x.
+// Two CTAs to a multiprocessor, but for the one whose registers hold 16 rows of x.
 template <typename T>
 struct Tuning<Weights16Bit<T>> {
-  static __host__ __device__ constexpr int ctas_per_sm(Place place, int, int, int) {
-    return place == Place::kHeld ? 1 : 2;
+  static __host__ __device__ constexpr int ctas_per_sm(Place place, int col_tiles, int, int) {
+    return place == Place::kHeld && col_tiles == 2 ? 1 : 2;
   }
   // What leaves two CTAs room for their partial sums, and kShared for three rows of the longest K that it takes.
   static __host__ __device__ constexpr int stages(Place place, int col_tiles, int) {
-    return place == Place::kHeld ? 7 : place == Place::kShared || col_tiles == 2 ? 4 : 5;
+    if (col_tiles == 2) return place == Place::kHeld ? 7 : 4;
+    return place == Place::kShared ? 4 : 5;
   }
   static constexpr int kLongWarps = 8;
+  // Five rows of 4,096 columns are more than the L1 has room for, and from the L2 they would come for every block.
+  static constexpr int kHoldFrom = 5;
 };
 
 template <typename T>

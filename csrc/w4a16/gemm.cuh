@@ -74,6 +74,7 @@ struct GemmParams {
   const uint16_t* scales;
   const uint8_t* zeros;
   const T* bias;
+  const T* residual;  // as y
   T* y;
   int m, n, k;
   int row_tiles, col_tiles, groups;
@@ -89,6 +90,7 @@ GemmParams<T> gemm_params(const W4A16GemmArgs& a) {
           static_cast<const uint16_t*>(a.scales),
           a.zeros,
           static_cast<const T*>(a.bias),
+          static_cast<const T*>(a.residual),
           static_cast<T*>(a.y),
           a.m,
           a.n,
@@ -124,26 +126,39 @@ template <typename T>
 class FragmentStore {
  public:
   __device__ __forceinline__ FragmentStore(const GemmParams<T>& p, int row_tile, int lane)
-      : y_(p.y), m_(p.m), n_(p.n), g_(lane / 4), column_(row_tile * 16 + lane % 4 * 2) {
-    const int row = row_tile * 16 + g_;
+      : y_(p.y), residual_(p.residual), m_(p.m), n_(p.n), lane_(lane), first_(row_tile * 16) {
+    const int row = first_ + lane / 4;
     bias_[0] = p.bias && row < p.n ? to_float(p.bias[row]) : 0.0f;
     bias_[1] = p.bias && row + 8 < p.n ? to_float(p.bias[row + 8]) : 0.0f;
   }
-  // Adds the bias, rounds once and stores one 16 x 8 fragment. All lanes of the warp take part.
+  // Adds the bias and the residual, rounds once and stores one 16 x 8 fragment. All lanes of the warp take part.
   __device__ __forceinline__ void store(const float (&acc)[4], int first_token) const {
-    const int token = first_token + g_;
+    float sum[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = acc[i] + bias_[i / 2];
+    if (residual_) add_residual(sum, first_token);
+    const int token = first_token + lane_ / 4, column = first_ + lane_ % 4 * 2;
     T* const row = y_ + static_cast<int64_t>(token) * n_;
     // Transposed, a lane holds neighbouring outputs of one token instead of neighbouring tokens of one output.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t pair = transpose_8x8(pack_floats(acc[2 * h] + bias_[h], acc[2 * h + 1] + bias_[h], T()));
-      if (token < m_ && column_ + 8 * h < n_) store_pair(row, column_ + 8 * h, n_, pair);
+      const uint32_t pair = transpose_8x8(pack_floats(sum[2 * h], sum[2 * h + 1], T()));
+      if (token < m_ && column + 8 * h < n_) store_pair(row, column + 8 * h, n_, pair);
     }
   }
 
  private:
+  __device__ __forceinline__ void add_residual(float (&sum)[4], int first_token) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first_token + lane_ % 4 * 2 + i % 2, row = first_ + lane_ / 4 + i / 2 * 8;
+      if (token < m_ && row < n_) sum[i] += to_float(residual_[static_cast<int64_t>(token) * n_ + row]);
+    }
+  }
+
   T* y_;
-  int m_, n_, g_, column_;
+  const T* residual_;
+  int m_, n_, lane_, first_;
   float bias_[2];
 };
 

@@ -56,8 +56,11 @@ class DecodeNorm(nn.Module):
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Whether an op may take x and a module's tensors: nobody wants gradients, and they are what they seem."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or weight.data_ptr() % 16:
+    """Whether an op may take x and a module's tensors: nobody wants gradients, and they are what they seem. A compiler
+    cannot look at addresses, and gets what it knows."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if weight.data_ptr() % 16:
         return False
     return all(
         type(tensor) in (nn.Parameter, torch.Tensor)  # no subclass, which may be quantized

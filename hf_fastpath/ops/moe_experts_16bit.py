@@ -24,7 +24,8 @@ def moe_experts_16bit_reference(
     def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(rows.float(), weight.float())
 
-    return expert_by_expert(x, experts, shares, gate_up.__getitem__, down.__getitem__, product, residual)
+    weights = (gate_up.__getitem__, down.__getitem__)
+    return expert_by_expert(x, experts, shares, *weights, product=product, residual=residual)
 
 
 def _fake(

@@ -1,4 +1,4 @@
-"""``y = x @ W.T + bias`` for many rows of x, W packed int4: the product of large decode batches and of prefill."""
+"""``y = residual + x @ W.T + bias`` for many rows of x, W packed int4: large decode batches and prefill."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 import torch
 
 from hf_fastpath.ops import _library
-from hf_fastpath.ops.w4a16_linear import w4a16_linear_reference
+from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused_reference
 
 SCHEMA = (
     "w4a16_gemm(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int out_features, "
-    "int group_size, int variant) -> Tensor"
+    "int group_size, int variant, Tensor? residual) -> Tensor"
 )
 
 
@@ -62,9 +62,10 @@ def w4a16_gemm_reference(
     out_features: int,
     group_size: int,
     variant: int,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """The same product in float32, rounded once to ``x.dtype``, for every variant."""
-    return w4a16_linear_reference(x, qweight, scales, zeros, bias, out_features, group_size)
+    return w4a16_linear_fused_reference(x, qweight, scales, zeros, bias, None, 0.0, residual, out_features, group_size)
 
 
 def _fake(
@@ -76,6 +77,7 @@ def _fake(
     out_features: int,
     group_size: int,
     variant: int,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], out_features))
 
@@ -92,8 +94,9 @@ def w4a16_gemm(
     out_features: int,
     group_size: int,
     variant: int,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(M, K)`` times packed ``(N, K)`` transposed: ``(M, N)`` in ``x.dtype``, accumulated in float32.
+    """``(M, N)`` in ``x.dtype``: ``(M, K)`` times packed ``(N, K)`` transposed, plus bias and residual.
 
     Args:
         x: ``(M, K)``, last dimension contiguous, any row stride and any M; rows that all start at a multiple of 16
@@ -102,15 +105,16 @@ def w4a16_gemm(
         bias: ``(N,)`` in ``x.dtype`` or None.
         variant: index into :data:`VARIANTS`; every variant takes every shape. :mod:`hf_fastpath.heuristics` knows
             which to take. The CPU implementation has one form and ignores it.
+        residual: ``(M, N)`` in ``x.dtype``, contiguous, or None.
 
     Rounding on CUDA: ``q - zero`` is exact; with :attr:`GemmVariant.exact_weights` a group's sum is float32, is
-    multiplied by its scale in float32, and only the result is rounded; without, each weight is rounded to 16 bits
-    once besides, as in w4a16_dequantize. The same call gives the same bits on the same GPU model; another variant or
-    another number of rows adds in another order.
+    multiplied by its scale in float32, and only the result, with bias and residual, is rounded; without, each weight is
+    rounded to 16 bits once besides, as in w4a16_dequantize. The same call gives the same bits on the same GPU model;
+    another variant or another number of rows adds in another order.
 
     "mma" variants need a workspace of up to four tiles in float32 for each multiprocessor: 14 MB for 128 x 64 on an
     A100.
 
     Raises RuntimeError, in words, for arguments that do not fit and for a variant that this GPU cannot run.
     """
-    return _op(x, qweight, scales, zeros, bias, out_features, group_size, variant)
+    return _op(x, qweight, scales, zeros, bias, out_features, group_size, variant, residual)

@@ -54,8 +54,9 @@ EXPORT int64_t emulated_w4a16_gemm_workspace_floats(int m, int n, int k, int var
 
 EXPORT int emulated_w4a16_gemm(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                const uint8_t* zeros, const void* bias, void* y, float* workspace, int m, int n, int k,
-                               int group_size, int variant, int bfloat16, int sm_count) {
-  const W4A16GemmArgs args{x, x_row_stride, qweight, scales, zeros, bias, y, workspace, m, n, k, group_size, variant};
+                               int group_size, int variant, const void* residual, int bfloat16, int sm_count) {
+  const W4A16GemmArgs args{x, x_row_stride, qweight, scales,  zeros, bias, y, workspace, m, n,
+                           k, group_size,   variant, residual};
   return launch_w4a16_gemm(args, dtype_of(bfloat16), sm_count, nullptr);
 }
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 SHAPE = "lfm2.5-8b-a1b"
 GB_NEEDED = 60  # the model in float32 is 34 GB; 64 prompts of 8,192 tokens take more
-TEXTS = {"long prompt": (1, 512, 32), "many rows": (20, 48, 12)}  # rows, tokens of the prompt, steps
+TEXTS = {"long prompt": (2, 512, 48), "many rows": (20, 48, 12)}  # rows, tokens of the prompt, steps
 Text = tuple[torch.Tensor, int, Logits, Logits]
 
 

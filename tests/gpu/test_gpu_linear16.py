@@ -22,7 +22,18 @@ from hf_fastpath.ops import linear_16bit, linear_16bit_swiglu, rms_norm
 pytestmark = pytest.mark.gpu
 
 # Tails of N, K of every place where x is kept, norms within the product and apart, and K of sixteen chains.
-SHAPES = [(1, 32), (17, 96), (100, 576), (129, 2048), (4100, 1056), (9000, 256), (257, 4096), (96, 4128), (64, 14336)]
+SHAPES = [
+    (1, 32),
+    (17, 96),
+    (100, 576),
+    (129, 2048),
+    (4100, 1056),
+    (9000, 256),
+    (17_000, 160),
+    (257, 4096),
+    (96, 4128),
+    (64, 14336),
+]
 SWIGLU_SHAPES = [(32, 96), (96, 576), (224, 1152), (9024, 256), (512, 4096), (64, 4128)]
 
 
@@ -59,7 +70,7 @@ def test_swiglu(n: int, k: int, norm: bool, dtype: torch.dtype) -> None:
     assert torch.equal(inputs.rows(slice(11, 12)).swiglu(), full[11:12])
 
 
-@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize("m", [1, 5, 16])
 def test_sanitize_small(m: int) -> None:
     """Every kernel once, small enough for compute-sanitizer."""
     for k in (96, 4128):
@@ -68,14 +79,16 @@ def test_sanitize_small(m: int) -> None:
         check_linear(replace(inputs, norm_weight=None), replace(inputs, norm_weight=None).linear())
         gated = make(64, k, torch.bfloat16, norm=True).rows(slice(0, m))
         check_swiglu(gated, gated.swiglu())
-    wide = make(4300, 96, torch.float16).rows(slice(0, m))  # more blocks than CTAs, x in registers
+    wide = make(17_000, 96, torch.float16).rows(slice(0, m))  # many blocks for a CTA, x in registers from 5 rows on
     check_linear(wide, wide.linear())
 
 
 def test_the_head_of_a_large_vocabulary() -> None:
     inputs = make(128_256, 2048, torch.bfloat16)
-    for m in (1, 16):
+    full = inputs.linear()
+    for m in (1, 4, 5, 8, 16):
         first = inputs.rows(slice(0, m)).linear()
+        assert torch.equal(first, full[:m])
         check_linear(inputs.rows(slice(0, m)), first)
         for _ in range(5):
             assert torch.equal(inputs.rows(slice(0, m)).linear(), first)
@@ -205,7 +218,7 @@ def test_of_no_rows() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
 def test_a_head_is_its_linear_layer(rows: int) -> None:
-    """Within what the sums' order allows, twice: both are rounded once."""
+    """Within what the order of sums allows; for more rows it is that layer."""
     torch.manual_seed(rows)
     head = nn.Linear(512, 3001, device=DEVICE, dtype=torch.bfloat16)
     x = torch.randn(rows, 1, 512, device=DEVICE).bfloat16()
@@ -214,8 +227,10 @@ def test_a_head_is_its_linear_layer(rows: int) -> None:
         plain = head(x)
         head.__class__ = DecodeHead
         out = head(x)
+        if rows > 16:
+            assert torch.equal(out, plain)
+            return
         check_linear(inputs, out[:, 0])
-        assert torch.equal(out, plain) or rows <= 16
         odd = torch.randn(rows, 1, 513, device=DEVICE).bfloat16()[..., 1:]
         assert torch.equal(head(odd), head(odd.contiguous()))
 
@@ -231,7 +246,7 @@ def test_generate_ends_in_our_ops(family: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(decode_head, "linear_16bit", counted)
     model = FAMILIES[family](torch.bfloat16).to(DEVICE)
-    patch_model(model, progress=False, scale_search="absmax")
+    patch_model(model, progress=False, scale_search="absmax", cuda_graphs=False)
     inputs = {name: value.to(DEVICE) for name, value in long_batch((0, 5)).items()}
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
     options |= {"output_logits": True, "return_dict_in_generate": True}
