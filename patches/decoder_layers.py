@@ -123,14 +123,17 @@ class FusedLayer(nn.Module):
             row_mask = None if mask is None else mask[:, 0, 0]
             out = step(hidden[:, 0].contiguous(), *position_embeddings, cache_layer, row_mask)
             return cast(torch.Tensor, out.unsqueeze(1))
-        function = ATTENTION.get(attention.config._attn_implementation)
-        step = None if function is None else self._ready_step(hidden.dtype)
+        implementation = attention.config._attn_implementation
+        step = self._ready_step(hidden.dtype) if implementation in ATTENTION else None
         if step is None:
             return None
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys, values = cache.update(key, value, attention.layer_idx)
-            return function(attention, query, keys, values, mask, scaling=attention.scaling, **kwargs)[0]
+            function = ATTENTION[implementation]
+            return cast(
+                torch.Tensor, function(attention, query, keys, values, mask, scaling=attention.scaling, **kwargs)[0]
+            )
 
         return cast(torch.Tensor, step.prompt(hidden, *position_embeddings, attend))
 

@@ -1,6 +1,6 @@
 """Llama and every family with the same block: RMSNorm, rotary grouped-query attention (optionally with normalized
 queries and keys), SwiGLU. Their forward passes stay transformers' own, so what a family does between the layers (its
-activation, scaled residuals, biases) need not be Llama's; only of the tested classes one new token a row is ours."""
+activation, scaled residuals, biases) need not be Llama's; only the tested classes' layers are run by ours."""
 
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 

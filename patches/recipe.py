@@ -41,7 +41,7 @@ class Recipe:
             Where a module may not be fit for it, the subclass has a ``why_not(module)``, which says why or "". One that
             keeps what it can make anew has ``prepare()``, which makes it at once, and ``forget()``.
         quantized_modules: the same for classes whose modules become another one where layers were packed and run on
-            kernels, since stock's bits are not what is wanted there.
+            kernels, or run so with ``weights="w16a16"``, since stock's bits are not what is wanted there.
         single_modules: the same for modules of these dotted names only.
         capturable: whether the decode step of ``model_classes`` runs as a CUDA graph: nothing in it waits for the GPU.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.

@@ -130,7 +130,7 @@ class LayerStep:
         return any(parameter.data_ptr() != place for parameter, place in self._places)
 
     def release(self) -> None:
-        """Gives the layers memory of their own again, as far as that matters: packed ones are never unpacked in it."""
+        """Gives plain layers memory of their own again; packed ones stay views of what they were merged into."""
         separate(self._layers)
 
     def finish(self, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:

@@ -128,12 +128,13 @@ class PlainWeight(MergedWeight):
     def product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
         if not self.fuses(x.shape[0]):
             return super().product(x, norm, residual)
-        return linear_16bit(x, self.weight, self.bias, *(norm or (None, 0.0)), residual)
+        weight, eps = norm or (None, 0.0)
+        return linear_16bit(x, self.weight, self.bias, weight, eps, residual)
 
     def swiglu(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         if not self.fuses(x.shape[0]):
             return super().swiglu(x, norm)
-        return linear_16bit_swiglu(x, self.weight, self.bias, *norm)
+        return linear_16bit_swiglu(x, self.weight, self.bias, norm.weight, norm.eps)
 
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.fuses(x.shape[0]):
