@@ -20,6 +20,7 @@ from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_router import moe_router
+from hf_fastpath.ops.sampling_weights import sampling_weights
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
@@ -55,6 +56,7 @@ __all__ = [
     "kv_static_append",
     "moe_experts",
     "moe_router",
+    "sampling_weights",
     "short_conv_prefill",
     "short_conv_step",
     "w4a16_dequantize",

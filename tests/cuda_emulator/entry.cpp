@@ -269,3 +269,13 @@ EXPORT int emulated_choose_tokens(const void* scores, int64_t score_row_stride, 
 EXPORT int64_t emulated_choose_tokens_parts(int rows, int vocabulary, int sm_count) {
   return choose_tokens_parts(rows, vocabulary, sm_count);
 }
+
+EXPORT int emulated_sampling_weights(const void* logits, int64_t row_stride, float* out, float factor, int top_k,
+                                     float removed, float min_p, void* thresholds, int rows, int vocabulary,
+                                     int dtype) {
+  const SamplingWeightsArgs args{logits, row_stride, out,   factor,
+                                 top_k,  removed,    min_p, static_cast<SamplingThreshold*>(thresholds),
+                                 rows,   vocabulary};
+  constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
+  return launch_sampling_weights(args, kDtypes[dtype], nullptr);
+}
