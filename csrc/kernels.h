@@ -37,6 +37,25 @@ cudaError_t launch_w4a16_swiglu(const W4A16LinearArgs& args, Dtype dtype, int sm
 // Whether a fused product wants x's RMSNorm from a kernel of its own, which it then launches before.
 bool w4a16_norm_is_apart(const W4A16LinearArgs& args);
 
+// ---- linear_16bit.cu, linear_16bit_swiglu.cu ------------------------------------------------------------------------
+struct Linear16BitArgs {
+  const void* x;  // (m, k), rows x_row_stride elements apart, all of them aligned to 16 bytes
+  int64_t x_row_stride;
+  const void* weight;  // (n, k) contiguous, 16-byte aligned
+  const void* bias;    // (n,) or nullptr
+  void* y;             // (m, n) contiguous; of swiglu (m, n / 2)
+  int m, n, k;         // k a multiple of 32
+  // As in W4A16LinearArgs, with linear_16bit_norm_is_apart():
+  const void* norm_weight;
+  float eps;
+  const void* residual;
+  void* normalized;
+  bool float32_out;  // y is float32, of values that are rounded to the dtype all the same; not of swiglu
+};
+cudaError_t launch_linear_16bit(const Linear16BitArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+cudaError_t launch_linear_16bit_swiglu(const Linear16BitArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+bool linear_16bit_norm_is_apart(const Linear16BitArgs& args);
+
 // ---- rms_norm.cu ----------------------------------------------------------------------------------------------------
 struct RmsNormArgs {
   const void* x;  // (m, k), rows x_row_stride elements apart, all of them aligned to 16 bytes
@@ -47,6 +66,14 @@ struct RmsNormArgs {
   int m, k;  // k a multiple of 8
 };
 cudaError_t launch_rms_norm(const RmsNormArgs& args, Dtype dtype, cudaStream_t stream);
+// The same of sums = x + residual. residual, sums: (m, k) contiguous, 16-byte aligned.
+cudaError_t launch_add_rms_norm(const RmsNormArgs& args, const void* residual, void* sums, Dtype dtype,
+                                cudaStream_t stream);
+
+// ---- swiglu.cu ------------------------------------------------------------------------------------------------------
+// x (rows, 2 * columns): gates, then ups; y (rows, columns). Both contiguous and 16-byte aligned, columns a multiple of
+// 8.
+cudaError_t launch_swiglu(const void* x, void* y, int rows, int columns, Dtype dtype, cudaStream_t stream);
 
 // ---- w4a16_gemm.cu --------------------------------------------------------------------------------------------------
 struct W4A16GemmArgs {
@@ -61,8 +88,9 @@ struct W4A16GemmArgs {
   int m, n, k;
   int group_size;
   int variant;  // 0 .. kW4A16GemmVariants - 1, see hf_fastpath/ops/w4a16_gemm.py
+  const void* residual;  // (m, n), added to the product; nullptr: none
 };
-constexpr int kW4A16GemmVariants = 16;
+constexpr int kW4A16GemmVariants = 40;
 int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_count);
 // cudaErrorNoKernelImageForDevice when the variant is not for this GPU, or was not compiled for it.
 cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
@@ -311,7 +339,10 @@ struct MoeRouterArgs {
   float scaling;
 };
 constexpr int kMaxRouterExperts = 256, kMaxRouterTopK = 32;
-cudaError_t launch_moe_router(const MoeRouterArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+// norm_weight: (hidden,), 16-byte aligned, of an RMSNorm of x that comes first and is stored in `normalized`, which is
+// as x is; or both nullptr.
+cudaError_t launch_moe_router(const MoeRouterArgs& args, const void* norm_weight, float norm_eps, void* normalized,
+                              Dtype dtype, int sm_count, cudaStream_t stream);
 
 // ---- moe_experts.cu -------------------------------------------------------------------------------------------------
 // The experts' packed weights of one product, one after the other, 16-byte aligned as W4A16GemmArgs has one's.
@@ -332,7 +363,9 @@ struct MoeExpertsArgs {
   int rows, top_k, expert_count, hidden, intermediate;
 };
 constexpr int kMaxTopK = 256;
-cudaError_t launch_moe_experts(const MoeExpertsArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+// residual: (rows, hidden), added before y is rounded; or nullptr.
+cudaError_t launch_moe_experts(const MoeExpertsArgs& args, const void* residual, Dtype dtype, int sm_count,
+                               cudaStream_t stream);
 
 // ---- moe_grouped_sm90.cu: the same for many rows, compute capability 9.0 --------------------------------------------
 // Rows are taken in turns of at most kMaxGroupedPairs pairs of a row and an expert; `workspace` has
@@ -340,7 +373,21 @@ cudaError_t launch_moe_experts(const MoeExpertsArgs& args, Dtype dtype, int sm_c
 constexpr int kMaxGroupedPairs = 16384, kMaxGroupedExperts = 256;
 constexpr int kMoeVariants = 5;  // hf_fastpath/ops/moe_experts.py has the table; 0 is launch_moe_experts()
 int64_t moe_grouped_workspace_bytes(const MoeExpertsArgs& args);
-cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, void* workspace, int variant, Dtype dtype, int sm_count,
-                               cudaStream_t stream);
+cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, const void* residual, void* workspace, int variant,
+                               Dtype dtype, int sm_count, cudaStream_t stream);
+
+// ---- moe_experts16.cu: experts whose weights are in 16 bits ---------------------------------------------------------
+struct MoeExperts16Args {
+  const void* x;           // (rows, hidden) contiguous, 16-byte aligned; hidden and intermediate: multiples of 32
+  const int64_t* experts;  // (rows, top_k)
+  const void* shares;      // (rows, top_k)
+  const void* gate_up;     // (expert_count, 2 * intermediate, hidden), 16-byte aligned
+  const void* down;        // (expert_count, hidden, intermediate), 16-byte aligned
+  const void* residual;    // (rows, hidden), or nullptr
+  void* inner;             // (rows * top_k, intermediate) to work with, 16-byte aligned
+  void* y;                 // (rows, hidden)
+  int rows, top_k, expert_count, hidden, intermediate;
+};
+cudaError_t launch_moe_experts16(const MoeExperts16Args& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
 }  // namespace hf_fastpath

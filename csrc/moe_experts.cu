@@ -1,11 +1,13 @@
 // A mixture of SwiGLU experts for a few rows of x, their weights packed int4: two kernels, with nothing that depends on
 // data in their launches. See moe/decode.cuh.
 //
-// The first computes silu(gate) * up of every pair of a row and an expert; a CTA takes a tile of gate's outputs and the
-// same one of up's. The second computes the experts' second products, and adds those of a row, each times its share, in
-// the order of the row's experts: a CTA takes a tile of outputs for all experts, so that nothing has to be added among
-// CTAs. It knows the experts before the first kernel ends, and asks for its weights then.
-#include "moe/decode.cuh"
+// The first computes silu(gate) * up of every pair of a row and an expert, from a tile of gate's outputs and the same
+// one of up's. The second computes the experts' second products, and adds those of a row, each times its share, in the
+// order of the row's experts, and then the residual: a CTA takes a tile of outputs for all experts, so that nothing has
+// to be added among CTAs. It knows the experts before the first kernel ends, and asks for its weights then; where it
+// does not find room beside the first kernel, that one brings the first of them to the L2 when its own have been asked
+// for.
+#include "moe/whole_slots.cuh"
 
 namespace hf_fastpath {
 namespace {
@@ -16,6 +18,7 @@ template <typename T>
 struct Params {
   const T* x;
   const T* shares;
+  const T* residual;  // or nullptr
   T* inner;
   T* y;
   Choices choices;
@@ -23,10 +26,13 @@ struct Params {
   int hidden, intermediate;
 };
 
-// What a kernel is made for. kFew pairs: the second kernel finds room beside the first, each having half of a
-// multiprocessor's registers. More: two CTAs of the first one share a multiprocessor. kAny: that, with a K of any size.
+// What a kernel is made for. kFew pairs: a CTA's warps divide K, and the second kernel finds room beside the first,
+// each having half of a multiprocessor's registers. kMore: two CTAs of the first one share a multiprocessor, and each
+// warp has slots of its own. kAny: that, with a K of any size.
 enum class Form { kFew, kMore, kAny };
-constexpr int kFewPairs = 8;
+constexpr int kFewPairs = 4;
+// What memory delivers between the first kernel's last weights and the second's first.
+constexpr int kAheadBytes = 12 << 20, kLineBytes = 128;
 
 constexpr int kGateUpWarps = 8;
 template <Form kForm>
@@ -35,26 +41,57 @@ template <Form kForm>
 constexpr int kDownWarps = kForm == Form::kFew ? 8 : 16;
 constexpr int kDownStages = 4;
 
+// Asks for the second product's weights of the first slots' experts, kAheadBytes of them: a thread's share.
+__device__ __forceinline__ void ask_for_next_weights(const Slots& slots, const Part& p) {
+  const int64_t tile_bytes = static_cast<int64_t>(p.row_tiles) * p.col_tiles * 512;
+  const int64_t zero_bytes = p.zeros ? static_cast<int64_t>(p.row_tiles) * p.groups * 16 : 0;
+  const int64_t scale_bytes = static_cast<int64_t>(p.row_tiles) * p.groups * 32;
+  const auto lines_of = [](int64_t bytes) { return static_cast<int>((bytes + kLineBytes - 1) / kLineBytes); };
+  const int scales_from = lines_of(tile_bytes), zeros_from = scales_from + lines_of(scale_bytes);
+  const int expert_lines = zeros_from + lines_of(zero_bytes);
+  const int all = static_cast<int>(min(int64_t{slots.count} * expert_lines, int64_t{kAheadBytes / kLineBytes}));
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
+    const int64_t expert = slots.expert[i / expert_lines], line = i % expert_lines;
+    const unsigned char* from = p.qweight + expert * tile_bytes + line * kLineBytes;
+    if (line >= scales_from) from = p.scales + expert * scale_bytes + (line - scales_from) * kLineBytes;
+    if (line >= zeros_from) from = p.zeros + expert * zero_bytes + (line - zeros_from) * kLineBytes;
+    prefetch_l2(from);
+  }
+}
+
 template <typename W, Form kForm>
 __global__ void __launch_bounds__(32 * kGateUpWarps, 2) gate_up_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
   using Shared = Memory<W, 2, kGateUpWarps, kGateUpStages<kForm>>;
   auto& memory = *reinterpret_cast<Shared*>(dynamic_shared());
-  const int half = p.gate_up.row_tiles / 2, row_tile = blockIdx.x % half, share = blockIdx.x / half;
-  const int shares = gridDim.x / half;
+  const Slots& slots = memory.slots;
+  const int half = p.gate_up.row_tiles / 2;
   wait_for_previous_kernel();
   let_next_kernel_begin();
   make_slots(memory.slots, memory.scratch(), p.choices, p.choices.top_k);
-  const int count = memory.slots.count;
-  const auto round = [&](int first, int pairs, const Partials<2>& sums) {
-    for (int i = threadIdx.x; i < pairs * 16; i += 32 * kGateUpWarps) {
-      const int pair = memory.slots.pairs[first + i / 16], out = i % 16;
-      const T result = linear::swiglu<T>(sums.total(i / 16, out), sums.total(i / 16, 16 + out));
-      p.inner[static_cast<int64_t>(pair) * p.intermediate + row_tile * 16 + out] = result;
-    }
+  const auto store = [&](int place, int block, int out, float gate, float up) {
+    p.inner[static_cast<int64_t>(slots.pairs[place]) * p.intermediate + block * 16 + out] = linear::swiglu<T>(gate, up);
   };
-  multiply_slots<kForm != Form::kAny>(
-      memory, p.gate_up, p.x, row_tile, half, count * share / shares, count * (share + 1) / shares, [] {}, round);
+  if constexpr (kForm == Form::kFew) {
+    const auto round = [&](int first, int pairs, const Partials<2>& sums) {
+      for (int i = threadIdx.x; i < pairs * 16; i += 32 * kGateUpWarps) {
+        const int out = i % 16;
+        store(first + i / 16, blockIdx.x, out, sums.total(i / 16, out), sums.total(i / 16, 16 + out));
+      }
+    };
+    multiply_slots<true>(memory, p.gate_up, p.x, blockIdx.x, half, 0, slots.count, [] {}, round);
+  } else {
+    const auto finish = [&](int slot, int block, const float (&sums)[2][1][4]) {
+      const int lane = threadIdx.x % 32, first = slots.begin[slot], size = slots.size(slot);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = 2 * (lane % 4) + i % 2, out = lane / 4 + 8 * (i / 2);
+        if (column < size) store(first + column, block, out, sums[0][0][i], sums[1][0][i]);
+      }
+    };
+    const auto all_asked = [&] { ask_for_next_weights(slots, p.down); };
+    multiply_whole_slots<kForm == Form::kMore>(memory, p.gate_up, p.x, half, all_asked, finish);
+  }
 }
 
 template <typename W, Form kForm>
@@ -65,27 +102,32 @@ __global__ void __launch_bounds__(32 * kDownWarps<kForm>, kForm == Form::kFew ? 
   using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages>;
   auto& memory = *reinterpret_cast<Shared*>(dynamic_shared());
   const int row_tile = blockIdx.x, top_k = p.choices.top_k, pairs = p.choices.rows * top_k;
-  float* const products =  // [pair][output]
-      memory.partials() + Shared::partial_floats(p.down, pairs);
+  float* const products = memory.partials() + Shared::partial_floats(p.down);  // [pair][output]
+  const auto place_of = [&](int i) { return static_cast<int64_t>(i / 16) * p.hidden + row_tile * 16 + i % 16; };
   // The kernel before let this one begin when it had waited for those that computed `experts`.
   make_slots(memory.slots, memory.scratch(), p.choices, 1);
-  const auto ready = [] {
+  float share = 0.0f, residual = 0.0f;
+  const auto ready = [&] {
     wait_for_previous_kernel();
     let_next_kernel_begin();
+    const int i = threadIdx.x;
+    if (i < pairs) share = to_float(p.shares[i]);
+    if (p.residual && i < p.choices.rows * 16) residual = to_float(p.residual[place_of(i)]);
   };
   const auto round = [&](int first, int count, const Partials<1>& sums) {
     for (int i = threadIdx.x; i < count * 16; i += kThreads) {
-      const int pair = memory.slots.pairs[first + i / 16], out = i % 16;
-      products[pair * 16 + out] = sums.total(i / 16, out) * to_float(p.shares[pair]);
+      products[memory.slots.pairs[first + i / 16] * 16 + i % 16] = sums.total(i / 16, i % 16);
     }
   };
   multiply_slots<kForm != Form::kAny>(memory, p.down, p.inner, row_tile, 1, 0, memory.slots.count, ready, round);
+  if (threadIdx.x < pairs) memory.slots.share[threadIdx.x] = share;
   __syncthreads();
   for (int i = threadIdx.x; i < p.choices.rows * 16; i += kThreads) {
-    const int row = i / 16, out = i % 16;
+    const int first = i / 16 * top_k;
     float sum = 0.0f;
-    for (int k = 0; k < top_k; ++k) sum += products[(row * top_k + k) * 16 + out];
-    p.y[static_cast<int64_t>(row) * p.hidden + row_tile * 16 + out] = from_float<T>(sum);
+    for (int k = 0; k < top_k; ++k) sum = fmaf(products[(first + k) * 16 + i % 16], memory.slots.share[first + k], sum);
+    if (p.residual) sum += i < kThreads ? residual : to_float(p.residual[place_of(i)]);
+    p.y[place_of(i)] = from_float<T>(sum);
   }
 }
 
@@ -96,18 +138,23 @@ cudaError_t launch_early(Kernel kernel, int grid, int threads, int bytes, cudaSt
 }
 
 template <typename W, Form kForm>
-cudaError_t launch_gate_up(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
+cudaError_t launch_gate_up(Params<typename W::T> p, int sm_count, cudaStream_t stream) {
   using Shared = Memory<W, 2, kGateUpWarps, kGateUpStages<kForm>>;
-  const int half = p.gate_up.row_tiles / 2, shares = std::max(1, (kForm == Form::kFew ? 1 : 2) * sm_count / half);
-  const int bytes = Shared::bytes(p.gate_up, p.choices.rows * p.choices.top_k);
-  return launch_early(gate_up_kernel<W, kForm>, half * shares, 32 * kGateUpWarps, bytes, stream, p);
+  const int pairs = p.choices.rows * p.choices.top_k, half = p.gate_up.row_tiles / 2;
+  int bytes = sizeof(Shared), grid = 2 * sm_count;
+  if (kForm == Form::kFew) {
+    Shared::set_round(p.gate_up, pairs, 0);
+    bytes = Shared::bytes(p.gate_up), grid = half;
+  }
+  return launch_early(gate_up_kernel<W, kForm>, grid, 32 * kGateUpWarps, bytes, stream, p);
 }
 
 template <typename W, Form kForm>
-cudaError_t launch_down(const Params<typename W::T>& p, cudaStream_t stream) {
+cudaError_t launch_down(Params<typename W::T> p, cudaStream_t stream) {
   using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages>;
-  const int pairs = p.choices.rows * p.choices.top_k;
-  const int bytes = Shared::bytes(p.down, pairs) + 4 * pairs * 16;
+  const int pairs = p.choices.rows * p.choices.top_k, products = 4 * pairs * 16;
+  Shared::set_round(p.down, pairs, products);
+  const int bytes = Shared::bytes(p.down) + products;
   return launch_early(down_kernel<W, kForm>, p.down.row_tiles, 32 * kDownWarps<kForm>, bytes, stream, p);
 }
 
@@ -129,9 +176,10 @@ cudaError_t launch_rows(const MoeExpertsArgs& a, const Params<T>& p, int sm_coun
 }
 
 template <typename T>
-cudaError_t launch(const MoeExpertsArgs& a, int sm_count, cudaStream_t stream) {
+cudaError_t launch(const MoeExpertsArgs& a, const void* residual, int sm_count, cudaStream_t stream) {
   Params<T> p = {static_cast<const T*>(a.x),
                  static_cast<const T*>(a.shares),
+                 static_cast<const T*>(residual),
                  static_cast<T*>(a.inner),
                  static_cast<T*>(a.y),
                  {a.experts, 0, a.top_k, a.expert_count},
@@ -147,6 +195,7 @@ cudaError_t launch(const MoeExpertsArgs& a, int sm_count, cudaStream_t stream) {
     const int64_t rows = p.choices.rows, pairs = rows * a.top_k;
     p.x += rows * p.hidden;
     p.y += rows * p.hidden;
+    if (p.residual) p.residual += rows * p.hidden;
     p.inner += pairs * p.intermediate;
     p.choices.experts += pairs;
     p.shares += pairs;
@@ -156,10 +205,11 @@ cudaError_t launch(const MoeExpertsArgs& a, int sm_count, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_moe_experts(const MoeExpertsArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {
+cudaError_t launch_moe_experts(const MoeExpertsArgs& args, const void* residual, Dtype dtype, int sm_count,
+                               cudaStream_t stream) {
   if (args.top_k < 1 || args.top_k > kMaxPairs) return cudaErrorInvalidValue;
-  if (dtype == Dtype::kFloat16) return launch<__half>(args, sm_count, stream);
-  return launch<__nv_bfloat16>(args, sm_count, stream);
+  if (dtype == Dtype::kFloat16) return launch<__half>(args, residual, sm_count, stream);
+  return launch<__nv_bfloat16>(args, residual, sm_count, stream);
 }
 
 }  // namespace hf_fastpath

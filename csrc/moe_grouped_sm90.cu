@@ -24,7 +24,7 @@ struct GroupedParams : Sm90Operands<T> {
 
 template <int kGroup, int kTokenTiles, int kStages>
 struct Shared {
-  Sm90Stage<kGroup, kTokenTiles> stages[kStages];
+  Sm90Stage<kGroup, kTokenTiles, kGemmWarps> stages[kStages];
   uint64_t full[kStages], empty[kStages];
   GroupedTable table;
 };
@@ -41,11 +41,11 @@ __device__ __forceinline__ void store_floats(const float (&acc)[4], const GemmPa
 }
 
 template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm>
-__global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
+__global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kGemmWarps>, kCtasPerSm)
     grouped_kernel(const __grid_constant__ GroupedParams<T> params) {
 #ifdef HF_FASTPATH_SM90A
   auto& shared = *reinterpret_cast<Shared<kGroup, kTokenTiles, kStages>*>(dynamic_shared());
-  const int thread = threadIdx.x, cta = blockIdx.x;
+  const int thread = threadIdx.x, lane = thread % 32, warp = uniform(thread / 32), cta = blockIdx.x;
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(shared.full + i, kFillArrivals);
@@ -59,34 +59,33 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
   const int units = (params.gemm.k + hf_fastpath::kUnitCols - 1) / hf_fastpath::kUnitCols;
   const GroupedSchedule schedule{&shared.table, params.experts, row_tiles,
                                  row_blocks,    units,          static_cast<int>(gridDim.x)};
-  if (thread >= kGemmThreads) {
-    if constexpr (kCtasPerSm == 1) give_registers<kProducerRegisters>();
-    if (thread < kGemmThreads + 32) {
-      produce<T, kGroup, kTokenTiles, kStages>(shared.stages, shared.full, shared.empty, params, schedule, cta,
-                                               thread - kGemmThreads);
+  if (warp >= kGemmWarps) {
+    if constexpr (kMovesRegisters<kCtasPerSm, kGemmWarps>) give_registers<kProducerRegisters>();
+    if (warp == kGemmWarps) {
+      produce<T, kGroup, kTokenTiles, kStages>(shared.stages, shared.full, shared.empty, params, schedule, cta, lane);
     }
   } else {
-    if constexpr (kCtasPerSm == 1) take_registers<kConsumerRegisters>();
+    if constexpr (kMovesRegisters<kCtasPerSm, kGemmWarps>) take_registers<kConsumerRegisters>();
     if (cta >= schedule.count()) return;
     float acc[kTokenTiles][4];
     const auto store_tile = [&](const float (&sums)[kTokenTiles][4], int tile) {
       const auto place = schedule.template place<kTokenTiles>(tile);
       GemmParams<T> limits = params.gemm;
       limits.m = shared.table.pair[place.expert + 1];
-      const int row_tile = place.row_block * kGemmWarps + thread / 32;
+      const int row_tile = place.row_block * kGemmWarps + warp;
 #pragma unroll
       for (int c = 0; c < kTokenTiles; ++c) {
         const int token = place.token + 8 * c;
         if (token >= limits.m) break;
         if (params.products) {
-          store_floats(sums[c], limits, params.products, row_tile, token, thread % 32);
+          store_floats(sums[c], limits, params.products, row_tile, token, lane);
         } else {
-          store_fragment(sums[c], limits, row_tile, token, thread % 32);
+          store_fragment(sums[c], limits, row_tile, token, lane);
         }
       }
     };
     consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty,
-                                             params.gemm.zeros != nullptr, schedule, cta, thread, store_tile);
+                                             params.gemm.zeros != nullptr, schedule, cta, warp, lane, store_tile);
   }
 #else
   __trap();  // launch_product() refuses before
@@ -150,7 +149,8 @@ cudaError_t launch_product(const MoeWeight& weight, int experts, const void* x, 
                            const int* first_pair, int pairs, int n, int k, int sm_count, cudaStream_t stream) {
   using Memory = Shared<kGroup, kTokenTiles, kStages>;
   // As in w4a16_gemm_sm90.cu: the registers.
-  constexpr int kCtasPerSm = kGroup == 32 && kTokenTiles == 8 ? 1 : kCtas, kGroups = Sm90Stage<kGroup, 4>::kGroups;
+  constexpr int kCtasPerSm = kGroup == 32 && kTokenTiles == 8 ? 1 : kCtas;
+  using Stage = Sm90Stage<kGroup, kTokenTiles, kGemmWarps>;
   static_assert(sizeof(Memory) <= (kCtas == 1 ? 227 : 113) * 1024);
   const auto kernel = grouped_kernel<T, kGroup, kTokenTiles, kStages, kCtasPerSm>;
   if (!is_for_this_gpu(kernel)) return cudaErrorNoKernelImageForDevice;
@@ -164,15 +164,16 @@ cudaError_t launch_product(const MoeWeight& weight, int experts, const void* x, 
   params.experts = experts;
   const GemmParams<T>& p = params.gemm;
   const int64_t row_tiles = int64_t{experts} * p.row_tiles, groups = p.groups;
-  cudaError_t error =
-      make_row_map(&params.weights, weight.qweight, row_tiles, int64_t{p.col_tiles} * 512, kGemmWarps, 512);
+  cudaError_t error = make_row_map(&params.weights, weight.qweight, row_tiles, int64_t{p.col_tiles} * 512, kGemmWarps,
+                                   512 * Stage::kTiles);
   if (error == cudaSuccess)
-    error = make_row_map(&params.scales, weight.scales, row_tiles, groups * 32, kGemmWarps, kGroups * 32);
+    error = make_row_map(&params.scales, weight.scales, row_tiles, groups * 32, kGemmWarps, Stage::kGroups * 32);
   if (error == cudaSuccess && weight.zeros)
-    error = make_row_map(&params.zeros, weight.zeros, row_tiles, groups * 16, kGemmWarps, kGroups * 16);
+    error = make_row_map(&params.zeros, weight.zeros, row_tiles, groups * 16, kGemmWarps, Stage::kGroups * 16);
   if (error == cudaSuccess) error = make_tensor_map(&params.x, x, pairs, k, 2 * int64_t{k}, 8 * kTokenTiles);
   if (error != cudaSuccess) return error;
-  return launch_kernel_early(kernel, kCtasPerSm * sm_count, kSm90Threads<kCtasPerSm>, sizeof(Memory), stream, params);
+  return launch_kernel_early(kernel, kCtasPerSm * sm_count, kSm90Threads<kCtasPerSm, kGemmWarps>, sizeof(Memory),
+                             stream, params);
 }
 
 template <typename T, int kGroup>
@@ -184,9 +185,9 @@ cudaError_t launch_for_variant(int variant, const MoeWeight& weight, int experts
   };
   switch (variant) {
     case 1:
-      return arguments(launch_product<T, kGroup, 4, 12, 2>);
+      return arguments(launch_product<T, kGroup, 4, 6, 2>);
     case 2:
-      return arguments(launch_product<T, kGroup, 8, 8, 2>);
+      return arguments(launch_product<T, kGroup, 8, 4, 2>);
     case 3:
       return arguments(launch_product<T, kGroup, 16, 8, 1>);
     case 4:
@@ -212,7 +213,8 @@ cudaError_t launch_simple(void (*kernel)(Args...), int64_t threads, cudaStream_t
 
 // Some of the rows: those that `a` has.
 template <typename T>
-cudaError_t launch_turn(const MoeExpertsArgs& a, const Workspace& w, int variant, int sm_count, cudaStream_t stream) {
+cudaError_t launch_turn(const MoeExpertsArgs& a, const T* residual, const Workspace& w, int variant, int sm_count,
+                        cudaStream_t stream) {
   const int pairs = a.rows * a.top_k;
   const Sorting sorting{a.experts, pairs, a.expert_count, w.first, w.order, w.place};
   cudaError_t error = launch_simple(sort_kernel, int64_t{a.expert_count} * moe::kThreads, stream, sorting);
@@ -233,17 +235,19 @@ cudaError_t launch_turn(const MoeExpertsArgs& a, const Workspace& w, int variant
   if (error != cudaSuccess) return error;
   return launch_simple(combine_kernel<T>, int64_t{a.rows} * a.hidden / 4, stream,
                        reinterpret_cast<const float4*>(w.products), static_cast<const int*>(w.place),
-                       static_cast<const T*>(a.shares), static_cast<T*>(a.y), a.rows, a.top_k, a.hidden);
+                       static_cast<const T*>(a.shares), residual, static_cast<T*>(a.y), a.rows, a.top_k, a.hidden);
 }
 
 template <typename T>
-cudaError_t launch(MoeExpertsArgs a, void* workspace, int variant, int sm_count, cudaStream_t stream) {
+cudaError_t launch(MoeExpertsArgs a, const T* residual, void* workspace, int variant, int sm_count,
+                   cudaStream_t stream) {
   const Workspace w(workspace, a, int64_t{rows_of_turn(a)} * a.top_k);
   const int all_rows = a.rows, most = rows_of_turn(a);
   for (int done = 0; done < all_rows; done += a.rows) {
     a.rows = std::min(most, all_rows - done);
-    const cudaError_t error = launch_turn<T>(a, w, variant, sm_count, stream);
+    const cudaError_t error = launch_turn<T>(a, residual, w, variant, sm_count, stream);
     if (error != cudaSuccess) return error;
+    if (residual) residual += static_cast<int64_t>(a.rows) * a.hidden;
     a.x = static_cast<const T*>(a.x) + static_cast<int64_t>(a.rows) * a.hidden;
     a.y = static_cast<T*>(a.y) + static_cast<int64_t>(a.rows) * a.hidden;
     a.experts += a.rows * a.top_k;
@@ -258,11 +262,14 @@ int64_t moe_grouped_workspace_bytes(const MoeExpertsArgs& args) {
   return Workspace(nullptr, args, int64_t{rows_of_turn(args)} * args.top_k).bytes;
 }
 
-cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, void* workspace, int variant, Dtype dtype, int sm_count,
-                               cudaStream_t stream) {
+cudaError_t launch_moe_grouped(const MoeExpertsArgs& args, const void* residual, void* workspace, int variant,
+                               Dtype dtype, int sm_count, cudaStream_t stream) {
   if (args.expert_count > kMaxGroupedExperts) return cudaErrorInvalidValue;
-  if (dtype == Dtype::kFloat16) return launch<__half>(args, workspace, variant, sm_count, stream);
-  return launch<__nv_bfloat16>(args, workspace, variant, sm_count, stream);
+  const auto launch_as = [&](auto type) {
+    using T = decltype(type);
+    return launch<T>(args, static_cast<const T*>(residual), workspace, variant, sm_count, stream);
+  };
+  return dtype == Dtype::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
 }
 
 }  // namespace hf_fastpath

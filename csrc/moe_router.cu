@@ -1,10 +1,12 @@
-// The router of a mixture of experts: logits, the experts with the largest scores, and their shares.
+// The router of a mixture of experts: logits, the experts with the largest scores, and their shares; of x, or of its
+// RMSNorm, which it then stores for the experts too.
 //
 // Eight rows of x and 16 experts meet in one mma.m16n8k16; x and the router's weight are read in the order in which
 // they lie in memory, eight neighbouring columns a lane, since it does not matter which column the tensor core calls
 // "k". The warps divide the columns, and where the GPU has clusters so do the CTAs of one, as a single multiprocessor
 // would read the weight too slowly; their parts are added in the order of the columns. Then a warp ranks the experts of
-// a row.
+// a row. For the norm each CTA sums the squares of whole rows, which are few, instead of waiting for the others.
+#include "common/decode_norm.cuh"
 #include "common/dtype.cuh"
 #include "common/launch.cuh"
 #include "common/memory.cuh"
@@ -18,6 +20,7 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRows = 8;           // of x at a time; as many as warps, each of which ranks the experts of one
 constexpr int kClusterSize = 8;    // CTAs
 constexpr int kStepCols = 32;      // columns that a warp takes at a time
+constexpr int kEarlyTiles = 2;     // of 16 experts, of whose weights a warp's first step is read before x is there
 constexpr float kEpsilon = 1e-6f;  // in a share's denominator
 static_assert(kRows == kWarps);
 
@@ -38,24 +41,31 @@ struct Params {
   int rows, hidden, expert_count, top_k;
   bool normalize;
   float scaling;
+  const T* norm_weight;  // or nullptr: x is taken as it is
+  float norm_eps;
+  T* normalized;
 
   __host__ __device__ int padded_experts() const { return (expert_count + 15) / 16 * 16; }
 };
 
 // A CTA's shared memory: [warp][expert][row] of a warp's sums, [expert][row] of the CTA's, and of the logits; chosen
-// experts of each row.
+// experts of each row; 1 / rms of each row, for the norm.
 struct Memory {
   float4* parts;
   float4* sums;
   float* logits;
   int* chosen;
+  float* inverse;
 
-  static __host__ __device__ int bytes(int padded) { return padded * kRows * 4 * (kWarps + 2) + kRows * padded * 4; }
+  static __host__ __device__ int bytes(int padded) {
+    return padded * kRows * 4 * (kWarps + 2) + kRows * padded * 4 + kRows * 4;
+  }
   __device__ __forceinline__ explicit Memory(int padded) {
     parts = reinterpret_cast<float4*>(dynamic_shared());
     sums = parts + kWarps * padded * kRows / 4;
     logits = reinterpret_cast<float*>(sums + padded * kRows / 4);
     chosen = reinterpret_cast<int*>(logits + padded * kRows);
+    inverse = reinterpret_cast<float*>(chosen + padded * kRows);
   }
 };
 
@@ -75,26 +85,114 @@ __device__ __forceinline__ float rounded(float value) {
   return to_float(from_float<T>(value));
 }
 
+// This lane's eight columns of rows g and g + 8 of a tile of 16 experts, and of x's row g.
+struct Fragment {
+  uint4 low, high;
+};
+
+// A warp's way to its parts of the operands.
+template <typename T>
+struct Operands {
+  const Params<T>& p;
+  int g, column;  // column: of a step's
+
+  __device__ __forceinline__ explicit Operands(const Params<T>& p)
+      : p(p), g(threadIdx.x % 32 / 4), column(8 * (threadIdx.x % 4)) {}
+
+  __device__ __forceinline__ Fragment weights(int tile, int step) const {
+    const auto row = [&](int expert) {
+      return p.weight + static_cast<int64_t>(min(expert, p.expert_count - 1)) * p.hidden + column + step * kStepCols;
+    };
+    return {load_early16(row(tile + g)), load_early16(row(tile + g + 8))};
+  }
+  __device__ __forceinline__ uint4 norm(int step) const {
+    return p.norm_weight ? load_early16(p.norm_weight + column + step * kStepCols) : make_uint4(0, 0, 0, 0);
+  }
+  // inverse: Memory's. store: whether this is the first time.
+  __device__ __forceinline__ uint4 x(int first, int step, const uint4& norm, const float* inverse, bool store) const {
+    const int at = column + step * kStepCols;
+    const uint4 value = load_early16(p.x + static_cast<int64_t>(min(first + g, p.rows - 1)) * p.hidden + at);
+    if (!p.norm_weight) return value;
+    const uint4 result = linear::normalized<T>(value, inverse[g], norm);
+    if (store && first + g < p.rows) {
+      *reinterpret_cast<uint4*>(p.normalized + static_cast<int64_t>(first + g) * p.hidden + at) = result;
+    }
+    return result;
+  }
+};
+
+// What a warp reads of its first step before x is there.
+struct Early {
+  Fragment weights[kEarlyTiles];
+  uint4 norm;
+
+  template <typename T>
+  __device__ __forceinline__ Early(const Params<T>& p, const Share& share) : weights{}, norm{} {
+    if (share.first >= share.end) return;
+    const Operands<T> operands(p);
+#pragma unroll
+    for (int i = 0; i < kEarlyTiles; ++i) {
+      if (16 * i < p.padded_experts()) weights[i] = operands.weights(16 * i, share.first);
+    }
+    norm = operands.norm(share.first);
+  }
+};
+
 // This warp's part of the sums of x's rows first .. first + 8.
 template <typename T>
-__device__ __forceinline__ void multiply(const Params<T>& p, const Memory& memory, const Share& share, int first) {
+__device__ __forceinline__ void multiply(const Params<T>& p, const Memory& memory, const Share& share, int first,
+                                         const Early& early) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const T* const row = p.x + static_cast<int64_t>(min(first + g, p.rows - 1)) * p.hidden + 8 * t;
+  const Operands<T> operands(p);
   float* const parts = reinterpret_cast<float*>(memory.parts + warp * p.padded_experts() * kRows / 4);
-  for (int tile = 0; tile < p.padded_experts(); tile += 16) {
-    const T* const low = p.weight + static_cast<int64_t>(min(tile + g, p.expert_count - 1)) * p.hidden + 8 * t;
-    const T* const high = p.weight + static_cast<int64_t>(min(tile + g + 8, p.expert_count - 1)) * p.hidden + 8 * t;
-    float acc[4] = {};
+  const auto add_step = [](float (&acc)[4], const Fragment& a, const uint4& b) {
+    mma_m16n8k16<T>(acc, {a.low.x, a.high.x, a.low.y, a.high.y}, b.x, b.y);
+    mma_m16n8k16<T>(acc, {a.low.z, a.high.z, a.low.w, a.high.w}, b.z, b.w);
+  };
+  const auto finish_tile = [&](float (&acc)[4], int tile, int from) {
+    const bool store = tile == 0;
 #pragma unroll 2
-    for (int step = share.first; step < share.end; ++step) {
-      const uint4 a0 = load_8x16bit<true>(low + step * kStepCols), a1 = load_8x16bit<true>(high + step * kStepCols);
-      const uint4 b = load_early16(row + step * kStepCols);
-      mma_m16n8k16<T>(acc, {a0.x, a1.x, a0.y, a1.y}, b.x, b.y);
-      mma_m16n8k16<T>(acc, {a0.z, a1.z, a0.w, a1.w}, b.z, b.w);
+    for (int step = from; step < share.end; ++step) {
+      const Fragment a = operands.weights(tile, step);
+      add_step(acc, a, operands.x(first, step, operands.norm(step), memory.inverse, store));
     }
     *reinterpret_cast<float2*>(parts + (tile + g) * kRows + 2 * t) = make_float2(acc[0], acc[1]);
     *reinterpret_cast<float2*>(parts + (tile + g + 8) * kRows + 2 * t) = make_float2(acc[2], acc[3]);
+  };
+  const bool any = share.first < share.end;
+  uint4 b = make_uint4(0, 0, 0, 0);
+  if (any) b = operands.x(first, share.first, early.norm, memory.inverse, true);
+#pragma unroll
+  for (int i = 0; i < kEarlyTiles; ++i) {
+    if (16 * i >= p.padded_experts()) break;
+    float acc[4] = {};
+    if (any) add_step(acc, early.weights[i], b);
+    finish_tile(acc, 16 * i, share.first + 1);
   }
+  for (int tile = 16 * kEarlyTiles; tile < p.padded_experts(); tile += 16) {
+    float acc[4] = {};
+    finish_tile(acc, tile, share.first);
+  }
+}
+
+// 1 / rms of a row, by a warp: the sums of decode_norm.cuh's eight warps, in their order.
+template <typename T>
+__device__ __forceinline__ float inverse_rms_of(const Params<T>& p, int row) {
+  const T* const begin = p.x + static_cast<int64_t>(min(row, p.rows - 1)) * p.hidden;
+  float squares[linear::kWarpsOfRow] = {};
+  for (int piece = 0; piece < p.hidden; piece += linear::kColsAtOnce) {
+    uint4 values[linear::kWarpsOfRow];
+#pragma unroll
+    for (int w = 0; w < linear::kWarpsOfRow; ++w) {
+      const int column = piece + 8 * (32 * w + static_cast<int>(threadIdx.x % 32));
+      values[w] = column < p.hidden ? load_early16(begin + column) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int w = 0; w < linear::kWarpsOfRow; ++w) squares[w] = linear::add_squares<T>(squares[w], values[w]);
+  }
+#pragma unroll
+  for (int w = 0; w < linear::kWarpsOfRow; ++w) squares[w] = warp_sum(squares[w]);
+  return linear::inverse_rms(squares, p.hidden, p.norm_eps);
 }
 
 __device__ __forceinline__ void add(float4& sum, const float4& part) {
@@ -189,10 +287,16 @@ __device__ __forceinline__ void route(const Params<T>& p) {
       prefetch_l2(p.weight + static_cast<int64_t>(e) * p.hidden + step * kStepCols);
     }
   }
+  const Early early(p, share);
   wait_for_previous_kernel();
   let_next_kernel_begin();
   for (int first = blockIdx.x / kCtas * kRows; first < p.rows; first += clusters * kRows) {
-    multiply(p, memory, share, first);
+    if (p.norm_weight) {
+      const float value = inverse_rms_of(p, first + warp);
+      if (lane == 0) memory.inverse[warp] = value;
+      __syncthreads();
+    }
+    multiply(p, memory, share, first, early);
     __syncthreads();
     for (int i = threadIdx.x; i < quads; i += kThreads) {
       float4 sum = memory.parts[i];
@@ -227,7 +331,8 @@ __global__ void __launch_bounds__(kThreads) moe_router_kernel(const Params<T> p)
 }
 
 template <typename T>
-cudaError_t launch(const MoeRouterArgs& a, int sm_count, cudaStream_t stream) {
+cudaError_t launch(const MoeRouterArgs& a, const void* norm_weight, float norm_eps, void* normalized, int sm_count,
+                   cudaStream_t stream) {
   const Params<T> p = {static_cast<const T*>(a.x),
                        static_cast<const T*>(a.weight),
                        a.bias,
@@ -239,7 +344,10 @@ cudaError_t launch(const MoeRouterArgs& a, int sm_count, cudaStream_t stream) {
                        a.expert_count,
                        a.top_k,
                        a.normalize,
-                       a.scaling};
+                       a.scaling,
+                       static_cast<const T*>(norm_weight),
+                       norm_eps,
+                       static_cast<T*>(normalized)};
   const int bytes = Memory::bytes(p.padded_experts()), blocks = (a.rows + kRows - 1) / kRows;
   if (has_early_launch()) {
     const int clusters = std::min(blocks, std::max(1, 2 * sm_count / kClusterSize));
@@ -251,11 +359,12 @@ cudaError_t launch(const MoeRouterArgs& a, int sm_count, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_moe_router(const MoeRouterArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {
+cudaError_t launch_moe_router(const MoeRouterArgs& args, const void* norm_weight, float norm_eps, void* normalized,
+                              Dtype dtype, int sm_count, cudaStream_t stream) {
   if (args.expert_count > kMaxRouterExperts || args.top_k > kMaxRouterTopK || args.hidden % kStepCols)
     return cudaErrorInvalidValue;
-  if (dtype == Dtype::kFloat16) return launch<__half>(args, sm_count, stream);
-  return launch<__nv_bfloat16>(args, sm_count, stream);
+  return dtype == Dtype::kFloat16 ? launch<__half>(args, norm_weight, norm_eps, normalized, sm_count, stream)
+                                  : launch<__nv_bfloat16>(args, norm_weight, norm_eps, normalized, sm_count, stream);
 }
 
 }  // namespace hf_fastpath

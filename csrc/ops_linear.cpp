@@ -106,6 +106,14 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& qweight, const Tensor& scales
   return y;
 }
 
+void check_residual(const Check& check, const Tensor& x, const std::optional<Tensor>& residual, int64_t out_features) {
+  if (!residual) return;
+  check(residual->scalar_type() == x.scalar_type(), "residual and x must have the same dtype");
+  check.shape(*residual, {x.size(0), out_features}, "residual", "(M, N)");
+  check.contiguous(*residual, "residual");
+  check.same_device(x, *residual, "residual");
+}
+
 Tensor w4a16_linear_fused(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                           const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& norm_weight, double eps, const std::optional<Tensor>& residual,
@@ -115,12 +123,7 @@ Tensor w4a16_linear_fused(const Tensor& x, const Tensor& qweight, const Tensor& 
   const Dtype dtype = check_packed(check, qweight, scales, zeros, x.size(1), out_features, group_size);
   check_rows(check, x, qweight, scales, bias, out_features, "separate modules");
   check_fused(check, x, norm_weight, eps);
-  if (residual) {
-    check(residual->scalar_type() == x.scalar_type(), "residual and x must have the same dtype");
-    check.shape(*residual, {x.size(0), out_features}, "residual", "(M, N)");
-    check.contiguous(*residual, "residual");
-    check.same_device(x, *residual, "residual");
-  }
+  check_residual(check, x, residual, out_features);
   const Launch launch(x);
   Tensor y = launch.empty({x.size(0), out_features}, x.scalar_type());
   if (x.size(0) == 0) return y;
@@ -256,7 +259,8 @@ Tensor w8a16_dequantize(const Tensor& qweight, const Tensor& scales, int64_t out
 }
 
 Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
-                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size, int64_t variant) {
+                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size, int64_t variant,
+                  const std::optional<Tensor>& residual) {
   constexpr Check check{"w4a16_gemm"};
   check(variant >= 0 && variant < kW4A16GemmVariants, "variant must be in 0 to ", kW4A16GemmVariants - 1, ", got ",
         variant);
@@ -266,6 +270,7 @@ Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
   check.aligned(scales, 16, "scales");
   if (zeros) check.aligned(*zeros, 16, "zeros");
   check_product(check, x, qweight, scales, bias, out_features);
+  check_residual(check, x, residual, out_features);
   // The smallest tile is 128 by 32, and its units of 128 columns are counted in 32 bits.
   check(k <= 1 << 24, "in_features must be at most ", 1 << 24, ", got ", k);
   check(m <= kMaxInt - 256 && (out_features / 128 + 1) * (m / 32 + 1) <= kMaxInt / (k / 128 + 1),
@@ -289,7 +294,8 @@ Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
                            n,
                            cols,
                            static_cast<int>(group_size),
-                           form};
+                           form,
+                           data(residual)};
   const cudaError_t error = launch_w4a16_gemm(args, dtype, launch.sm_count(), launch.stream());
   check(error != cudaErrorNoKernelImageForDevice, "variant ", form,
         " needs a GPU of compute capability 9.0, and kernels that were compiled for sm_90a");

@@ -8,9 +8,20 @@
 namespace hf_fastpath {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const Tensor& weight,
-                                              const std::optional<Tensor>& expert_bias, int64_t top_k, bool normalize,
-                                              double scaling) {
+// A tensor that is like x's rows, or one of them.
+void check_like(const Check& check, const Tensor& x, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                const char* name, const char* meaning) {
+  check(tensor.scalar_type() == x.scalar_type(), name, " and x must have the same dtype");
+  check.shape(tensor, sizes, name, meaning);
+  check.contiguous(tensor, name);
+  check.aligned(tensor, 16, name);
+  check.same_device(x, tensor, name);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_router(const Tensor& x, const Tensor& weight,
+                                                      const std::optional<Tensor>& expert_bias, int64_t top_k,
+                                                      bool normalize, double scaling,
+                                                      const std::optional<Tensor>& norm_weight, double norm_eps) {
   constexpr Check check{"moe_router"};
   check.shape(x, {-1, -1}, "x", "(M, H)");
   check.shape(weight, {-1, x.size(1)}, "weight", "(E, H)");
@@ -33,10 +44,12 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const Tensor& wei
     check.contiguous(*expert_bias, "expert_bias");
     check.same_device(x, *expert_bias, "expert_bias");
   }
+  if (norm_weight) check_like(check, x, *norm_weight, {hidden}, "norm_weight", "(H,)");
   const Launch launch(x);
+  Tensor normalized = launch.empty({norm_weight ? m : 0, hidden}, x.scalar_type());
   Tensor logits = launch.empty({m, experts}, x.scalar_type());
   Tensor shares = launch.empty({m, top_k}, x.scalar_type()), chosen = launch.empty({m, top_k}, ScalarType::Long);
-  if (m == 0) return {logits, shares, chosen};
+  if (m == 0) return {logits, shares, chosen, normalized};
   const MoeRouterArgs args{data(x),
                            data(weight),
                            data<float>(expert_bias),
@@ -49,8 +62,9 @@ std::tuple<Tensor, Tensor, Tensor> moe_router(const Tensor& x, const Tensor& wei
                            static_cast<int>(top_k),
                            normalize,
                            static_cast<float>(scaling)};
-  check.launched(launch_moe_router(args, dtype, launch.sm_count(), launch.stream()));
-  return {logits, shares, chosen};
+  check.launched(launch_moe_router(args, data(norm_weight), static_cast<float>(norm_eps), normalized.data_ptr(), dtype,
+                                   launch.sm_count(), launch.stream()));
+  return {logits, shares, chosen, normalized};
 }
 
 // The experts' packed weights of one product, (N, K) each: hf_fastpath/packing.py, with a first dimension E.
@@ -100,7 +114,8 @@ void check_pairs(const Check& check, const Tensor& x, const Tensor& experts, con
 Tensor moe_experts(const Tensor& x, const Tensor& experts, const Tensor& shares, const Tensor& gate_up_qweight,
                    const Tensor& gate_up_scales, const std::optional<Tensor>& gate_up_zeros, const Tensor& down_qweight,
                    const Tensor& down_scales, const std::optional<Tensor>& down_zeros, int64_t intermediate_size,
-                   int64_t gate_up_group_size, int64_t down_group_size, int64_t variant) {
+                   int64_t gate_up_group_size, int64_t down_group_size, int64_t variant,
+                   const std::optional<Tensor>& residual) {
   constexpr Check check{"moe_experts"};
   const Dtype dtype = check.float_dtype(x, "x");
   check_pairs(check, x, experts, shares);
@@ -112,12 +127,13 @@ Tensor moe_experts(const Tensor& x, const Tensor& experts, const Tensor& shares,
   check(gate_up_qweight.dim() == 5, "gate_up_qweight must have shape (E, N/16, ceil(K/64), 32, 4), got ",
         gate_up_qweight);
   const int64_t count = gate_up_qweight.size(0);
-  check(count >= 1 && count <= kMaxInt / 32, "there must be at least one expert, got ", count);
+  check(count >= 1 && count <= kMaxInt / 256, "there must be at least one expert, got ", count);
   MoeExpertsArgs args = {};
   args.gate_up = check_stack(check, x, "gate_up", gate_up_qweight, gate_up_scales, gate_up_zeros, count, 2 * inner,
                              hidden, gate_up_group_size);
   args.down =
       check_stack(check, x, "down", down_qweight, down_scales, down_zeros, count, hidden, inner, down_group_size);
+  if (residual) check_like(check, x, *residual, {m, hidden}, "residual", "(M, H)");
   const Launch launch(x);
   Tensor y = launch.empty({m, hidden}, x.scalar_type());
   if (m == 0) return y;
@@ -133,13 +149,13 @@ Tensor moe_experts(const Tensor& x, const Tensor& experts, const Tensor& shares,
   if (variant == 0) {
     const Tensor workspace = launch.empty({m * top_k, inner}, x.scalar_type());
     args.inner = workspace.data_ptr();
-    check.launched(launch_moe_experts(args, dtype, launch.sm_count(), launch.stream()));
+    check.launched(launch_moe_experts(args, data(residual), dtype, launch.sm_count(), launch.stream()));
     return y;
   }
   check(count <= kMaxGroupedExperts, "variant ", variant, " takes up to ", kMaxGroupedExperts, " experts, got ", count);
   const Tensor workspace = launch.empty({(moe_grouped_workspace_bytes(args) + 3) / 4}, ScalarType::Float);
-  const cudaError_t error = launch_moe_grouped(args, workspace.data_ptr(), static_cast<int>(variant), dtype,
-                                               launch.sm_count(), launch.stream());
+  const cudaError_t error = launch_moe_grouped(args, data(residual), workspace.data_ptr(), static_cast<int>(variant),
+                                               dtype, launch.sm_count(), launch.stream());
   check(error != cudaErrorNoKernelImageForDevice, "variant ", variant,
         " needs a GPU of compute capability 9.0, and kernels that were compiled for sm_90a");
   check.launched(error);

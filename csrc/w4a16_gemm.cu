@@ -1,5 +1,5 @@
-// y = x @ W.T + bias for more than 16 rows of x and W packed int4 (hf_fastpath/packing.py), by mma.sync: for every GPU
-// from compute capability 8.0 on.
+// y = residual + x @ W.T + bias for more than 16 rows of x and W packed int4 (hf_fastpath/packing.py), by mma.sync: for
+// every GPU from compute capability 8.0 on.
 //
 // Weights are the A operand, as in w4a16_linear.cu, and each fragment that was expanded from int4 meets all tokens of
 // the CTA's tile. Everything arrives in shared memory by cp.async, in a ring of stages of 128 columns: the weights of a

@@ -23,10 +23,12 @@ cudaError_t launch_w4a16_short_conv(const W4A16LinearArgs& args, const ShortConv
                                     cudaStream_t stream) {
   if (args.residual || args.n != 3 * conv.channels || conv.channels % 16) return cudaErrorInvalidValue;
   if (conv.taps < kMinConvTaps || conv.taps > kMaxConvTaps) return cudaErrorInvalidValue;
-  return linear::launch_behind_norm(args, dtype, stream, [&](const W4A16LinearArgs& product) {
-    if (dtype == Dtype::kFloat16) return launch<__half>(product, conv, sm_count, stream);
-    return launch<__nv_bfloat16>(product, conv, sm_count, stream);
-  });
+  return linear::launch_behind_norm(args, w4a16_norm_is_apart(args), dtype, stream,
+                                    [&](const W4A16LinearArgs& product) {
+                                      if (dtype == Dtype::kFloat16)
+                                        return launch<__half>(product, conv, sm_count, stream);
+                                      return launch<__nv_bfloat16>(product, conv, sm_count, stream);
+                                    });
 }
 
 }  // namespace hf_fastpath

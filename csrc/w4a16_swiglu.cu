@@ -17,10 +17,11 @@ cudaError_t launch(const W4A16LinearArgs& args, int sm_count, cudaStream_t strea
 
 cudaError_t launch_w4a16_swiglu(const W4A16LinearArgs& args, Dtype dtype, int sm_count, cudaStream_t stream) {
   if (args.residual || args.n % 32) return cudaErrorInvalidValue;
-  return linear::launch_behind_norm(args, dtype, stream, [&](const W4A16LinearArgs& product) {
-    if (dtype == Dtype::kFloat16) return launch<__half>(product, sm_count, stream);
-    return launch<__nv_bfloat16>(product, sm_count, stream);
-  });
+  return linear::launch_behind_norm(args, w4a16_norm_is_apart(args), dtype, stream,
+                                    [&](const W4A16LinearArgs& product) {
+                                      if (dtype == Dtype::kFloat16) return launch<__half>(product, sm_count, stream);
+                                      return launch<__nv_bfloat16>(product, sm_count, stream);
+                                    });
 }
 
 }  // namespace hf_fastpath

@@ -14,7 +14,7 @@ template <typename T_>
 struct Int8Weights {
   using T = T_;
   static constexpr int kUnitCols = 64;  // two tiles: as many bytes as a unit of int4
-  static constexpr bool kRowScales = true;
+  static constexpr bool kRowScales = true, kWideOutput = false;
   static constexpr int kGroups = 0;
 
   template <int kTiles>

@@ -142,7 +142,7 @@ def measure(job: Job, candidate: Candidate) -> dict[str, Any]:
 def _model(job: Job, candidate: Candidate) -> Iterator[Loaded]:
     """The model, patched; freed afterwards. What is packed is packed once for all candidates that share it."""
     request, config = job.request, candidate.config
-    packed = job.folder / _packing(config) if config is not None and (config.weights or config.lm_head) else None
+    packed = job.folder / _packing(config) if config is not None and (config.packs_linears or config.lm_head) else None
     if packed is not None and packed.is_dir():
         with job.console.status("Loading the packed model"):
             loaded = load(str(packed), request.device, request.dtype, patch=config)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,8 @@ class Job:
     processes: Processes
     console: Console
     stock: StockPredictions = dataclasses.field(default_factory=StockPredictions)
-    encoded: dict[Any, list[int]] = dataclasses.field(default_factory=dict)
+    encoded: Any = dataclasses.field(default_factory=dict)  # see FastpathLM
+    asked: set[str] = dataclasses.field(default_factory=set)  # leaves whose questions are made
 
 
 def size_and_speed(job: Job, candidate: Candidate, loaded: Loaded) -> dict[str, Any]:
@@ -111,9 +114,12 @@ def benchmark_answers(job: Job, candidate: Candidate, loaded: Loaded, benchmark:
 
     request = job.request
     tasks = {leaf: job.tasks[leaf] for leaf in benchmark.leaves}
-    for task in tasks.values():
-        task.set_config(key="num_fewshot", value=benchmark.shots)
-        task.set_fewshot_seed(seed=request.seed)
+    for leaf, task in tasks.items():
+        if leaf in job.asked:
+            _ask_again(task)
+        else:
+            task.set_config(key="num_fewshot", value=benchmark.shots)
+            task.set_fewshot_seed(seed=request.seed)
     with _precision(loaded), bar(job.console, f"  {benchmark.name}, {benchmark.shots}-shot") as step:
         lm = FastpathLM(
             loaded.model,
@@ -123,13 +129,14 @@ def benchmark_answers(job: Job, candidate: Candidate, loaded: Loaded, benchmark:
             on_progress=step,
             encoded=job.encoded,
         )
-        with contextlib.redirect_stderr(io.StringIO()):  # bars over the questions, which take no time
+        with contextlib.redirect_stderr(io.StringIO()), _templates_compiled_once():  # its bars are over the questions
             results: Any = evaluate(
                 lm,
                 {"tasks": tasks, "groups": {}, "group_map": {}},
                 limit=benchmark.limit(request.limit),
                 bootstrap_iters=0,
             )
+    job.asked |= tasks.keys()
     items, prompts = [], hashlib.sha256()
     for leaf in benchmark.leaves:
         for sample in sorted(results["samples"][leaf], key=lambda sample: sample["doc_id"]):
@@ -145,6 +152,26 @@ def benchmark_answers(job: Job, candidate: Candidate, loaded: Loaded, benchmark:
     }
     tokens = lm.tokens_seen / max(lm.requests_seen, 1)
     return {"metrics": metrics, "items": items, "prompts": prompts.hexdigest(), "mode": lm.mode, "tokens": tokens}
+
+
+def _ask_again(task: Any) -> None:
+    """lm-eval makes every prompt anew for every model, which takes longer than a small model on a GPU. These are the
+    same, so they stay, without the answers."""
+    for instance in task.instances:
+        instance.resps, instance.filtered_resps = [], {}
+    task.build_all_requests = lambda **options: None
+
+
+@contextlib.contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """lm-eval compiles a question's template anew for every example shown: most of the time that prompts take."""
+    from lm_eval.utils import env
+
+    env.from_string = functools.cache(env.from_string)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del env.from_string  # the class's own is there again
 
 
 def _precision(loaded: Loaded) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from hf_fastpath.eval.accuracy_reading import machine, reading
 from hf_fastpath.eval.bench_ops import commit_of
 from hf_fastpath.eval.significance import difference, standard_error
 from hf_fastpath.eval.sweep import Candidate
@@ -20,8 +21,8 @@ from hf_fastpath.eval.task_data import WIKITEXT2, Benchmark
 from hf_fastpath.eval.wikitext import TextScore
 
 Row = dict[str, Any]
+_ACCURACY = "Accuracy: stock's, and the change in percentage points (McNemar's p)"
 _METRIC_COLUMNS = {"acc": 1, "acc_norm": 2}  # of an item
-CHANCE_SE = 2.0  # standard errors within which an accuracy is that of guessing
 
 
 def assemble(
@@ -99,18 +100,28 @@ def write(report: Row, out: Path) -> list[Path]:
 
 
 def main() -> None:
-    """``python -m hf_fastpath.eval.accuracy_report OUT.json``: Markdown and plots of a report of another machine."""
+    """``python -m hf_fastpath.eval.accuracy_report OUT.json``: Markdown and plots of a report of another machine, and
+    the two tables to paste into a document."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("report", type=Path, help="a report's JSON file")
     path = parser.parse_args().report
-    write(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(""))
+    report = json.loads(path.read_text(encoding="utf-8"))
+    write(report, path.with_suffix(""))
+    print("\n".join([*_summary(report), *machine(report["settings"])]))
+
+
+def _summary(report: Row) -> list[str]:
+    """What the configurations cost, as Markdown."""
+    rows = report["configurations"]
+    accuracy = _markdown_table(*_accuracies(rows), _ACCURACY) if _counted(rows) else []
+    return _markdown_table(*_overview(rows), "Speed, memory, perplexity") + accuracy
 
 
 def markdown(report: Row, plots: Sequence[Path] = ()) -> str:
     """The report to read."""
     settings, rows = report["settings"], report["configurations"]
-    lines = [f"# {settings['model']}: what was paid for speed and memory", "", *_machine(settings), ""]
-    lines += _markdown_table(*_overview(rows), "Speed, memory, perplexity")
+    lines = [f"# {settings['model']}: what was paid for speed and memory", "", *machine(settings), ""]
+    lines += _summary(report)
     for name, benchmark in rows[0]["benchmarks"].items():
         if "accuracy" in benchmark:
             title = f"{name}, {benchmark['shots']}-shot, {benchmark['questions']:,} questions, {benchmark['metric']}"
@@ -126,13 +137,22 @@ def tables(report: Row) -> list[Table]:
     """The overview and every accuracy's change, for the terminal."""
     rows = report["configurations"]
     found = [_table(*_overview(rows), f"{report['settings']['model']}: stock against patched")]
-    names = [name for name, benchmark in rows[0]["benchmarks"].items() if "accuracy" in benchmark]
-    if names:
-        cells = [
-            [row["name"], *(_accuracy(row["benchmarks"][name], first=row is rows[0]) for name in names)] for row in rows
-        ]
-        found.append(_table(["", *names], cells, "Accuracy (McNemar's p)"))
+    if _counted(rows):
+        found.append(_table(*_accuracies(rows), _ACCURACY))
     return found
+
+
+def _counted(rows: Sequence[Row]) -> list[str]:
+    """Benchmarks whose answers are right or wrong."""
+    return [name for name, benchmark in rows[0]["benchmarks"].items() if "accuracy" in benchmark]
+
+
+def _accuracies(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    names = _counted(rows)
+    cells = [
+        [row["name"], *(_accuracy(row["benchmarks"][name], first=row is rows[0]) for name in names)] for row in rows
+    ]
+    return ["", *(f"{name}, {rows[0]['benchmarks'][name]['shots']}-shot" for name in names)], cells
 
 
 def _table(header: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> Table:
@@ -146,7 +166,8 @@ def _table(header: Sequence[str], cells: Sequence[Sequence[str]], title: str) ->
 
 def _accuracy(benchmark: Row, first: bool) -> str:
     if first:
-        return f"{benchmark['accuracy']:.1%}"
+        error = benchmark["accuracy_se"]
+        return f"{benchmark['accuracy']:.1%}" + (f" ± {error:.1%}" if error is not None else "")
     return f"{100 * benchmark['delta']:+.1f} pp ({benchmark['p']:.2g})"
 
 
@@ -208,67 +229,6 @@ def _plain(rows: Sequence[Row], name: str) -> tuple[list[str], list[list[str]]]:
         for row in rows
     ]
     return header, cells
-
-
-def reading(report: Row) -> list[str]:
-    """What the numbers mean, and what they do not say."""
-    settings, rows = report["settings"], report["configurations"]
-    stock = rows[0]
-    named = {name: found for name, found in stock["benchmarks"].items() if "accuracy" in found}
-    lines = []
-    if WIKITEXT2 in stock:
-        text = stock[WIKITEXT2]
-        lines.append(
-            f"Perplexity: {text['predictions']:,} tokens in disjoint windows of {settings['window']:,} (the stride), a "
-            "token's context being its window; ± is the standard error of the change, windows paired. Stock's is "
-            f"{text['word_perplexity']:.3f} a word, {text['bits_per_byte']:.4f} bits a byte."
-        )
-        if settings["compared"]:
-            lines.append(
-                "KL (nats a token) and top-1 (the same likeliest token) are against stock's predictions in the first "
-                f"{min(settings['compared'], settings['windows'])} windows."
-            )
-    if named:
-        tests = len(named) * (len(rows) - 1)
-        lines.append(
-            "Accuracy: questions are paired with stock's. p is McNemar's exact test: how likely so uneven a split of "
-            "lost and won answers is by chance. The interval is a paired bootstrap's. Of "
-            f"{tests} comparisons, {tests * 0.05:.0f} or so have p < 0.05 with no difference behind them."
-        )
-        lines.append(
-            "KL and log-likelihoods (mean absolute change of a choice's, nats) see every question, where accuracy sees "
-            "only answers that change sides."
-        )
-    for name, found in named.items():
-        error = found["accuracy_se"] or 0.0
-        if abs(found["accuracy"] - found["chance"]) <= CHANCE_SE * error:
-            lines.append(
-                f"{name}: stock's {found['accuracy']:.1%} ± {error:.1%} is what guessing gives "
-                f"({found['chance']:.1%}), so a change of it says little about this model; rest on KL, other answers, "
-                "and perplexity."
-            )
-    if named:
-        lengths = ", ".join(f"{name} {found['tokens']:.0f}" for name, found in named.items())
-        lines.append(
-            f"Mean tokens of a question with one answer: {lengths}. The int4 and fp8 caches keep up to 64 latest "
-            "tokens in full precision (int4 also the first 4), and h2o evicts nothing up to its budget: questions not "
-            "much longer hardly show what these cost."
-        )
-    lines += [f"Log-likelihoods: {mode}." for mode in settings["modes"]]
-    if settings["limit"]:
-        lines.append(f"The first {settings['limit']:,} questions of each benchmark; a group's tasks share them evenly.")
-    return lines
-
-
-def _machine(settings: Row) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    data = settings["data"]
-    files = data if isinstance(data, str) else f"{len(data)} local files (their hashes are in the JSON)"
-    return [
-        f"{settings['device']}; {versions}; commit {settings['commit']}; weights {settings['dtype']}, arithmetic "
-        f"{settings['arithmetic']}; seed {settings['seed']}; data: {files}; batches of {settings['batch_size']}, "
-        f"{settings['kv_chunk']} tokens at a time; processes: {settings['processes']}."
-    ]
 
 
 def _markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> list[str]:

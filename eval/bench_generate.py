@@ -1,153 +1,355 @@
-"""Times generate() on real shapes with random weights: ``python -m hf_fastpath.eval.bench_generate --out FILE``.
+"""``hf-fastpath bench generate``: generate() of stock transformers and of patched variants, on this machine.
 
-Columns of the CSV, one row a variant and batch size:
+Every variant has a model of its own, one in memory at a time. Prompts are random tokens, and as usual there is an end
+token to look for, one that never comes. One row of the CSV is one variant, batch size, prompt and way to choose tokens;
+columns:
 
-model, variant      a shape of SHAPES; stock, or the patch of VARIANTS
-batch, prompt, new  rows, prompt tokens, new tokens a row
-tok_s               greedy decode tokens a second of the whole batch, the prompt's own pass left out (median of runs)
-first_token_ms      one new token after the prompt (median)
-patch_s             seconds patch_model took
-weight_gb, peak_gb  bytes of all parameters and buffers; the most memory allocated while generating
-gpu, torch, transformers, commit
+model, variant   a shape or a checkpoint; a name of VARIANTS in hf_fastpath.eval.generate_models
+choice           greedy, or how tokens are drawn: a name of CHOICES
+batch, prompt, new   rows, prompt tokens and new tokens of a row
+tok_s            tokens a second of the whole batch, the prompt's own pass left out (median run); tok_s_low, tok_s_high
+first_token_ms   generate() with one new token (median run)
+setup_s          what the first call of these sizes takes longer than later ones: graphs are captured, or code compiled
+patch_s, scale_search   seconds of patch_model() and how it chose the int4 codes: "absmax" is the quickest way, and the
+                 speed of generate() does not depend on it; nothing for stock
+weight_gb, patch_peak_gb, peak_gb   bytes of parameters and buffers; the most GPU memory allocated while patching, and
+                 while generating
+step_mb          what a step must read: weights once (of experts those that random choices need), and keys and values
+                 at the mean length
+limit_tok_s, of_limit   what the rate of a large copy allows for step_mb; tok_s over it
+replay_tok_s     the graphs of a step, replayed back to back without generate()
+copy_gb_s        rate of a large copy, bytes read plus written, in the same run
+dtype, device, torch, transformers, commit
+
+What a CPU cannot show is empty: memory, graphs, and the compiled step, which transformers makes on a GPU only.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
+import dataclasses
 import gc
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from rich.console import Console
+from rich.progress import Progress
 
-from hf_fastpath import patch_model
+from hf_fastpath import FastpathConfig, info, patch_model
+from hf_fastpath.errors import Unsupported
+from hf_fastpath.eval import bench_gemm, profile_decode
 from hf_fastpath.eval.bench_ops import commit_of
-from hf_fastpath.eval.measure import decode_rate, weight_bytes
+from hf_fastpath.eval.decode_bytes import step_bytes
+from hf_fastpath.eval.generate_models import COMPILED, VARIANTS, Source
+from hf_fastpath.eval.generate_tables import caption, summary
+from hf_fastpath.eval.graph_replay import replay_of
+from hf_fastpath.eval.measure import weight_bytes
+from hf_fastpath.runtime import require_device
 
 COLUMNS = (
-    *("model", "variant", "batch", "prompt", "new", "tok_s", "first_token_ms", "patch_s", "weight_gb", "peak_gb"),
-    *("gpu", "torch", "transformers", "commit"),
+    *("model", "variant", "choice", "batch", "prompt", "new", "tok_s", "tok_s_low", "tok_s_high", "first_token_ms"),
+    *("setup_s", "patch_s", "scale_search", "weight_gb", "patch_peak_gb", "peak_gb"),
+    *("step_mb", "limit_tok_s", "of_limit", "replay_tok_s", "copy_gb_s"),
+    *("dtype", "device", "torch", "transformers", "commit"),
 )
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    },
-    "lfm2.5-8b-a1b": {
-        "model_type": "lfm2_moe",
-        "vocab_size": 128000,
-        "num_hidden_layers": 24,
-        "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
-    },
-}
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "stock": None,
-    "lossless": {"weights": None, "kv_cache": "static"},
-    "int8 kv": {"weights": None, "kv_cache": "int8"},
-    "w4a16 + int8 kv": {},
-    "w4a16 + int8 kv, int8 head": {"lm_head": "int8"},
-    "w4a16 + int4 kv": {"kv_cache": "int4"},
+CHOICES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "top-p": {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    "top-p-only": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9},
 }
 
-
-def random_model(shape: str, device: str) -> Any:
-    """A bf16 model of a real shape; its weights are as the config initializes them."""
-    torch.manual_seed(0)
-    settings = dict(SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+Row = dict[str, Any]
 
 
-@torch.inference_mode()
-def first_token_seconds(model: Any, inputs: dict[str, torch.Tensor], runs: int) -> float:
-    """The median time of generate() with one new token."""
-    times = []
-    for _ in range(runs + 1):
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What to measure.
+
+    Args:
+        new: tokens of a row; stock_new: of stock, which is slow, None: the same, up to 64.
+        compiled_batches: of ``compiled``, which compiles anew for each, with the first prompt only; None: the first.
+        choices: names of CHOICES. scale_search: of the int4 codes. commit: to name in every row; None: git is asked.
+
+    Raises:
+        ValueError: a number that is too small, or a name that there is not.
+    """
+
+    batches: tuple[int, ...] = (1, 16, 64)
+    prompts: tuple[int, ...] = (512,)
+    new: int = 128
+    stock_new: int | None = None
+    compiled_batches: tuple[int, ...] | None = None
+    choices: tuple[str, ...] = ("greedy",)
+    runs: int = 3
+    scale_search: str = "absmax"
+    commit: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("batches", 1), ("prompts", 1), ("compiled_batches", 1)):
+            if min(getattr(self, name) or (least,)) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: allowed are {least} and more")
+        for name, least in (("new", 4), ("stock_new", 4), ("runs", 1)):
+            if (getattr(self, name) or least) < least or getattr(self, name) == 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        FastpathConfig(scale_search=self.scale_search)  # type: ignore[arg-type]
+        if unknown := [name for name in self.choices if name not in CHOICES]:
+            raise ValueError(f"sampling {unknown[0]!r}: allowed are {', '.join(CHOICES)}")
+
+    def of(self, variant: str) -> list[tuple[int, int, int, str]]:
+        """(batch, prompt, new tokens, choice) of every row of a variant."""
+        stock = VARIANTS[variant] is None
+        new = (self.stock_new or min(self.new, 64)) if stock else self.new
+        batches, prompts = self.batches, self.prompts
+        if variant == COMPILED:
+            batches, prompts = self.compiled_batches or batches[:1], prompts[:1]
+        return [(b, p, new, choice) for p in prompts for b in batches for choice in self.choices]
+
+
+def why_not(variant: str, device: torch.device) -> str:
+    """Why a variant cannot be measured here; "" when it can."""
+    if variant == COMPILED and device.type != "cuda":
+        return f"{COMPILED}: transformers compiles the decode step on a GPU only"
+    return ""
+
+
+@dataclasses.dataclass
+class Subject:
+    """A model, as a variant has it."""
+
+    model: Any
+    facts: Row
+    options: dict[str, Any]
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.model.device.type == "cuda")
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.model.device)
+
+    def peak_gb(self) -> float | str:
+        """The most memory allocated since ``torch.cuda.reset_peak_memory_stats()``."""
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3) if self.on_gpu else ""
+
+
+def prepare(source: Source, variant: str, sizes: Sizes, say: Callable[[str], None]) -> Subject | None:
+    """The model of a variant, built and patched; None if it cannot be patched like this, which ``say`` is told."""
+    model, name = source.build()
+    model.generation_config.eos_token_id = model.config.get_text_config().vocab_size  # a token that never comes
+    model.generation_config.pad_token_id = 0
+    subject = Subject(model, {"model": name, "variant": variant, "dtype": str(model.dtype)[6:]}, {})
+    overrides = VARIANTS[variant]
+    if variant == COMPILED:
+        subject.options["cache_implementation"] = "static"
+    if overrides is None:
+        return subject
+    if subject.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    subject.wait()
+    start = time.perf_counter()
+    try:
+        patch_model(model, {"scale_search": sizes.scale_search, "progress": False}, **overrides)
+    except Unsupported as error:
+        say(f"Not measured: {variant}: {error}")
+        return None
+    subject.wait()
+    subject.facts["patch_s"] = round(time.perf_counter() - start, 2)
+    packs = overrides.get("weights", "w4a16") == "w4a16"
+    subject.facts |= {"scale_search": sizes.scale_search if packs else "", "patch_peak_gb": subject.peak_gb()}
+    return subject
+
+
+def check_length(model: Any, prompt: int, new: int) -> None:
+    """Raises ValueError where a text of this length is too long for the model."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and prompt + new > most:
+        raise ValueError(f"a prompt of {prompt} and {new} new tokens: the model has {most} positions")
+
+
+def prompt_of(subject: Subject, batch: int, prompt: int) -> dict[str, torch.Tensor]:
+    """Random tokens."""
+    vocabulary = subject.model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (batch, prompt), device=subject.model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def measure(
+    subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str, runs: int, copy_gb_s: float
+) -> Row:
+    """One row's numbers."""
+    model, (batch, prompt) = subject.model, inputs["input_ids"].shape
+    how = CHOICES[choice] | subject.options
+    if subject.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def seconds(count: int) -> float:
         start = time.perf_counter()
-        model.generate(**inputs, do_sample=False, max_new_tokens=1)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        model.generate(**inputs, **how, max_new_tokens=count)
+        subject.wait()
+        return time.perf_counter() - start
 
-
-def measure(model: Any, batch: int, prompt: int, new: int, runs: int) -> dict[str, Any]:
-    """One row's numbers for the model as it stands."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    once = seconds(new)
+    first = statistics.median(seconds(1) for _ in range(runs))
+    whole = [seconds(new) for _ in range(runs)]
+    rates = [batch * (new - 1) / max(time - first, 1e-9) for time in whole]
+    moved = step_bytes(model, batch, prompt + new / 2)
+    limit = batch * copy_gb_s * 1e9 / moved
     return {
-        "batch": batch,
-        "prompt": prompt,
-        "new": new,
-        "first_token_ms": round(1000 * first_token_seconds(model, inputs, runs), 1),
-        "tok_s": round(batch * decode_rate(model, inputs, new, runs), 1),
-        "weight_gb": round(weight_bytes(model) / 1e9, 3),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3),
+        **{"choice": choice, "batch": batch, "prompt": prompt, "new": new},
+        **{"tok_s": round(statistics.median(rates), 1), "first_token_ms": round(1000 * first, 1)},
+        **{"tok_s_low": round(min(rates), 1), "tok_s_high": round(max(rates), 1)},
+        "setup_s": round(max(once - statistics.median(whole), 0.0), 2),
+        **{"weight_gb": round(weight_bytes(model) / 1e9, 3), "peak_gb": subject.peak_gb()},
+        **{"step_mb": round(moved / 1e6, 3), "limit_tok_s": round(limit, 1), "copy_gb_s": round(copy_gb_s, 1)},
+        "of_limit": round(statistics.median(rates) / limit, 4),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Times generate(); see the top of the file for the columns.")
-    parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=list(VARIANTS))
-    parser.add_argument("--scale-search", default="auto", help="of int4 weights; takes time, and changes no speed")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_generate: torch sees no CUDA GPU")
-    machine = {
-        "model": arguments.shape,
-        "gpu": torch.cuda.get_device_name(),
+def measure_graphs(
+    subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str, profiled: bool
+) -> tuple[Row, list[Row]]:
+    """The columns and the rows of a profile that a variant with CUDA graphs has; nothing for another one."""
+    how = CHOICES[choice] | subject.options
+    try:
+        replay = replay_of(subject.model, inputs, new if profiled else 0, **how)
+    except Unsupported:
+        return {}, []
+    kernels = profile_decode.profile(replay) if profiled else []
+    return {"replay_tok_s": round(replay.rate(inputs["input_ids"].shape[0], new), 1)}, kernels
+
+
+def rows(
+    source: Source, variants: tuple[str, ...], sizes: Sizes, say: Callable[[str], None], profiled: bool = False
+) -> Iterator[tuple[Row, list[Row]]]:
+    """One row of the CSV after the other, each with those of its profile. ``say`` is told what cannot be measured."""
+    device = torch.device(source.device)
+    copy_gb_s = bench_gemm.copy_rate(device)
+    where = machine(device, sizes.commit)
+    for variant in variants:
+        if reason := why_not(variant, device):
+            say(f"Not measured: {reason}")
+            continue
+        subject = prepare(source, variant, sizes, say)
+        for batch, prompt, new, choice in sizes.of(variant) if subject else ():
+            assert subject is not None
+            check_length(subject.model, prompt, new)
+            inputs = prompt_of(subject, batch, prompt)
+            try:
+                row = subject.facts | measure(subject, inputs, new, choice, sizes.runs, copy_gb_s)
+                graphs, profile = measure_graphs(subject, inputs, new, choice, profiled)
+            except torch.OutOfMemoryError:
+                say(f"Not measured: {variant}, {batch} rows of {prompt} + {new} tokens: out of memory")
+                continue
+            yield row | graphs | where, [row | each | where for each in profile]
+        del subject
+        free(device)
+
+
+def machine(device: torch.device, commit: str | None) -> Row:
+    """The columns that say where a row was measured."""
+    return {
+        "device": info.device_name(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": arguments.commit or commit_of(Path(__file__).parent),
+        "commit": commit or commit_of(Path(__file__).parent),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in rows(arguments):
-            writer.writerow(machine | row)
-            file.flush()
-            print(row, flush=True)
 
 
-def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The numbers of every variant and batch size, each variant with a model of its own, one in memory at a time."""
-    for variant in arguments.variant:
-        overrides = VARIANTS[variant]
-        model = random_model(arguments.shape, "cuda")
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        if overrides is not None:
-            patch_model(model, scale_search=arguments.scale_search, progress=False, **overrides)
-        torch.cuda.synchronize()
-        patched = {"variant": variant, "patch_s": round(time.perf_counter() - start, 1)}
-        for batch in arguments.batch:
-            yield patched | measure(model, batch, arguments.prompt, arguments.new, arguments.runs)
-        del model
-        gc.collect()  # modules refer to each other
+def free(device: torch.device) -> None:
+    """Gives back the memory of models that nobody has any more."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what was compiled holds its model
+    gc.collect()  # modules refer to each other
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-if __name__ == "__main__":
-    main()
+def run(
+    source: Source,
+    variants: tuple[str, ...],
+    sizes: Sizes,
+    console: Console,
+    out: Path | None = None,
+    append: bool = False,
+    plot: Path | None = None,
+    profile: Path | None = None,
+) -> list[Row]:
+    """Measures and prints; writes each row to ``out`` as soon as it is there, then the plots and the profile.
+
+    Args:
+        append: add to the rows that ``out`` holds.
+        plot: PNG, SVG or PDF, of the batch sizes; of the prompts, where there are several, beside it.
+
+    Raises:
+        ValueError: what was asked for cannot be done here; before anything is measured, if that can be known.
+        Unsupported: no variant can be measured.
+    """
+    if plot:
+        from hf_fastpath.eval import generate_plots  # says before the work that matplotlib is missing
+
+        generate_plots.check(plot)
+    if profile and source.device != "cuda":
+        raise ValueError("--profile shows the kernels of a GPU, and this runs on the CPU")
+    if any(VARIANTS[variant] is not None for variant in variants):
+        require_device(torch.device(source.device))
+    torch.manual_seed(0)
+    found: list[Row] = []
+    profiles: list[Row] = []
+    device = torch.device(source.device)
+    total = sum(len(sizes.of(variant)) for variant in variants if not why_not(variant, device))
+    with Progress(console=console) as progress, Writer(out, append) as writer:
+        task = progress.add_task("Measuring", total=total)
+        for row, kernels in rows(source, variants, sizes, progress.console.print, profile is not None):
+            found.append(row)
+            profiles += kernels
+            writer.write(row)
+            progress.advance(task)
+            if kernels:
+                profile_decode.show(kernels, progress.console)
+    if not found:
+        raise Unsupported("none of the variants could be measured here")
+    console.print(summary(found))
+    console.print(caption(found), highlight=False)
+    if profile:
+        profile_decode.write(profiles, profile)
+    if plot:
+        console.print("Plots:", *generate_plots.draw(found, plot))
+    return found
+
+
+class Writer:
+    """A CSV file that has every row as soon as it is measured; with ``path=None`` none."""
+
+    def __init__(self, path: Path | None, append: bool) -> None:
+        self.path, self.append = path, append and path is not None and path.is_file()
+
+    def __enter__(self) -> Writer:
+        if self.path is None:
+            return self
+        if self.append:
+            with self.path.open(newline="") as file:
+                if tuple(csv.DictReader(file).fieldnames or ()) != COLUMNS:
+                    raise ValueError(f"{self.path}: has other columns than `hf-fastpath bench generate` writes")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a" if self.append else "w", newline="")
+        self.csv = csv.DictWriter(self.file, COLUMNS)
+        if not self.append:
+            self.csv.writeheader()
+        return self
+
+    def write(self, row: Row) -> None:
+        if self.path is not None:
+            self.csv.writerow(row)
+            self.file.flush()
+
+    def __exit__(self, *error: object) -> None:
+        if self.path is not None:
+            self.file.close()

@@ -3,10 +3,12 @@
 As eval/bench_ops.py does: a CUDA graph of enough calls on different weights to read far more than the L2 holds. The
 layer is LFM2.5-8B-A1B's; a row's experts are drawn evenly. Columns, beside bench_ops's times, rates and machine:
 
-part     layer (router and experts, in the order of a model), router, experts
-impl     hf_fastpath: the variant that heuristics.py takes; hf_fastpath_*: each variant of moe_experts that the GPU
-         runs; grouped_mm_bf16: torch's products over sorted rows, the weights in bf16; dequantize_cublas: each chosen
-         expert expanded to 16 bits, then cuBLAS, which asks the GPU which they are and so is timed without a graph
+part     layer (norm, router, experts and residual, as a decoder layer of the model runs them), router (norm and
+         router), experts (and residual)
+impl     hf_fastpath: the variant that heuristics.py takes; hf_fastpath_apart: with norm and residual by torch, as
+         modules do them; hf_fastpath_*: each variant of moe_experts that the GPU runs; grouped_mm_bf16: torch's
+         products over sorted rows, the weights in bf16; dequantize_cublas: each chosen expert expanded to 16 bits, then
+         cuBLAS, which asks the GPU which they are and so is timed without a graph
 rows     of x
 chosen   experts that at least one row was sent to
 bytes    what one call must move: the chosen experts' weights once, x and y
@@ -30,7 +32,8 @@ from hf_fastpath.build import load_library
 from hf_fastpath.eval.bench_ops import ROTATE_BYTES, commit_of, copy_rate, measure, percentiles, time_each
 from hf_fastpath.eval.sizes import parse_rows
 from hf_fastpath.heuristics import moe_experts_runs_on, moe_experts_variant
-from hf_fastpath.ops import moe_experts, moe_router, w4a16_dequantize
+from hf_fastpath.ops import moe_experts, moe_norm_router, moe_router, w4a16_dequantize
+from hf_fastpath.ops._rms_norm import rms_norm
 from hf_fastpath.ops.moe_experts import VARIANTS, expert_by_expert
 
 COLUMNS = (
@@ -38,6 +41,7 @@ COLUMNS = (
     *("us_p20", "us_p50", "us_p80", "gb_s", "limit_us", "copy_gb_s", "gpu", "torch", "commit"),
 )
 HIDDEN, INNER, EXPERTS, TOP_K, GROUP = 2048, 1792, 32, 4, 128
+EPS = 1e-5
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 
 Row = dict[str, Any]
@@ -48,6 +52,7 @@ class Layer:
     """Random weights of one layer on the GPU, and inputs."""
 
     x: torch.Tensor
+    norm: torch.Tensor
     gate: torch.Tensor
     bias: torch.Tensor
     packed: tuple[Any, ...]  # qweight, scales, zeros of gate_up, then of down
@@ -62,16 +67,34 @@ class Layer:
 
         gate = (torch.randn(EXPERTS, HIDDEN, device="cuda") / HIDDEN**0.5).bfloat16()
         packed = (*stack(2 * INNER, HIDDEN), *stack(HIDDEN, INNER))
-        return cls(x, gate, torch.zeros(EXPERTS, device="cuda"), packed)
+        norm = torch.ones(HIDDEN, device="cuda").bfloat16()
+        return cls(x, norm, gate, torch.zeros(EXPERTS, device="cuda"), packed)
 
-    def route(self) -> tuple[torch.Tensor, torch.Tensor]:
-        _, shares, experts = moe_router(self.x, self.gate, self.bias, TOP_K, True, 1.0)
-        return experts, shares
+    def route(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x's norm, experts and shares."""
+        x, shares, experts = moe_norm_router(self.x, self.norm, EPS, self.gate, self.bias, TOP_K, True, 1.0)
+        return x, experts, shares
 
-    def mix(self, experts: torch.Tensor, shares: torch.Tensor, variant: int) -> torch.Tensor:
+    def mix(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        shares: torch.Tensor,
+        variant: int,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         q, scales, zeros, down_q, down_scales, down_zeros = self.packed
         packed = (q, scales, zeros, down_q, down_scales, down_zeros)
-        return moe_experts(self.x, experts, shares, *packed, INNER, GROUP, GROUP, variant)
+        return moe_experts(x, experts, shares, *packed, INNER, GROUP, GROUP, variant, residual)
+
+    def whole(self, variant: int) -> torch.Tensor:
+        return self.mix(*self.route(), variant, self.x)
+
+    def apart(self, variant: int) -> torch.Tensor:
+        """The same as modules do it."""
+        x = rms_norm(self.x, self.norm, EPS)
+        _, shares, experts = moe_router(x, self.gate, self.bias, TOP_K, True, 1.0)
+        return self.x + self.mix(x, experts, shares, variant)
 
     def dequantize(self, experts: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         up, down = self.packed[:3], self.packed[3:]
@@ -115,7 +138,7 @@ def rows_of(rows: int, impls: tuple[str, ...]) -> Iterator[Row]:
     capability = torch.cuda.get_device_capability()
     x = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
     layers = [Layer.random(x)]
-    experts, shares = layers[0].route()
+    normalized, experts, shares = layers[0].route()
     chosen = int(experts.unique().numel())
     ends = 4 * rows * HIDDEN
     moved = chosen * expert_bytes(4 + (16 + 8) / GROUP) + ends
@@ -128,11 +151,14 @@ def rows_of(rows: int, impls: tuple[str, ...]) -> Iterator[Row]:
 
     best = moe_experts_variant(rows, TOP_K, EXPERTS, capability)
     if has("hf_fastpath"):
-        yield row("layer", "hf_fastpath", moved + gate_bytes, measure([partial(whole, one, best) for one in layers]))
+        yield row("layer", "hf_fastpath", moved + gate_bytes, measure([partial(one.whole, best) for one in layers]))
         yield row("router", "hf_fastpath", gate_bytes + ends // 2, measure([one.route for one in layers]))
+    if has("hf_fastpath_apart"):
+        times = measure([partial(one.apart, best) for one in layers])
+        yield row("layer", "hf_fastpath_apart", moved + gate_bytes, times)
     for variant, form in enumerate(VARIANTS):
         if moe_experts_runs_on(variant, capability) and has(f"hf_fastpath_{form.name}"):
-            calls = [partial(one.mix, experts, shares, variant) for one in layers]
+            calls = [partial(one.mix, normalized, experts, shares, variant, x) for one in layers]
             yield row("experts", f"hf_fastpath_{form.name}", moved, measure(calls))
     if has("dequantize_cublas"):
         yield row("experts", "dequantize_cublas", moved, time_each(partial(layers[0].dequantize, experts, shares)))
@@ -141,10 +167,6 @@ def rows_of(rows: int, impls: tuple[str, ...]) -> Iterator[Row]:
         size = chosen * expert_bytes(16) + ends
         products = [grouped_mm(x, experts, shares) for _ in range(max(2, math.ceil(ROTATE_BYTES / size)))]
         yield row("experts", "grouped_mm_bf16", size, measure(products))
-
-
-def whole(layer: Layer, variant: int) -> torch.Tensor:
-    return layer.mix(*layer.route(), variant)
 
 
 def main() -> None:

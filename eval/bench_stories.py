@@ -73,7 +73,7 @@ def rows(
         stock = stock or result
         change, error = result.change_from(stock)
         head_change, head_error = _head(result).change_from(_head(stock))
-        int4 = config is not None and config.weights is not None
+        int4 = config is not None and config.packs_linears
         yield {
             "family": family,
             "weights": config.weights.value if config and config.weights else None,

@@ -19,7 +19,7 @@ def attention_layer(cache: Any) -> tuple[int, Any]:
     return next((index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, FastLayer))
 
 
-def chunk_sizes(cache: Any, tokens: int, kv_chunk: int = KV_CHUNK) -> list[int]:
+def chunk_sizes(cache: Any, tokens: int, kv_chunk: int = KV_CHUNK, seen: int = 0) -> list[int]:
     """Chunks of up to ``kv_chunk`` of ``tokens`` tokens in which every token sees what it sees in decoding.
 
     Caches that keep the tokens of a group that is not full in full precision round them when the last one comes, which
@@ -27,7 +27,7 @@ def chunk_sizes(cache: Any, tokens: int, kv_chunk: int = KV_CHUNK) -> list[int]:
     ``kv_chunk``, nor on what follows it, right padding included.
 
     Args:
-        cache: an empty one of ours with ``fresh_prefill=False``, or transformers' DynamicCache.
+        cache: one of ours with ``fresh_prefill=False``, or transformers' DynamicCache; seen: tokens that it holds.
 
     Raises:
         ValueError: ``kv_chunk`` is less than 1.
@@ -37,7 +37,9 @@ def chunk_sizes(cache: Any, tokens: int, kv_chunk: int = KV_CHUNK) -> list[int]:
     grouped = [layer for layer in cache.layers if isinstance(layer, GroupedLayer)]
     cuts = {0, tokens}
     if grouped:
-        filling = range(grouped[0].sinks + grouped[0].group_tokens - 1, tokens, grouped[0].group_tokens)
+        group = grouped[0].group_tokens
+        first = grouped[0].sinks + group - 1 - seen
+        filling = range(first if first >= 0 else first % group, tokens, group)
         cuts |= {*filling, *(last + 1 for last in filling)}
     sizes: list[int] = []
     for start, stop in itertools.pairwise(sorted(cuts)):
@@ -45,13 +47,15 @@ def chunk_sizes(cache: Any, tokens: int, kv_chunk: int = KV_CHUNK) -> list[int]:
     return sizes
 
 
-def logits_in_chunks(model: Any, ids: torch.Tensor, cache: Any, kv_chunk: int = KV_CHUNK) -> Iterator[torch.Tensor]:
+def logits_in_chunks(
+    model: Any, ids: torch.Tensor, cache: Any, kv_chunk: int = KV_CHUNK, seen: int = 0, **options: Any
+) -> Iterator[torch.Tensor]:
     """The logits ``(B, size, vocabulary)`` of one chunk of ``ids`` ``(B, T)`` after the other.
 
     Rows may be padded on the right: logits of a row's own tokens do not depend on it.
 
     Args:
-        cache: see :func:`chunk_sizes`; it is filled.
+        cache, seen: see :func:`chunk_sizes`; it is filled. options: of the model's call.
     """
-    for chunk in ids.split(chunk_sizes(cache, ids.shape[1], kv_chunk), dim=1):
-        yield model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+    for chunk in ids.split(chunk_sizes(cache, ids.shape[1], kv_chunk, seen), dim=1):
+        yield model(input_ids=chunk, past_key_values=cache, use_cache=True, **options).logits

@@ -94,7 +94,7 @@ def run(request: Request, console: Console) -> list[Measured]:
 
 def packs_int4(config: FastpathConfig) -> bool:
     """Whether something becomes int4, for which a calibration text is read."""
-    return config.weights is not None or config.lm_head is HeadFormat.INT4
+    return config.packs_linears or config.lm_head is HeadFormat.INT4
 
 
 def read_calibration(loaded: Loaded, config: FastpathConfig, path: Path | None) -> torch.Tensor | None:

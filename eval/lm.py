@@ -22,10 +22,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from hf_fastpath import FastpathConfig, patch_model
-from hf_fastpath.eval.chunks import KV_CHUNK, logits_in_chunks
+from hf_fastpath.eval.chunks import KV_CHUNK
 from hf_fastpath.eval.compare import empty_cache
+from hf_fastpath.eval.continuations import Answer, Question, Tokens, answer, in_batches
 from hf_fastpath.eval.loading import load
 from hf_fastpath.eval.processes import Processes
 from hf_fastpath.steps import STATE
@@ -38,10 +40,13 @@ except ImportError as error:
 
 PLAIN = 0  # a kv_chunk: one forward pass a request, as HFLM does
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "half": "fp16"}  # lm-eval's names
+Encoded = dict[tuple[str, str], tuple[list[int], list[int]]]
 _FIELDS = {field.name for field in dataclasses.fields(FastpathConfig)}
 
+_PAIRS = 2048  # encoded at once: some hundred MB with long prompts
+_AUTO_BATCH = 64  # sequences at once where lm-eval is asked for "auto"
+
 Request = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) and the token ids of both
-Answer = tuple[float, bool]  # log-likelihood of the continuation in nats, whether greedy decoding would have given it
 
 
 @register_model("hf-fastpath")
@@ -56,10 +61,10 @@ class FastpathLM(HFLM):
             single pass, where the cache is written but a quantized one is not read: for comparison.
         device: of a path or hub id: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         dtype: likewise: ``"bf16"``, ``"fp16"``, ``"fp32"``, ``"auto"``, or torch's names.
-        batch_size: requests at once.
-        on_progress: called with (requests done, requests in all) of this process.
-        encoded: token ids by text, filled here: for several models of one tokenizer, which takes longer than a small
-            model on a GPU.
+        batch_size: sequences at once; a context is read once for all its continuations.
+        on_progress: called with (contexts done, contexts in all) of this process.
+        encoded: token ids by (context, continuation), filled here: for several models of one tokenizer, which takes
+            longer than a small model on a GPU.
         options: fields of :class:`FastpathConfig` (``weights``, ``kv_cache``, ...; the string ``"none"`` is None), or
             arguments of HFLM.
 
@@ -76,7 +81,7 @@ class FastpathLM(HFLM):
         dtype: str | None = None,
         batch_size: int | str | None = 1,
         on_progress: Callable[[int, int], None] | None = None,
-        encoded: dict[Any, list[int]] | None = None,
+        encoded: Encoded | None = None,
         **options: Any,
     ) -> None:
         kv_chunk = _chunk(kv_chunk)
@@ -103,6 +108,7 @@ class FastpathLM(HFLM):
         self.processes = processes
         self.on_progress = on_progress
         self.encoded = encoded
+        self._ids: dict[str, list[int]] = {}  # of texts that are just being encoded together
         state = getattr(model, STATE, None)
         self.fastpath: FastpathConfig | None = state.config if state else None
         self._done = self._total = 0
@@ -117,47 +123,101 @@ class FastpathLM(HFLM):
         return f"decoding through the {cache} KV cache, fed {self.kv_chunk} tokens at a time"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """HFLM's, or what :meth:`_encode_pairs` has encoded already."""
+        if add_special_tokens is None and not kwargs and string in self._ids:
+            return self._ids[string]
+        return super().tok_encode(string, add_special_tokens, **kwargs)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """HFLM's, remembered."""
-        if self.encoded is None or kwargs:
-            return super().tok_encode(string, add_special_tokens, **kwargs)
-        key = string, add_special_tokens
-        if key not in self.encoded:
-            self.encoded[key] = super().tok_encode(string, add_special_tokens)
-        return self.encoded[key]
+        if self.encoded is None:
+            return super()._encode_pair(context, continuation)
+        pair = context, continuation
+        if pair not in self.encoded:
+            self.encoded[pair] = super()._encode_pair(context, continuation)
+        return self.encoded[pair]
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Encodes new pairs many at once, which tokenizers do on all cores."""
+        assert self.encoded is not None
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.encoded and pair[0]]
+        for part in (new[start : start + _PAIRS] for start in range(0, len(new), _PAIRS)):
+            texts = {text for context, continuation in part for text in (context + continuation, context.rstrip())}
+            plain = [text for text in texts if text and not text.startswith(bos)]  # of the others HFLM sees to a second
+            self._ids = dict(zip(plain, self.tokenizer(plain, verbose=False, **special).input_ids, strict=True))
+            for pair in part:
+                self._encode_pair(*pair)
+        self._ids = {}
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        """Logits ``(B, T, vocabulary)`` of token ids ``(B, T)``, which may be padded on the right."""
-        if self.kv_chunk == PLAIN:
-            logits = super()._model_call(inps, attn_mask, labels)
-        else:
-            with torch.inference_mode():
-                cache = empty_cache(self.model, self.fastpath)
-                logits = torch.cat(list(logits_in_chunks(self.model, inps, cache, self.kv_chunk)), dim=1)
-        self._done += len(inps)
+        """HFLM's single pass, counted."""
+        logits = super()._model_call(inps, attn_mask, labels)
+        self._count(len(inps))
+        return logits
+
+    def _count(self, done: int) -> None:
+        self._done += done
         if self.on_progress is not None:
             self.on_progress(self._done, self._total)
-        return logits
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """HFLM's, without its bar where there is another."""
+        if self.encoded is not None:
+            self._encode_pairs([request.args for request in requests])
         return super().loglikelihood(requests, disable_tqdm or self.on_progress is not None)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         """HFLM's, of this process's share of the requests; every process returns the answers to all."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        passes = {tuple(context + continuation[:-1]) for _, context, continuation in requests}
+        self.requests_seen += len(passes)
+        self.tokens_seen += sum(map(len, passes))
+        quiet = disable_tqdm or self.on_progress is not None or self.processes.rank > 0
+        share = self._single_passes if self.kv_chunk == PLAIN else self._through_cache
+        mine = share(requests, quiet, override_bs)
+        found = {index: answer for part in self.processes.gather(mine) for index, answer in part.items()}
+        return [found[index] for index in range(len(requests))]
+
+    def _single_passes(self, requests: Sequence[Request], quiet: bool, override_bs: int | None) -> dict[int, Answer]:
+        """Answers to this process's share of the requests, by their numbers."""
+        groups: dict[Tokens, list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):  # one forward pass serves what HFLM groups
             groups.setdefault(tuple(context + continuation[:-1]), []).append(index)
-        order = sorted(groups, key=lambda tokens: (-len(tokens), tokens))
-        mine = [index for tokens in order[self.processes.rank :: self.processes.count] for index in groups[tokens]]
-        self._done, self._total = 0, len(order[self.processes.rank :: self.processes.count])
-        self.requests_seen += len(order)
-        self.tokens_seen += sum(map(len, order))
-        quiet = disable_tqdm or self.on_progress is not None or self.processes.rank > 0
+        order = sorted(groups, key=lambda tokens: (-len(tokens), tokens))[self.processes.rank :: self.processes.count]
+        self._done, self._total = 0, len(order)
+        mine = [index for tokens in order for index in groups[tokens]]
         answers = super()._loglikelihood_tokens([requests[i] for i in mine], quiet, override_bs) if mine else []
-        found = dict(pair for part in self.processes.gather(list(zip(mine, answers, strict=True))) for pair in part)
-        return [found[index] for index in range(len(requests))]
+        return dict(zip(mine, answers, strict=True))
+
+    def _through_cache(self, requests: Sequence[Request], quiet: bool, override_bs: int | None) -> dict[int, Answer]:
+        """The same, contexts being read once. Processes share batches, so that their number does not change one."""
+        groups: dict[Tokens, dict[Tokens, list[int]]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            tokens = tuple((context + continuation)[-(self.max_length + 1) :])  # as HFLM truncates it
+            tail = tuple(continuation)
+            groups.setdefault(tokens[: -len(tail)], {}).setdefault(tail, []).append(index)
+        questions = [Question(context, tuple(tails)) for context, tails in groups.items()]
+        size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else _AUTO_BATCH)
+        batches = in_batches(questions, size)
+        mine = batches[self.processes.rank :: self.processes.count]
+        self._done, self._total = 0, sum(map(len, mine))
+        found: dict[int, Answer] = {}
+        for batch in tqdm(mine, disable=quiet, desc="Batches of questions"):
+            asked = [questions[number] for number in batch]
+            for question, answers in zip(asked, self._answer(asked), strict=True):
+                for tail, one in zip(question.continuations, answers, strict=True):
+                    found |= dict.fromkeys(groups[question.context][tail], one)
+            self._count(len(batch))
+        for index, one in found.items():
+            if requests[index][0] is not None:  # a part of a longer text is not lm-eval's to remember
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], one)
+        return found
+
+    def _answer(self, questions: list[Question]) -> list[list[Answer]]:
+        return answer(self.model, questions, lambda: empty_cache(self.model, self.fastpath), self.kv_chunk)
 
 
 def _chunk(kv_chunk: Any) -> int:

@@ -138,27 +138,28 @@ def score_text(
         progress: called with (windows done, windows in all) of this process.
     """
     processes = processes or Processes()
-    mine = list(range(processes.rank, len(text.windows), processes.count))
-    first = [index for index in mine if index < compared] if stock is not None else []
-    rest = mine[len(first) :]
+    edge = min(compared, len(text.windows)) if stock is not None else 0
+    parts = range(edge), range(edge, len(text.windows))
+    # Processes share batches, so that their number does not change one.
+    mine = [batch for part in parts for batch in _batches(part, batch_size)][processes.rank :: processes.count]
     seen, known = stock or None, list(stock.top1) if stock is not None else []
     nll: dict[int, float] = {}
     same = 0
-    for batch in [*_batches(first, batch_size), *_batches(rest, batch_size)]:
+    for batch in mine:
         look: Callable[[torch.Tensor], None] = _ignore
-        if stock is not None and batch[0] < compared:
+        if stock is not None and batch[0] < edge:
             look = stock.divergence.compare if seen else stock.divergence.remember
         ids = text.windows[batch].to(model.device)
         means, top1 = _score_batch(model, ids, make_cache(), kv_chunk, look)
         nll |= dict(zip(batch, means.tolist(), strict=True))
-        if stock is not None and batch[0] < compared:
+        if stock is not None and batch[0] < edge:
             if seen:
                 same += int((top1 == known.pop(0)).sum())
             else:
                 stock.top1.append(top1)
-        progress(len(nll), len(mine))
+        progress(len(nll), sum(map(len, mine)))
     predictions = text.windows.shape[1] - 1
-    compared_here = len(first) * predictions if seen else 0
+    compared_here = sum(index < edge for index in nll) * predictions if seen else 0
     kl_sum = seen.divergence.take() * compared_here if seen else 0.0
     everyone = processes.gather((nll, kl_sum, same, compared_here))
     together = {index: value for part in everyone for index, value in part[0].items()}

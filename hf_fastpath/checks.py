@@ -47,8 +47,8 @@ class ExpertsPlan(LinearPlan):
 
 def needs_kernels(config: FastpathConfig) -> bool:
     """Whether a model patched like this runs ops of ours, which on CUDA are kernels for 16-bit models."""
-    packs = config.weights is not None or config.lm_head is not None
-    return packs or (config.kv_cache is not None and config.kv_cache.compressed)
+    runs_layers = config.weights is not None or config.lm_head is not None
+    return runs_layers or (config.kv_cache is not None and config.kv_cache.compressed)
 
 
 def check_model(model: Any, config: FastpathConfig) -> None:
@@ -130,7 +130,7 @@ def plan_linears(model: nn.Module, recipe: Recipe, config: FastpathConfig) -> li
         ValueError: a name in skip_modules matches nothing, or a weight holds NaN or infinity.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
-    targets = _recipe_names(model, recipe) if config.weights else set()
+    targets = _recipe_names(model, recipe) if config.packs_linears else set()
     head = _head_name(model)
     _check_skip_names(model, config)
     owners: dict[int, list[str]] = {}
@@ -164,8 +164,8 @@ def _plan_experts(name: str, module: Any, kind: type[nn.Module], config: Fastpat
     reason = ""
     if any(_matches(name, skip) for skip in config.skip_modules):
         reason = "in skip_modules"
-    elif config.weights is None:
-        reason = "weights=None"
+    elif not config.packs_linears:
+        reason = _left(config)
     elif type(module) is not kind:
         reason = f"is a {_type_name(module)}, not a plain {kind.__name__}"
     elif any(type(weight) is not nn.Parameter for weight in module.parameters()):
@@ -186,6 +186,10 @@ def _plan_experts(name: str, module: Any, kind: type[nn.Module], config: Fastpat
                 f"({allowed}); add {name.split('.')[-1]!r} to skip_modules to leave it in full precision"
             )
     return ExpertsPlan(name, bits=4, group_size=sizes[0], down_group_size=sizes[1])
+
+
+def _left(config: FastpathConfig) -> str:
+    return "weights=None" if config.weights is None else f"weights={config.weights.value!r}"
 
 
 def packed_weights(plan: LinearPlan) -> tuple[str, ...]:
@@ -249,8 +253,8 @@ def _plan_one(
         reason = "in skip_modules"
     elif name == head and config.lm_head is None:
         reason = "lm_head=None"
-    elif name != head and config.weights is None:
-        reason = "weights=None"
+    elif name != head and not config.packs_linears:
+        reason = _left(config)
     elif name not in targets:
         reason = "not in the recipe"
     elif type(module) not in LINEAR_TYPES:

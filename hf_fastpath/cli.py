@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_fastpath import __version__, cli_eval
+from hf_fastpath import __version__, cli_eval, cli_generate
 from hf_fastpath.cli_options import (
     Calibration,
     Device,
@@ -199,16 +199,24 @@ def bench_attention(
     job.run(sizes, pick_device(device), Console(), out, plot)
 
 
+bench.command("generate")(cli_generate.bench_generate)
+
+
 @bench.command("plot")
 def bench_plot(
-    numbers: Annotated[Path, typer.Argument(help="A CSV file of `bench gemm --out`.")],
+    numbers: Annotated[Path, typer.Argument(help="A CSV file of `bench gemm --out` or `bench generate --out`.")],
     plot: Annotated[Path, typer.Argument(help="The PNG, SVG or PDF to draw.")],
 ) -> None:
-    """Draws a CSV file of `bench gemm`, of this or another machine."""
+    """Draws a CSV file of `bench gemm` or `bench generate`, of this or another machine."""
     from hf_fastpath.eval import bench_gemm as job
-    from hf_fastpath.eval import plots
+    from hf_fastpath.eval import generate_plots, generate_tables, plots
 
-    plots.bandwidth_over_rows(job.read_csv(numbers), plot)
+    generate_plots.check(plot)
+    rows = generate_tables.read_csv(numbers)
+    if rows and "tok_s" in rows[0]:
+        generate_plots.draw(rows, plot)
+    else:
+        plots.bandwidth_over_rows(job.read_csv(numbers), plot)
 
 
 @app.command()

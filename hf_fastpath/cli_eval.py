@@ -55,7 +55,7 @@ DataDir = Annotated[
 Shots = Annotated[int | None, typer.Option("--num-fewshot", help="Examples shown. Default: the published numbers.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Questions of each benchmark, of a group in all.")]
 Chunk = Annotated[int, typer.Option("--kv-chunk", help="Tokens fed at once; 1 is token by token. The speed only.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Questions at once.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences at once.")]
 Compared = Annotated[int, typer.Option("--compared-windows", help="Windows in which predictions are compared.")]
 Speed = Annotated[int, typer.Option("--max-new-tokens", help="Tokens of a speed run with --tasks; 0 runs none.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of few-shot examples and of the bootstrap.")]

@@ -13,7 +13,7 @@ Model = Annotated[str | None, typer.Option("--model", metavar="PATH_OR_ID", help
 Prompt = Annotated[str | None, typer.Option("--prompt", help="What to ask the model.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16, fp16, fp32 or auto (what the checkpoint names).")]
-Weights = Annotated[str, typer.Option("--weights", help="w4a16 or none.")]
+Weights = Annotated[str, typer.Option("--weights", help="w4a16, w16a16 or none.")]
 Head = Annotated[str, typer.Option("--lm-head", help="int4, int8 or none.")]
 KVCache = Annotated[str, typer.Option("--kv-cache", help="int8, fp8, int4, h2o, static or none.")]
 KVBudget = Annotated[int, typer.Option("--kv-budget", help="Tokens that --kv-cache h2o keeps.")]

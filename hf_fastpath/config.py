@@ -18,6 +18,7 @@ class WeightFormat(enum.Enum):
     """How the weights of the linear layers are stored."""
 
     W4A16 = "w4a16"
+    W16A16 = "w16a16"
 
 
 class HeadFormat(enum.Enum):
@@ -97,8 +98,10 @@ class FastpathConfig:
     """What :func:`hf_fastpath.patch_model` does to a model. Immutable; a bad value raises ValueError.
 
     Args:
-        weights: ``"w4a16"`` stores every supported linear layer as int4 groups with 16-bit
-            scales; None leaves the weights as they are.
+        weights: ``"w4a16"`` stores every supported linear layer as int4 groups with 16-bit scales. ``"w16a16"`` leaves
+            the weights as they are, and runs decoder layers in our kernels and CUDA graphs all the same, the products
+            by cuBLAS: on a GPU logits are stock's but for the order of sums and what is rounded between. None leaves
+            weights and layers as they are: with ``kv_cache="static"`` logits are stock's, bit for bit.
         group_size: consecutive input features that share a scale: 128, 64 or 32. A layer whose in_features is not a
             multiple of it takes the next smaller size that divides.
         zero_points: give every group an integer zero point (asymmetric int4): 0.06 more bits a weight at group 128,
@@ -157,6 +160,11 @@ class FastpathConfig:
             raise ValueError(
                 f"FastpathConfig.group_size={self.group_size!r}: allowed are {', '.join(map(str, GROUP_SIZES))}"
             )
+        if self.weights is WeightFormat.W16A16 and self.kv_cache is None:
+            raise ValueError(
+                "FastpathConfig.weights='w16a16' runs decoder layers on our caches: kv_cache=None, transformers' own, "
+                "would leave nothing to do"
+            )
         try:
             check_budget(self.kv_budget, self.kv_window, self.kv_sinks)
         except ValueError as error:
@@ -164,6 +172,11 @@ class FastpathConfig:
         for field in ("zero_points", "cuda_graphs", "keep_original", "progress"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"FastpathConfig.{field}={getattr(self, field)!r}: allowed are True, False")
+
+    @property
+    def packs_linears(self) -> bool:
+        """Whether the linear layers of decoder layers become int4."""
+        return self.weights is WeightFormat.W4A16
 
     @property
     def quant_method(self) -> str:

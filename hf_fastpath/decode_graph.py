@@ -242,6 +242,12 @@ class Slot:
         for layer in cache.layers:
             layer.advance_to(length + 1)
 
+    @property
+    def captured(self) -> list[tuple[str, Graph]]:
+        """What was captured, ``"step"`` or ``"choice"``, and its graph; the one that was used last is at the end.
+        Replaying choice and step adds a token to each row, for which there has to be room."""
+        return [(key[0], graph) for key, (graph, _) in self._graphs.items() if graph is not None]
+
     def _cache(self) -> Any:
         cache = None if self.owner is None else self.owner()
         assert cache is not None

@@ -8,7 +8,7 @@ import torch
 
 from hf_fastpath.ops.kv_int4_append import value_groups
 from hf_fastpath.ops.moe_experts import VARIANTS as EXPERTS_VARIANTS
-from hf_fastpath.ops.w4a16_gemm import TILE_OUTPUTS, VARIANTS, GemmVariant
+from hf_fastpath.ops.w4a16_gemm import VARIANTS, GemmVariant
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
 
@@ -40,6 +40,25 @@ class MoEVariant(enum.Enum):
     REFERENCE = "reference"
     OP = "moe_experts"
     CUDA_DEQUANTIZE = "w4a16_dequantize kernel for each chosen expert, then cuBLAS"
+
+
+class Experts16Variant(enum.Enum):
+    """How a mixture of 16-bit experts is computed."""
+
+    TRANSFORMERS = "transformers' own"
+    OP = "moe_experts_16bit"
+    GROUPED = "torch's grouped_mm over sorted rows"
+
+
+def experts16_variant(
+    device_type: str, rows: int, dtype: torch.dtype, capability: tuple[int, int] = (9, 0), capturing: bool = False
+) -> Experts16Variant:
+    """The variant for ``rows`` rows. The op reads a chosen expert's weights once for each 64 rows or fewer; with more,
+    arithmetic counts. grouped_mm waits for the GPU where torch has no kernel for it, which no CUDA graph can hold."""
+    if device_type != "cuda":
+        return Experts16Variant.TRANSFORMERS
+    waits = dtype != torch.bfloat16 or capability[0] not in (9, 10)
+    return Experts16Variant.OP if rows <= MOE_FEW_ROWS or (capturing and waits) else Experts16Variant.GROUPED
 
 
 def moe_variant(
@@ -74,6 +93,25 @@ def moe_router_supports(dtype: torch.dtype, hidden: int, expert_count: int, top_
     return dtype in (torch.float16, torch.bfloat16) and hidden % 32 == 0 and expert_count <= 256 and top_k <= 32
 
 
+def linear_16bit_supports(
+    device_type: str, dtype: torch.dtype, rows: int, in_features: int, capability: tuple[int, int]
+) -> bool:
+    """Whether the kernels of linear_16bit and linear_16bit_swiglu take such a product, how it lies in memory aside; the
+    CPU has none. torch.nn.functional.linear takes any.
+
+    Not on GPUs whose multiprocessors have 100 KiB of shared memory (8.6, 8.9, 12.0): with more than 8 rows a CTA wants
+    152 KiB.
+    """
+    roomy = capability in ((8, 0), (8, 7)) or 9 <= capability[0] <= 11
+    fits = dtype in (torch.float16, torch.bfloat16) and 1 <= rows <= MAX_ROWS and in_features > 0
+    return device_type == "cuda" and roomy and fits and in_features % 32 == 0
+
+
+def rms_norm_supports(device_type: str, dtype: torch.dtype, columns: int) -> bool:
+    """Whether the kernel of rms_norm takes rows of so many columns."""
+    return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16) and columns > 0 and columns % 8 == 0
+
+
 def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16Variant:
     """As :func:`w4a16_variant`, for int8."""
     if device_type == "cpu":
@@ -105,15 +143,19 @@ def w4a16_variant(
     return W4A16Variant.CUDA_GEMM if capability == (9, 0) or rows <= 64 else W4A16Variant.CUDA_DEQUANTIZE
 
 
-def fuses_decoder_step(device_type: str, rows: int) -> bool:
-    """Whether a decoder layer of one new token in each of ``rows`` rows is run by the fused products. The CPU has
-    faster ones."""
-    return device_type == "cuda" and rows <= MAX_ROWS
+def fuses_decoder_step(device_type: str) -> bool:
+    """Whether decoder layers are run as steps, in few operations. The CPU's own products are faster than those."""
+    return device_type == "cuda"
 
 
 def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
     """Whether a variant of w4a16_gemm runs on GPUs of this compute capability: whether they have its instructions."""
     return capability == (9, 0) if VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)
+
+
+# (rows of a tile, out features, in features): the form of w4a16_gemm that an H200 runs fastest, where that is not the
+# one that the rules below take.
+_MEASURED_GEMM_FORMS: dict[tuple[int, int, int], str] = {}
 
 
 def w4a16_gemm_variant(
@@ -126,12 +168,16 @@ def w4a16_gemm_variant(
     """
     forms = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, capability)]
     wgmma = [i for i in forms if VARIANTS[i].instruction == "wgmma"]
+    measured = _MEASURED_GEMM_FORMS.get((32 if rows <= 32 else 64, out_features, in_features))
+    if wgmma and rows <= 64 and measured:
+        return next(i for i in forms if VARIANTS[i].name == measured)
     if rows <= 32 and in_features >= 4096:  # mma.sync and stream-K are the faster ones there, on an H200 too
         wgmma = []
     forms = wgmma or [i for i in forms if VARIANTS[i].instruction == "mma"]
+    forms = [i for i in forms if VARIANTS[i].outputs == 128 and VARIANTS[i].splits in (0, 1, 2, 4, 8)]
     sizes = {VARIANTS[i].tokens for i in forms}
     tokens = min((size for size in sizes if size >= rows), default=max(sizes))
-    output_tiles = ceil_div(out_features, TILE_OUTPUTS)
+    output_tiles = ceil_div(out_features, 128)
     if wgmma and tokens == 256 and output_tiles * ceil_div(rows, 256) <= sm_count // 4:
         tokens = 128
     tiles, units = output_tiles * ceil_div(rows, tokens), ceil_div(in_features, 128)
@@ -155,6 +201,11 @@ def _worth_dividing(form: GemmVariant, tiles: int, units: int, sm_count: int) ->
 def kv_append_supports(head_dim: int) -> bool:
     """Whether the CUDA kernels that append to a cache take this head size (the references take any)."""
     return head_dim % 8 == 0 and 8 <= head_dim <= 256
+
+
+def rope_supports(rotary_dim: int) -> bool:
+    """Whether they turn so many channels of a head by their position (the references turn any)."""
+    return rotary_dim % 16 == 0
 
 
 def short_conv_supports(taps: int) -> bool:

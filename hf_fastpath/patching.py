@@ -147,7 +147,7 @@ def _state(model: Any) -> PatchState:
 
 
 def _check_calibration(model: Any, config: FastpathConfig, calibration: Any) -> Any:
-    int4 = config.weights is not None or config.lm_head is HeadFormat.INT4
+    int4 = config.packs_linears or config.lm_head is HeadFormat.INT4
     if not int4 or config.scale_search is not ScaleSearch.OUTPUT:
         raise ValueError("calibration is for int4 weights with scale_search='output', and nothing else reads it")
     return check_tokens(calibration, model.config.vocab_size)

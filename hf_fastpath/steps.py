@@ -14,7 +14,7 @@ from torch import nn
 from hf_fastpath import generation
 from hf_fastpath.caches.attention import ATTENTION_NAME
 from hf_fastpath.checks import ExpertsPlan, LinearPlan
-from hf_fastpath.config import FastpathConfig
+from hf_fastpath.config import FastpathConfig, WeightFormat
 from hf_fastpath.decode_graph import DecodeGraphs
 from hf_fastpath.expert_search import quantize_experts
 from hf_fastpath.modules import PackedExperts, PackedLinear, W4A16Linear, W8A16Linear
@@ -114,6 +114,8 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
         for name in state.swapped:
             if hasattr(module := model.get_submodule(name), "prepare"):
                 module.prepare()
+                if state.config.weights is WeightFormat.W16A16:  # the unmerged weights' memory is of other sizes
+                    torch.cuda.empty_cache()
     if state.replaced:
         # functools.partial, not a bound method: those pickle as an attribute of the model, which these are not.
         model.save_pretrained = functools.partial(save_packed, model, state.config)
@@ -127,12 +129,14 @@ def finish_patch(model: Any, state: PatchState, plans: list[LinearPlan], before:
 
 
 def _install_cache(model: Any, state: PatchState) -> None:
-    quantized = state.recipe.quantized_modules if state.replaced and not state.reference else {}
+    # In full precision, and with weights=None, the bits are to stay stock's.
+    rounds = bool(state.replaced) or state.config.weights is WeightFormat.W16A16
+    quantized = state.recipe.quantized_modules if rounds and not state.reference else {}
     classes = {**state.recipe.modules, **quantized}
+    single = state.recipe.single_modules if rounds and not state.reference else {}
     for name, module in model.named_modules():
-        if fast := classes.get(type(module)):
-            reason = "the reference implementations run the model" if state.reference else ""
-            if hasattr(fast, "why_not") and (reason := reason or fast.why_not(module)):
+        if fast := single.get(name, classes).get(type(module)):
+            if hasattr(fast, "why_not") and (reason := _why_stock_layers(state) or fast.why_not(module)):
                 state.unfit[name] = f"{type(module).__name__}, {reason}"
                 continue
             state.swapped[name] = type(module)
@@ -145,6 +149,13 @@ def _install_cache(model: Any, state: PatchState) -> None:
     model.register_forward_pre_hook(generation.supply_default_cache, with_kwargs=True)
     if not _why_no_graphs(model, state):
         state.graphs = DecodeGraphs()
+
+
+def _why_stock_layers(state: PatchState) -> str:
+    """Why no decoder layer runs as a step of ours; "" when those may that are fit for it."""
+    if state.reference:
+        return "the reference implementations run the model"
+    return "weights=None" if state.config.weights is None else ""
 
 
 def _why_no_graphs(model: Any, state: PatchState) -> str:
@@ -214,6 +225,10 @@ def _notes(model: Any, state: PatchState) -> tuple[str, ...]:
             [f"{kv_cache.value} attention by its reference implementation"] if kv_cache and kv_cache.compressed else []
         )
         runs = f"Runs on the CPU: {', '.join(parts) or 'as before'}"
+    if state.config.weights is WeightFormat.W16A16:
+        steps = sum(hasattr(model.get_submodule(name), "prepare") for name in state.swapped)
+        how = "in kernels of ours and torch's products" if device.type == "cuda" else "that a GPU would run in kernels"
+        runs += f"; weights='w16a16': linear layers as they are, {steps} decoder layers {how}"
     kinds = sorted({kind.__name__ for kind in state.swapped.values()})
     ours = [f"Forward passes of ours: {len(state.swapped)} {', '.join(kinds)}"] if kinds else []
     reasons = collections.Counter(state.unfit.values())

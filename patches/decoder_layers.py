@@ -1,15 +1,16 @@
-"""Decoder layers that run one new token a row as :class:`hf_fastpath.modules.decoder_step.DecoderStep`, and everything
-else as transformers does."""
+"""Decoder layers that run new tokens by a :class:`hf_fastpath.modules.decoder_step.DecoderStep`, and what it is not for
+as transformers does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
@@ -18,11 +19,13 @@ from transformers.utils import output_capturing
 
 from hf_fastpath import heuristics
 from hf_fastpath.caches import CompressedLayer, FastCache
-from hf_fastpath.caches.attention import ATTENTION_NAME, why_not_ours
+from hf_fastpath.caches.attention import ATTENTION_NAME, fastpath_attention, why_not_ours
 from hf_fastpath.caches.static import StaticKVLayer
-from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts, Norm, StepCache
+from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts, StepCache
+from hf_fastpath.modules.merged import Norm
 
 SILU = type(ACT2FN["silu"])
+ATTENTION: dict[str, Callable[..., Any]] = {"sdpa": sdpa_attention_forward, ATTENTION_NAME: fastpath_attention}
 
 
 class _Watched:
@@ -40,9 +43,12 @@ class _Watched:
 
     @property
     def unchanged(self) -> bool:
-        if self.norm_weight.dtype is not self.dtype:  # .to() changes parameters in place
-            return False
-        return all(table.get(name) is value for table, name, value in self.content)
+        if self.norm_weight.dtype is not self.dtype or (self.step is not None and self.step.moved):
+            return False  # .to() changes parameters in place
+        for table, name, value in self.content:  # noqa: SIM110  # every layer, every token: all() takes twice as long
+            if table.get(name) is not value:
+                return False
+        return True
 
     @property
     def hooked(self) -> bool:
@@ -80,12 +86,13 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """``(batch, T, hidden_size)`` to the same."""
-        cache_layer = self._cache_layer(hidden_states, attention_mask, past_key_values, kwargs)
-        step = None
-        if cache_layer is not None and position_embeddings is not None:
-            step = self._ready_step(hidden_states.dtype)
-        if step is None:
-            out: torch.Tensor = super().forward(
+        if position_embeddings is not None and self._takes(hidden_states, past_key_values):
+            arguments = (hidden_states, position_embeddings, attention_mask, past_key_values)
+            out = self._attention_step(*arguments, {"position_ids": position_ids, **kwargs})
+        else:
+            out = None
+        if out is None:
+            out = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -94,19 +101,48 @@ class FusedLayer(nn.Module):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-            return out
-        assert cache_layer is not None
-        assert position_embeddings is not None
-        mask = None if attention_mask is None else attention_mask[:, 0, 0]
-        return step(hidden_states[:, 0].contiguous(), *position_embeddings, cache_layer, mask).unsqueeze(1)
+        return out
+
+    def _attention_step(
+        self,
+        hidden: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: Any,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """The output of a layer with attention; None where the layer's own forward has to run."""
+        attention = self.self_attn
+        if attention.training or not self._rows_fit(hidden, position_embeddings[0]):
+            return None
+        if hidden.shape[1] == 1:
+            cache_layer = self._cache_layer(hidden, mask, cache, kwargs)
+            step = None if cache_layer is None else self._ready_step(hidden.dtype)
+            if step is None:
+                return None
+            row_mask = None if mask is None else mask[:, 0, 0]
+            out = step(hidden[:, 0].contiguous(), *position_embeddings, cache_layer, row_mask)
+            return cast(torch.Tensor, out.unsqueeze(1))
+        function = ATTENTION.get(attention.config._attn_implementation)
+        step = None if function is None else self._ready_step(hidden.dtype)
+        if step is None:
+            return None
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            keys, values = cache.update(key, value, attention.layer_idx)
+            return function(attention, query, keys, values, mask, scaling=attention.scaling, **kwargs)[0]
+
+        return cast(torch.Tensor, step.prompt(hidden, *position_embeddings, attend))
 
     def prepare(self) -> None:
         """Merges the weights now, not in the first step."""
         self.__dict__["_watched"] = _Watched(self)
 
     def forget(self) -> None:
-        """Undoes what :meth:`prepare` and steps have left, but for the layout of the weights in memory."""
-        self.__dict__.pop("_watched", None)
+        """Undoes what :meth:`prepare` and steps have left, but for the layout of packed weights in memory."""
+        watched = self.__dict__.pop("_watched", None)
+        if watched is not None and watched.step is not None:
+            watched.step.release()
 
     @property
     def first_norm(self) -> Any:
@@ -147,22 +183,29 @@ class FusedLayer(nn.Module):
     def _cache_layer(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]
     ) -> StepCache | None:
-        """The layer of the cache that a step attends to; None where the layer's own forward has to run."""
+        """The layer of the cache that one new token a row attends to in a kernel; None where none does that."""
         attention = self.self_attn
-        if not self._is_step(hidden, cache) or attention.training or why_not_ours(hidden.shape[:2], mask, kwargs):
+        if why_not_ours(hidden.shape[:2], mask, kwargs):
             return None
         layer, implementation = cache.layers[attention.layer_idx], attention.config._attn_implementation
         if isinstance(layer, StaticKVLayer):
             supported = not hidden.is_cuda or heuristics.attn_decode_supports(attention.head_dim)
-            return layer if implementation in ("sdpa", ATTENTION_NAME) and supported else None
+            return layer if implementation in ATTENTION and supported else None
         return layer if isinstance(layer, CompressedLayer) and implementation == ATTENTION_NAME else None
 
-    def _is_step(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether this is one new token a row, of as many rows as the kernels take, and a cache of ours."""
-        if hidden.shape[1] != 1 or not heuristics.fuses_decoder_step(hidden.device.type, hidden.shape[0]):
-            return False
+    def _rows_fit(self, hidden: torch.Tensor, cos: torch.Tensor) -> bool:
+        """Whether the kernels take rows of these heads; the references take any."""
+        supported = heuristics.kv_append_supports(self.self_attn.head_dim) and heuristics.rope_supports(cos.shape[-1])
+        return supported or not hidden.is_cuda
+
+    def _takes(self, hidden: torch.Tensor, cache: Any) -> bool:
+        """Whether these are new tokens for a cache of ours, where steps are worth it and nobody trains."""
         return (
-            not torch.is_grad_enabled() and not self.training and isinstance(cache, FastCache) and not cache.offloading
+            heuristics.fuses_decoder_step(hidden.device.type)
+            and not torch.is_grad_enabled()
+            and not self.training
+            and isinstance(cache, FastCache)
+            and not cache.offloading
         )
 
     def _ready_step(self, dtype: torch.dtype) -> Any:

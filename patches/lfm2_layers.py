@@ -1,5 +1,5 @@
-"""LFM2's decoder layers, with a short convolution or attention and a dense feed-forward or experts, that run one new
-token a row in few kernels. Experts are run by their own modules."""
+"""LFM2's decoder layers, with a short convolution or attention and a dense feed-forward or experts, that run new
+tokens in few kernels. Experts of other kinds than ours are run by their own modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from torch import nn
 from hf_fastpath.caches.conv_state import ConvStateLayer
 from hf_fastpath.modules.conv_step import ConvParts, ConvStep
 from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts
+from hf_fastpath.modules.experts16 import Experts16
+from hf_fastpath.modules.moe_router import MoERouter
+from hf_fastpath.modules.moe_step import MoEParts, MoEStep
+from hf_fastpath.modules.packed_experts import PackedExperts
 from hf_fastpath.patches.decoder_layers import FusedLayer, norm_of
 
 
 class Lfm2Kinds(NamedTuple):
-    """The classes of a family's parts; ``convolutions`` also what ours becomes."""
+    """The classes of a family's parts; ``convolutions`` also what ours becomes. sparse: a router and experts."""
 
     attention: type[nn.Module]
     convolutions: tuple[type[nn.Module], ...]
     dense: type[nn.Module]
     norm: type[nn.Module]
+    sparse: type[nn.Module] | None = None
 
 
 class FusedLfm2Layer(FusedLayer):
@@ -43,14 +48,15 @@ class FusedLfm2Layer(FusedLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """``(batch, T, hidden_size)`` to the same."""
-        layer: Any = None
-        if not self.is_attention_layer:
-            layer = self._conv_layer(hidden_states, past_key_values, kwargs)
-        elif position_embeddings is not None:
-            layer = self._cache_layer(hidden_states, attention_mask, past_key_values, kwargs)
-        step = None if layer is None else self._ready_step(hidden_states.dtype)
-        if step is None:
-            out: torch.Tensor = super(FusedLayer, self).forward(
+        out = None
+        if self._takes(hidden_states, past_key_values):
+            if not self.is_attention_layer:
+                out = self._convolution_step(hidden_states, attention_mask, past_key_values, kwargs)
+            elif position_embeddings is not None:
+                arguments = (hidden_states, position_embeddings, attention_mask, past_key_values)
+                out = self._attention_step(*arguments, {"position_ids": position_ids, **kwargs})
+        if out is None:
+            out = super(FusedLayer, self).forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
@@ -59,22 +65,38 @@ class FusedLfm2Layer(FusedLayer):
                 **kwargs,
             )
             return out
-        x = hidden_states[:, 0].contiguous()
-        if isinstance(step, ConvStep):
-            state = layer.ready((x.shape[0], *step.state_shape), x)
-            x = step(x, state, layer.padding.mask)
-        else:
-            assert position_embeddings is not None
-            x = step(x, *position_embeddings, layer, None if attention_mask is None else attention_mask[:, 0, 0])
-        x = x.unsqueeze(1)
-        return x if step.parts.feed_forward is not None else x + self.feed_forward(self.ffn_norm(x))
+        has_experts = self.__dict__["_watched"].step.parts.feed_forward is None
+        return self._add_experts(out) if has_experts else out
 
-    def _conv_layer(self, hidden: torch.Tensor, cache: Any, kwargs: dict[str, Any]) -> ConvStateLayer | None:
-        """The state that a step moves on; None where the layer's own forward has to run."""
-        if not self._is_step(hidden, cache) or kwargs.get("seq_idx") is not None:
-            return None
+    def _add_experts(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream ``(batch, T, hidden_size)`` behind the layer's experts."""
+        block: Any = self.feed_forward
+        ours = type(block) is self.lfm2_kinds.sparse and isinstance(block.gate, MoERouter)
+        if not ours or not isinstance(block.experts, (PackedExperts, Experts16)):
+            return x + cast(torch.Tensor, block(self.ffn_norm(x)))
+        bias = block.expert_bias if block.use_expert_bias else None
+        step = MoEStep(MoEParts(block.gate, bias, block.experts, norm_of(self.ffn_norm)))
+        return step(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def _convolution_step(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The output of a layer with a convolution, as far as the step goes; None where the layer's own forward has to
+        run."""
         layer = cache.layers[self.conv.layer_idx]
-        return layer if isinstance(layer, ConvStateLayer) and not layer.record_past else None
+        if kwargs.get("seq_idx") is not None or not isinstance(layer, ConvStateLayer) or layer.record_past:
+            return None
+        step = self._ready_step(hidden.dtype)
+        if step is None:
+            return None
+        if hidden.shape[1] == 1:
+            state = layer.ready((hidden.shape[0], *step.state_shape), hidden)
+            return cast(torch.Tensor, step(hidden[:, 0].contiguous(), state, layer.padding.mask).unsqueeze(1))
+
+        def convolve(x: torch.Tensor) -> torch.Tensor:
+            return cast(torch.Tensor, self.conv(x, past_key_values=cache, attention_mask=mask, **kwargs))
+
+        return cast(torch.Tensor, step.prompt(hidden, convolve))
 
     @property
     def first_norm(self) -> Any:

@@ -8,10 +8,12 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import (
     Lfm2MoeMLP,
     Lfm2MoeRMSNorm,
     Lfm2MoeShortConv,
+    Lfm2MoeSparseMoeBlock,
     Lfm2MoeTopKRouter,
 )
 
-from hf_fastpath.modules import MoERouter, ShortConv
+from hf_fastpath.modules import Experts16, MoERouter, ShortConv
+from hf_fastpath.patches.heads import HEAD, LAST_NORM
 from hf_fastpath.patches.lfm2 import ATTENTION_AND_CONVOLUTION, FEED_FORWARD
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
 from hf_fastpath.patches.recipe import Recipe
@@ -24,7 +26,13 @@ class FastLfm2MoeShortConv(ShortConv, Lfm2MoeShortConv):
 class FusedLfm2MoeDecoderLayer(FusedLfm2Layer, Lfm2MoeDecoderLayer):
     """What an ``Lfm2MoeDecoderLayer`` becomes."""
 
-    lfm2_kinds = Lfm2Kinds(Lfm2MoeAttention, (Lfm2MoeShortConv, FastLfm2MoeShortConv), Lfm2MoeMLP, Lfm2MoeRMSNorm)
+    lfm2_kinds = Lfm2Kinds(
+        Lfm2MoeAttention,
+        (Lfm2MoeShortConv, FastLfm2MoeShortConv),
+        Lfm2MoeMLP,
+        Lfm2MoeRMSNorm,
+        Lfm2MoeSparseMoeBlock,
+    )
 
 
 class FastLfm2MoeTopKRouter(MoERouter, Lfm2MoeTopKRouter):
@@ -37,6 +45,10 @@ class QuantizedLfm2MoeTopKRouter(FastLfm2MoeTopKRouter):
     on_kernel = True
 
 
+class FastLfm2MoeExperts(Experts16, Lfm2MoeExperts):
+    """What ``Lfm2MoeExperts`` in 16 bits become where the rest of the model runs on kernels."""
+
+
 RECIPE = Recipe(
     family="lfm2_moe",
     model_classes=(Lfm2MoeForCausalLM,),
@@ -47,6 +59,7 @@ RECIPE = Recipe(
         Lfm2MoeTopKRouter: FastLfm2MoeTopKRouter,
         Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
     },
-    quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter},
+    quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter, Lfm2MoeExperts: FastLfm2MoeExperts},
+    single_modules={"model.embedding_norm": LAST_NORM, "lm_head": HEAD},
     capturable=True,
 )

@@ -42,6 +42,7 @@ class Recipe:
             keeps what it can make anew has ``prepare()``, which makes it at once, and ``forget()``.
         quantized_modules: the same for classes whose modules become another one where layers were packed and run on
             kernels, since stock's bits are not what is wanted there.
+        single_modules: the same for modules of these dotted names only.
         capturable: whether the decode step of ``model_classes`` runs as a CUDA graph: nothing in it waits for the GPU.
         block: if given, the recipe also fits other models whose decoder layers all have this structure.
     """
@@ -53,5 +54,6 @@ class Recipe:
     experts: Mapping[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
     modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
     quantized_modules: Mapping[type[nn.Module], type[nn.Module]] = dataclasses.field(default_factory=dict)
+    single_modules: Mapping[str, Mapping[type[nn.Module], type[nn.Module]]] = dataclasses.field(default_factory=dict)
     block: Block | None = None
     capturable: bool = False

@@ -32,6 +32,32 @@ class EmulatedOps:
         packed = (qweight, scales, zeros, bias)
         return self._int4_product(0, x, packed, out_features, None, 0.0, None, out_features, group_size)
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, None, weight, eps)[1]
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._norm(x, residual, weight, eps)
+
+    def _norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sums, y = (x.new_empty(x.shape) for _ in range(2))
+        self._library.call(
+            "emulated_rms_norm",
+            *(x, x.stride(0), residual, weight, eps, sums, y, *x.shape, x.dtype is torch.bfloat16),
+            **_inputs(x=x, residual=residual, weight=weight),
+            sums=(sums, OUTPUT),
+            y=(y, OUTPUT),
+        )
+        return sums, y
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(x.shape[0], x.shape[1] // 2)
+        self._library.call("emulated_swiglu", x, y, *y.shape, x.dtype is torch.bfloat16, **_inputs(x=x), y=(y, OUTPUT))
+        return y
+
     def w4a16_linear_fused(
         self,
         x: torch.Tensor,
@@ -120,6 +146,53 @@ class EmulatedOps:
         )
         return y
 
+    def linear_16bit(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        float32_out: bool = False,
+    ) -> torch.Tensor:
+        y = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32 if float32_out else x.dtype)
+        return self._16bit_product(x, weight, bias, norm_weight, eps, residual, y, float32_out, False)
+
+    def linear_16bit_swiglu(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        y = x.new_empty((x.shape[0], weight.shape[0] // 2))
+        return self._16bit_product(x, weight, bias, norm_weight, eps, None, y, False, True)
+
+    def _16bit_product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        y: torch.Tensor,
+        float32_out: bool,
+        swiglu: bool,
+    ) -> torch.Tensor:
+        normalized = x.new_empty(x.shape)
+        self._library.call(
+            "emulated_linear_16bit",
+            *(x, x.stride(0), weight, bias, y, x.shape[0], *weight.shape, norm_weight, eps, residual, normalized),
+            *(float32_out, x.dtype is torch.bfloat16, self.sm_count, swiglu),
+            **_inputs(x=x, weight=weight, bias=bias, norm_weight=norm_weight, residual=residual),
+            normalized=(normalized, OUTPUT),
+            y=(y, OUTPUT),
+        )
+        return y
+
     def w8a16_linear(
         self,
         x: torch.Tensor,
@@ -158,6 +231,7 @@ class EmulatedOps:
         out_features: int,
         group_size: int,
         variant: int,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         (m, k), n = x.shape, out_features
         y = x.new_empty(m, n)
@@ -166,8 +240,8 @@ class EmulatedOps:
         self._library.call(
             "emulated_w4a16_gemm",
             *(x, x.stride(0), qweight, scales, zeros, bias, y, workspace),
-            *(m, n, k, group_size, variant, x.dtype is torch.bfloat16, self.sm_count),
-            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
+            *(m, n, k, group_size, variant, residual, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias, residual=residual),
             y=(y, OUTPUT),
             workspace=(workspace, OUTPUT),
         )
@@ -351,6 +425,10 @@ class EmulatedOps:
         mask = None if mask is None else mask.unsqueeze(1)
         return self.short_conv_prefill(bcx.unsqueeze(1), state, weight, bias, mask).squeeze(1)
 
+    def limit_shared_memory(self, bytes_: int) -> None:
+        """To what a CTA can have on another GPU."""
+        self._library.entry("emulator_set_shared_limit")(bytes_)
+
     def assume_written_since(self, amount: int) -> None:
         """What kernels read early (load_early()) is so much less than what they read in the end."""
         self._library.entry("emulator_set_written_since")(amount)
@@ -479,14 +557,36 @@ class EmulatedOps:
         normalize: bool,
         scaling: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._moe_router(x, None, 0.0, None, weight, expert_bias, top_k, normalize, scaling)
+
+    def moe_norm_router(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float, *router: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        normalized = torch.empty_like(x)
+        _, shares, experts = self._moe_router(x, norm_weight, norm_eps, normalized, *router)
+        return normalized, shares, experts
+
+    def _moe_router(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor | None,
+        norm_eps: float,
+        normalized: torch.Tensor | None,
+        weight: torch.Tensor,
+        expert_bias: torch.Tensor | None,
+        top_k: int,
+        normalize: bool,
+        scaling: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (rows, hidden), count = x.shape, weight.shape[0]
         logits, shares = x.new_empty(rows, count), x.new_empty(rows, top_k)
         experts = torch.empty(rows, top_k, dtype=torch.int64)
         self._library.call(
             "emulated_moe_router",
             *(x, weight, expert_bias, logits, shares, experts, rows, hidden, count, top_k, normalize, float(scaling)),
-            *(x.dtype is torch.bfloat16, self.sm_count),
-            **_inputs(x=x, weight=weight, expert_bias=expert_bias),
+            *(norm_weight, float(norm_eps), normalized, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, weight=weight, expert_bias=expert_bias, norm_weight=norm_weight),
+            normalized=(normalized, OUTPUT),
             logits=(logits, OUTPUT),
             shares=(shares, OUTPUT),
             experts=(experts, OUTPUT),
@@ -508,6 +608,7 @@ class EmulatedOps:
         gate_up_group_size: int,
         down_group_size: int,
         variant: int,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         (rows, hidden), top_k, count = x.shape, experts.shape[1], gate_up_qweight.shape[0]
         y = torch.empty_like(x)
@@ -516,10 +617,10 @@ class EmulatedOps:
             self._library.call(
                 "emulated_moe_experts",
                 *(x, experts, shares, gate_up_qweight, gate_up_scales, gate_up_zeros, gate_up_group_size),
-                *(down_qweight, down_scales, down_zeros, down_group_size, workspace, y),
+                *(down_qweight, down_scales, down_zeros, down_group_size, residual, workspace, y),
                 *(rows, top_k, count, hidden, intermediate_size, variant, x.dtype is torch.bfloat16, self.sm_count),
                 size,
-                **_inputs(x=x, experts=experts, shares=shares),
+                **_inputs(x=x, experts=experts, shares=shares, residual=residual),
                 **_inputs(gate_up_qweight=gate_up_qweight, gate_up_scales=gate_up_scales, gate_up_zeros=gate_up_zeros),
                 **_inputs(down_qweight=down_qweight, down_scales=down_scales, down_zeros=down_zeros),
                 workspace=(workspace, OUTPUT),
@@ -576,6 +677,27 @@ class EmulatedOps:
             thresholds=(thresholds, OUTPUT),
         )
         return out
+
+    def moe_experts_16bit(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        shares: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        (rows, hidden), top_k, (count, _, inner) = x.shape, experts.shape[1], down.shape
+        workspace, y = x.new_empty(rows * top_k, inner), torch.empty_like(x)
+        self._library.call(
+            "emulated_moe_experts_16bit",
+            *(x, experts, shares, gate_up, down, residual, workspace, y, rows, top_k, count, hidden, inner),
+            *(x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, experts=experts, shares=shares, gate_up=gate_up, down=down, residual=residual),
+            workspace=(workspace, OUTPUT),
+            y=(y, OUTPUT),
+        )
+        return y
 
     def _floats(self, entry_name: str, *sizes: int) -> int:
         entry = self._library.entry(entry_name)

@@ -122,9 +122,13 @@ def check_fused_linear(inputs: FusedInputs, w: Weight, out: torch.Tensor) -> Non
 
 
 def check_swiglu(inputs: FusedInputs, w: Weight, out: torch.Tensor) -> None:
-    """The very bits where no rounding hangs on the order of a sum; elsewhere a bound that follows each rounding."""
+    assert_swiglu(*exact_product(inputs, w), out)
+
+
+def assert_swiglu(exact: torch.Tensor, bound: torch.Tensor, out: torch.Tensor) -> None:
+    """``exact``: gate and up side by side, before any rounding. The very bits where no rounding hangs on the order of a
+    sum; elsewhere a bound that follows each rounding."""
     dtype, rounding = out.dtype, ROUNDING[out.dtype]
-    exact, bound = exact_product(inputs, w)
     (gate, up), (gate_bound, up_bound) = exact.chunk(2, dim=-1), bound.chunk(2, dim=-1)
 
     def certain(value: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

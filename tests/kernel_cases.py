@@ -56,9 +56,15 @@ class Weight:
             x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group
         )
 
-    def gemm(self, x: torch.Tensor, variant: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def gemm(
+        self,
+        x: torch.Tensor,
+        variant: int,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return self.target.ops.w4a16_gemm(
-            x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group, variant
+            x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group, variant, residual
         )
 
     def dequantize(self) -> torch.Tensor:
@@ -130,15 +136,22 @@ def check_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out
 
 
 def check_gemm(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, variant: GemmVariant
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    variant: GemmVariant,
+    residual: torch.Tensor | None = None,
 ) -> None:
-    """Against float64. A product goes through at most: a group's mma steps, all groups, all CTAs' parts, the bias."""
+    """Against float64. A product goes through at most: a group's mma steps, all groups, all CTAs' parts, the bias, the
+    residual."""
     exact = x.double() @ weight.exact.T
     magnitude = x.double().abs() @ weight.exact.abs().T
-    if bias is not None:
-        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    for summand in (bias, residual):
+        if summand is not None:
+            exact, magnitude = exact + summand.double(), magnitude + summand.double().abs()
     k = x.shape[1]
-    steps = weight.group // 16 + k // weight.group + -(-k // 128) + 1
+    steps = weight.group // 16 + k // weight.group + -(-k // 128) + 2
     relative = steps * ACCUMULATION + (0.0 if variant.exact_weights else ROUNDING[out.dtype])
     bound = relative * magnitude + ROUNDING[out.dtype] * exact.abs() * 1.01 + SMALLEST
     assert_within(out, exact, bound)

@@ -44,15 +44,18 @@ class Mixture:
     shares: torch.Tensor
     gate_up: Stack
     down: Stack
+    residual: torch.Tensor | None = None
 
     def rows(self, rows: slice | list[int]) -> Mixture:
-        return replace(self, x=self.x[rows], experts=self.experts[rows], shares=self.shares[rows])
+        residual = None if self.residual is None else self.residual[rows].clone()  # aligned, unlike the view
+        return replace(self, x=self.x[rows], experts=self.experts[rows], shares=self.shares[rows], residual=residual)
 
     def run(self, variant: int = 0) -> torch.Tensor:
         up, down = self.gate_up, self.down
         return self.target.ops.moe_experts(
             *(self.x, self.experts, self.shares, up.qweight, up.scales, up.zeros),
             *(down.qweight, down.scales, down.zeros, down.exact.shape[2], up.group, down.group, variant),
+            self.residual,
         )
 
 
@@ -68,6 +71,7 @@ def make_mixture(
     *,
     zeros: bool = True,
     used: int | None = None,
+    residual: bool = False,
 ) -> Mixture:
     """sizes: hidden and intermediate. used: only the first so many experts are chosen."""
     hidden, inner = sizes
@@ -79,6 +83,7 @@ def make_mixture(
         torch.rand(rows, top_k, generator=rng).to(dtype).to(target.device),
         make_stack(target, rng, count, 2 * inner, hidden, groups[0], dtype, zeros=zeros),
         make_stack(target, rng, count, hidden, inner, groups[1], dtype, zeros=zeros),
+        torch.randn(rows, hidden, generator=rng).to(dtype).to(target.device) if residual else None,
     )
 
 
@@ -117,6 +122,8 @@ def check_experts(mixture: Mixture, out: torch.Tensor, variant: ExpertsVariant) 
             product, error = _product(inner, error, down_weight, mixture.down.group, variant, dtype)
             exact[row] += share * product[0]
             bound[row] += share * (error[0] + 2.0**-22 * product[0].abs())
+    if mixture.residual is not None:
+        exact, bound = exact + mixture.residual.double(), bound + 2.0**-23 * (exact.abs() + mixture.residual.abs())
     assert_within(out, exact, bound + ROUNDING[dtype] * (exact.abs() + bound) * 1.01 + SMALLEST)
 
 
@@ -150,3 +157,10 @@ def check_router(
         expected = expected / (expected.sum(-1, keepdim=True) + 1e-6)
     # Score, sum, sum and epsilon, quotient, product with `scaling`: five roundings.
     assert_within(shares, expected * scaling, (5.1 * ROUNDING[dtype] * expected * scaling).abs() + SMALLEST)
+
+
+def check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, normalized: torch.Tensor) -> None:
+    """Against float64, with the two roundings of LlamaRMSNorm; float32's errors are far below them."""
+    wide = x.double()
+    exact = weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    assert_within(normalized, exact, 2.05 * ROUNDING[x.dtype] * exact.abs() + SMALLEST * (1 + weight.double().abs()))

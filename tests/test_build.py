@@ -46,6 +46,14 @@ def tiny_source(tmp_path: Path) -> Path:
     return folder
 
 
+def fast_compile_flags() -> str:
+    """What makes nvcc five times faster (from CUDA 12.9 on): what is compiled here is loaded, but never run."""
+    nvcc = build.find_nvcc()
+    assert nvcc is not None
+    words = subprocess.run([str(nvcc), "--help"], capture_output=True, text=True, check=True).stdout
+    return "--Ofast-compile max" if "--Ofast-compile" in words else ""
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_the_library_compiles_loads_and_is_cached(tmp_path: Path) -> None:
@@ -53,6 +61,7 @@ def test_the_library_compiles_loads_and_is_cached(tmp_path: Path) -> None:
         "HF_FASTPATH_CACHE": str(tmp_path),
         "HF_FASTPATH_CUDA_ARCHS": "80;90a",
         "MAX_JOBS": "2",
+        "NVCC_APPEND_FLAGS": fast_compile_flags(),
     }
     first = run_python(LOAD, **environment)
     assert first.returncode == 0, first.stderr

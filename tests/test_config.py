@@ -24,7 +24,7 @@ def test_strings_and_enums_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("weights", "int3", "'w4a16', None"),
+        ("weights", "int3", "'w4a16', 'w16a16', None"),
         ("kv_cache", "int2", "'static', 'int8', 'fp8', 'int4', 'h2o', None"),
         ("kv_cache", 8, "'static', 'int8', 'fp8', 'int4', 'h2o', None"),
         ("scale_search", None, "'absmax', 'mse', 'activation', 'output'"),

@@ -38,7 +38,7 @@ Calls = list[tuple[Any, ...]]
 def steps(monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str], Calls]) -> Calls:
     """The CPU goes the ways that a GPU goes, on the references; the calls of DecoderStep."""
     monkeypatch.setattr(heuristics, "w4a16_variant", lambda *args: W4A16Variant.REFERENCE)
-    monkeypatch.setattr(heuristics, "fuses_decoder_step", lambda device, rows: rows <= 16)
+    monkeypatch.setattr(heuristics, "fuses_decoder_step", lambda device: True)
     return count_calls(DecoderStep, "__call__")
 
 
@@ -119,12 +119,31 @@ def test_sampling_beams_and_chunks(steps: Calls) -> None:
         assert torch.equal(tokens, twin.generate(**rows, **(GREEDY | mode)))
 
 
-def test_more_rows_than_the_kernels_take(steps: Calls) -> None:
-    model = patched()
-    run(model, long_batch((0,) * 17, 9), max_new_tokens=3)
-    assert not steps
-    run(model, long_batch((0,) * 16, 9), max_new_tokens=3)
-    assert len(steps) == 4
+@pytest.mark.parametrize("rows", [16, 17, 40])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_any_number_of_rows(family: str, rows: int, steps: Calls) -> None:
+    """More than 16 run in other operations."""
+    model, inputs = patched(family), long_batch(tuple(range(rows)), rows + 9)
+    tokens, logits = run(model, inputs, max_new_tokens=4)
+    assert len(steps) == 6
+    expected_tokens, expected = run(without_steps(model), inputs, max_new_tokens=4)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kv_cache", FORMATS)
+@pytest.mark.parametrize("family", FUSED_FAMILIES)
+def test_prompts_run_so_too(family: str, kv_cache: str, count_calls: Callable[[Any, str], Calls], steps: Calls) -> None:
+    if "window" in family and kv_cache == "h2o":
+        pytest.skip("h2o takes no windows")
+    prompts = count_calls(DecoderStep, "prompt")
+    model, inputs = patched(family, kv_cache), long_batch((0, 5, 60))
+    tokens, logits = run(model, inputs, prefill_chunk_size=25)
+    assert len(prompts) == 2 * 3
+    expected_tokens, expected = run(without_steps(model), inputs, prefill_chunk_size=25)
+    assert len(prompts) == 2 * 3
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("kv_cache", FORMATS)
@@ -332,11 +351,11 @@ def test_unpatching_leaves_nothing(steps: Calls) -> None:
 
 
 def test_the_report_says_which_layers_and_why() -> None:
-    assert "Forward passes of ours: 2 LlamaDecoderLayer" in str(fastpath_report(patched()))
-    skipped = patch_model(make_llama(), skip_modules=("model.layers.1.mlp.down_proj",), **QUICK)
+    assert "Forward passes of ours: 4 Linear, LlamaDecoderLayer, LlamaRMSNorm" in str(fastpath_report(patched()))
+    skipped = patch_model(make_llama(), skip_modules=("model.layers.1.mlp.up_proj",), **QUICK)
     text = str(fastpath_report(skipped))
-    assert "Forward passes of ours: 1 LlamaDecoderLayer" in text
-    assert "Forward passes of transformers' own: 1 LlamaDecoderLayer, not all of its linear layers are int4" in text
+    assert "Forward passes of ours: 3 Linear, LlamaDecoderLayer, LlamaRMSNorm" in text
+    assert "Forward passes of transformers' own: 1 LlamaDecoderLayer, linear layers of one input are" in text
     odd = make_llama()
     odd.model.layers[0].mlp.act_fn = nn.GELU()
     odd.model.layers[1].self_attn.head_dim = 16
@@ -356,7 +375,7 @@ def make_layer(out_features: int, in_features: int = 64, group_size: int = 32, *
 def test_what_cannot_be_merged() -> None:
     layer = make_layer(32)
     assert why_not_merged([layer, make_layer(16)]) == ""
-    assert "not all" in why_not_merged([layer, nn.Linear(64, 32)])
+    assert "neither all int4 nor all plain" in why_not_merged([layer, nn.Linear(64, 32)])
     differing = "differ in group size, zero points, bias or dtype"
     for options in ({"zeros": False}, {"bias": False}, {"dtype": torch.bfloat16}, {"group_size": 64}):
         assert differing in why_not_merged([layer, make_layer(32, **options)])

@@ -7,7 +7,7 @@ import torch
 from emulated_ops import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from kernel_cases import DTYPES, Target, generator
-from moe_cases import check_experts, check_router, make_mixture
+from moe_cases import check_experts, check_norm, check_router, make_mixture
 
 from hf_fastpath.ops.moe_experts import VARIANTS
 
@@ -43,6 +43,25 @@ def test_the_router(
             assert torch.equal(one[0], all_rows[row])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "hidden", "count", "top_k"), [(1, 128, 8, 2), (11, 2080, 33, 4), (5, 96, 70, 8)], ids=str
+)
+def test_the_router_behind_a_norm(rows: int, hidden: int, count: int, top_k: int, dtype: torch.dtype) -> None:
+    rng = generator(rows, hidden, count, DTYPES.index(dtype))
+    x = (3 * torch.randn(rows, hidden, generator=rng)).to(dtype)
+    norm = (torch.rand(hidden, generator=rng) + 0.5).to(dtype)
+    weight = (torch.randn(count, hidden, generator=rng) / hidden**0.5).to(dtype)
+    normalized, shares, experts = target().ops.moe_norm_router(x, norm, 1e-5, weight, None, top_k, True, 1.5)
+    check_norm(x, norm, 1e-5, normalized)
+    _, expected_shares, expected = target().ops.moe_router(normalized, weight, None, top_k, True, 1.5)
+    assert torch.equal(experts, expected)
+    assert torch.equal(shares, expected_shares)
+    alone = target().ops.moe_norm_router(x[-1:].clone(), norm, 1e-5, weight, None, top_k, True, 1.5)
+    for one, all_rows in zip(alone, (normalized, shares, experts), strict=True):
+        assert torch.equal(one[0], all_rows[-1])
+
+
 def test_of_equal_scores_the_first_expert_is_taken_and_a_nan_before_all() -> None:
     x, weight = torch.zeros(2, 64, dtype=torch.bfloat16), torch.randn(40, 64).bfloat16()
     x[1, 3] = 1
@@ -62,6 +81,7 @@ def test_of_equal_scores_the_first_expert_is_taken_and_a_nan_before_all() -> Non
         (7, 3, 6, None, (192, 64), (64, 64), False),
         (16, 4, 6, None, (128, 1184), (128, 32), True),  # ten units in chains of two
         (11, 2, 4, 2, (1152, 32), (128, 32), False),  # all rows on the same two experts: more than a slot holds
+        (40, 4, 6, None, (256, 256), (128, 128), True),  # more pairs than a round of the second kernel has
     ],
 )
 def test_the_experts(
@@ -75,7 +95,10 @@ def test_the_experts(
     dtype: torch.dtype,
 ) -> None:
     rng = generator(rows, top_k, *sizes, DTYPES.index(dtype))
-    mixture = make_mixture(target(), rng, rows, top_k, count, sizes, groups, dtype, zeros=zeros, used=used)
+    residual = rows % 2 == 1
+    mixture = make_mixture(
+        target(), rng, rows, top_k, count, sizes, groups, dtype, zeros=zeros, used=used, residual=residual
+    )
     full = mixture.run()
     check_experts(mixture, full, VARIANTS[0])
     for part in (slice(0, 1), slice(rows - 1, rows), slice(0, min(rows, 5))):
@@ -104,15 +127,23 @@ def test_many_rows(
     dtype: torch.dtype,
 ) -> None:
     rng = generator(rows, top_k, *sizes, DTYPES.index(dtype))
-    mixture = make_mixture(target(), rng, rows, top_k, count, sizes, groups, dtype, zeros=zeros, used=used)
+    residual = rows % 2 == 1
+    mixture = make_mixture(
+        target(), rng, rows, top_k, count, sizes, groups, dtype, zeros=zeros, used=used, residual=residual
+    )
     check_experts(mixture, mixture.run(variant), VARIANTS[variant])
 
 
 def test_more_pairs_than_one_launch_takes() -> None:
-    mixture = make_mixture(target(), generator(0), 90, 3, 4, (64, 32), (64, 32), torch.bfloat16)
+    mixture = make_mixture(target(), generator(0), 90, 3, 4, (64, 32), (64, 32), torch.bfloat16, residual=True)
     full = mixture.run()
     check_experts(mixture, full, VARIANTS[0])
     assert torch.equal(mixture.rows(slice(83, 90)).run(), full[83:])
+
+
+def test_a_row_with_as_many_experts_as_a_launch_takes() -> None:
+    mixture = make_mixture(target(), generator(2), 1, 256, 257, (32, 32), (32, 32), torch.bfloat16, residual=True)
+    check_experts(mixture, mixture.run(), VARIANTS[0])
 
 
 @pytest.mark.parametrize("expert", [-1, 4])

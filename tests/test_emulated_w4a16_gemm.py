@@ -70,6 +70,17 @@ def test_shifted_views_give_the_same_bits(n: int, k: int, group: int, variant: i
 
 
 @ALL_VARIANTS
+@pytest.mark.parametrize(("m", "n", "k", "group"), [(65, 33, 288, 32), (20, 144, 256, 128)])
+def test_a_residual_is_added_before_rounding(m: int, n: int, k: int, group: int, variant: int) -> None:
+    weight, x, bias = make(m, n, k, group, torch.bfloat16, True)
+    residual = 8 * torch.randn(m, n, generator=generator(m)).bfloat16()
+    out = weight.gemm(x, variant, bias, residual)
+    check_gemm(x, weight, bias, out, VARIANTS[variant], residual)
+    apart = weight.gemm(x, variant, bias) + residual  # rounded twice
+    assert not torch.equal(out, apart)
+
+
+@ALL_VARIANTS
 def test_a_slice_of_row_tiles(variant: int) -> None:
     weight, x, _ = make(40, 80, 256, 32, torch.bfloat16, True)
     part = weight.row_tiles(1, 3, rows=30)

@@ -91,6 +91,31 @@ def test_the_report(request_: accuracy.Request) -> None:
         assert Path(f"{request_.out}_{name}.png").stat().st_size > 10_000
 
 
+def test_a_report_is_written_again_from_its_numbers(
+    request_: accuracy.Request, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(dataclasses.replace(request_, tasks="wikitext2,mmlu:0"))
+    path = Path(f"{request_.out}.md")
+    text = path.read_text()
+    assert "Questions were read as in decoding, through each configuration's own KV cache, 64 tokens" in text
+    path.unlink()
+    monkeypatch.setattr(sys, "argv", ["accuracy_report", f"{request_.out}.json"])
+    accuracy_report.main()
+    assert path.read_text() == text
+    shown = capsys.readouterr().out
+    for table in ("Speed, memory, perplexity", "Accuracy: stock's"):
+        assert f"## {table}" in shown
+    for line in shown.splitlines():
+        assert line in text
+
+
+def test_a_single_pass_is_called_so(request_: accuracy.Request) -> None:
+    request = dataclasses.replace(request_, tasks="mmlu:0", kv_chunk=0, limit=2, candidates=request_.candidates[:2])
+    report = run(request)
+    assert report["configurations"][1]["benchmarks"]["mmlu"]["likelihood_change"] < 0.01  # bf16 weights, other kernels
+    assert "in which a quantized KV cache is not read" in accuracy_report.markdown(report)
+
+
 def test_stock_answers_as_lm_evals_own_model(request_: accuracy.Request) -> None:
     """Through a full-precision cache in chunks, against HFLM's single pass over the same prompts."""
     request = dataclasses.replace(
@@ -173,9 +198,9 @@ def test_other_settings_are_measured_anew(request_: accuracy.Request) -> None:
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(request_: accuracy.Request) -> None:
-    """With one question at a time and one thread: who shares a batch, and a sum, changes the last bits."""
+    """To the last bit, since they share whole batches; with one thread, which is what each process has."""
     request = dataclasses.replace(
-        request_, candidates=request_.candidates[:2], tasks="wikitext2,hellaswag:1", batch_size=1, limit=3, compared=1
+        request_, candidates=request_.candidates[:2], tasks="wikitext2,hellaswag:1,mmlu:0", limit=6, compared=1
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -186,8 +211,8 @@ def test_two_processes_find_what_one_finds(request_: accuracy.Request) -> None:
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "hf_fastpath.cli", "eval", "--model", str(request.model)]
     command += ["--tasks", request.tasks, "--data-dir", str(SAMPLE), "--out", str(both), "--device", "cpu"]
-    command += ["--limit", "3", "--window", "200", "--max-windows", "3", "--compared-windows", "1"]
-    command += ["--max-new-tokens", "0", "--batch-size", "1", "--weights", "none", "--kv-cache", "int4"]
+    command += ["--limit", "6", "--window", "200", "--max-windows", "3", "--compared-windows", "1"]
+    command += ["--max-new-tokens", "0", "--batch-size", "4", "--weights", "none", "--kv-cache", "int4"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=both.parent)
     assert done.returncode == 0, done.stderr[-3000:]

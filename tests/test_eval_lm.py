@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,11 @@ from tiny_models import make_llama, make_tokenizer
 
 from hf_fastpath import FastpathConfig, Int4KIVICache, patch_model
 from hf_fastpath.config import KVFormat
+from hf_fastpath.eval import story_models, task_data
 from hf_fastpath.eval.lm import FastpathLM
+from hf_fastpath.eval.task_data import TaskSource
+
+SAMPLE = Path(task_data.__file__).with_name("data") / "sample"
 
 # Log-likelihoods are sums of up to 30 log-probabilities that carry 2^7 * 2^-24 = 8e-6 each.
 TOLERANCE = 5e-4
@@ -96,11 +105,42 @@ def test_a_chunk_of_one_is_decoding(requests: list[Request]) -> None:
         assert found == pytest.approx(likelihood, abs=1e-4)  # the same arithmetic but for the order of the sum
 
 
-def test_progress_counts_forward_passes(requests: list[Request]) -> None:
+def test_progress_counts_contexts(requests: list[Request]) -> None:
     calls: list[tuple[int, int]] = []
-    lm = make_lm(batch_size=2, on_progress=lambda done, total: calls.append((done, total)))
+    lm = make_lm(batch_size=4, on_progress=lambda done, total: calls.append((done, total)))
     lm._loglikelihood_tokens(requests)
-    assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]  # the three continuations of one token share one
+    assert calls == [(2, 4), (4, 4)]  # 3 + 1 rows, 2 + 1
+    calls.clear()
+    lm = make_lm(batch_size=2, kv_chunk=0, on_progress=lambda done, total: calls.append((done, total)))
+    lm._loglikelihood_tokens(requests)
+    assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]  # the three continuations of one token share one pass
+
+
+def test_texts_encoded_together_are_those_encoded_one_by_one() -> None:
+    """A context that ends in a space, which lm-eval moves to the continuation, one that is empty, one that begins with
+    the token that an empty one is replaced by, and the same pair twice."""
+    pairs = [("a b c", " d"), ("a b ", "c"), ("", "d e"), ("[EOS] a", " b"), ("a b c", " e"), ("a b c", " d")]
+    asked = [types.SimpleNamespace(args=pair) for pair in pairs]
+    known, seen = make_lm(), make_lm(encoded={})
+    assert seen.loglikelihood(asked, disable_tqdm=True) == known.loglikelihood(asked, disable_tqdm=True)  # type: ignore[arg-type]
+    assert seen.encoded is not None
+    assert {*seen.encoded} == {pair for pair in pairs if pair[0]}
+    for pair, ids in seen.encoded.items():
+        assert ids == known._encode_pair(*pair)
+    assert not seen._ids
+
+
+def test_a_context_too_long_is_cut_on_the_left() -> None:
+    model = make_llama(max_position_embeddings=32)
+    tokens = torch.randint(2, 199, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    request = [(("", ""), tokens[:-2], tokens[-2:]), (("", ""), tokens[:-2], tokens[-1:])]
+    for (own, greedy), (known, known_greedy) in zip(
+        FastpathLM(model, make_tokenizer())._loglikelihood_tokens(request, disable_tqdm=True),
+        HFLM(pretrained=model, tokenizer=make_tokenizer())._loglikelihood_tokens(request, disable_tqdm=True),
+        strict=True,
+    ):
+        assert own == pytest.approx(known, abs=TOLERANCE)
+        assert greedy == known_greedy
 
 
 def test_registered_under_its_name_and_made_from_a_folder(tmp_path: Path) -> None:
@@ -114,6 +154,42 @@ def test_registered_under_its_name_and_made_from_a_folder(tmp_path: Path) -> Non
     assert (lm.fastpath.weights, lm.fastpath.kv_cache) == (None, KVFormat.INT4)
     assert lm.mode == "decoding through the int4 KV cache, fed 7 tokens at a time"
     assert "not read" in make_lm("int4", kv_chunk=0).mode
+
+
+@pytest.mark.slow
+def test_lm_evals_command_line_runs_it(tmp_path: Path) -> None:
+    _, tasks = TaskSource(SAMPLE, tmp_path / "tasks").benchmarks([("hellaswag", 0)])
+    (task,) = tasks
+    model = f"pretrained={story_models.folder('gpt2')},weights=none,kv_cache=int4,dtype=float32"
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "hf_fastpath.eval.lm",
+        "run",
+        "--model",
+        "hf-fastpath",
+        "--model_args",
+        model,
+    ]
+    command += [
+        "--model_args",
+        model,
+        "--tasks",
+        task,
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--limit",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    command += ["--output_path", str(tmp_path / "out")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "out").rglob("results*.json")
+    assert "acc_norm,none" in json.loads(path.read_text())["results"][task]
 
 
 def test_mistakes_are_named() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_fastpath import Unsupported
 from hf_fastpath.eval import smollm2
 from hf_fastpath.eval.loading import encode_prompt, load
 from hf_fastpath.eval.perplexity import SLICE, perplexity
+from hf_fastpath.eval.wikitext import Text, score_text
 
 
 def installed() -> bool:
@@ -120,3 +123,20 @@ def test_the_converted_model_chats_and_stops(monkeypatch: pytest.MonkeyPatch, tm
     # rounding moved it by 0.003 %, and a token read or placed wrongly moves it by percents.
     ids = torch.tensor(loaded.tokenizer(SLICE.read_text(encoding="utf-8"), verbose=False).input_ids)
     assert perplexity(loaded.model, ids, window=1024, max_windows=8).ppl == pytest.approx(29.197, rel=5e-4)
+
+
+@needs_model
+@pytest.mark.slow
+def test_its_perplexity_is_the_straightforward_computation() -> None:
+    """To four digits, with nothing of ours: plain passes over windows of the text, and torch's cross entropy."""
+    loaded = load(None, "cpu", "fp32")
+    ids = torch.tensor(loaded.tokenizer(SLICE.read_text(encoding="utf-8"), verbose=False).input_ids)
+    size, windows = 512, 3
+    total = 0.0
+    for window in ids[: windows * size].view(windows, size):
+        with torch.no_grad():
+            logits = loaded.model(window[None], use_cache=False).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits.double(), window[1:], reduction="sum"))
+    text = Text.read(loaded.tokenizer, SLICE.read_text(encoding="utf-8"), window=size, most=windows)
+    found = score_text(loaded.model, text, lambda: DynamicCache(config=loaded.model.config), batch_size=2)
+    assert found.token_perplexity == pytest.approx(math.exp(total / (windows * (size - 1))), rel=5e-5)

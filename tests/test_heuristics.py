@@ -29,11 +29,12 @@ def test_more_rows_than_the_decode_kernel_takes() -> None:
 
 
 def test_the_table_is_that_of_the_kernels() -> None:
-    """Token tiles in C++ are 8 tokens."""
+    """In C++ a warp has 16 outputs and a token tile 8 tokens."""
     text = (source_dir() / "w4a16" / "gemm.cuh").read_text()
     table = text[text.index("kGemmVariants[] = {") :].split("};")[0]
-    rows = re.findall(r"\{(\d+), \d+, \d+, (\d+)\}", table)
-    assert [(8 * int(c), int(splits)) for c, splits in rows] == [(v.tokens, v.splits) for v in VARIANTS]
+    rows = re.findall(r"\{(\d+), (\d+), \d+, \d+, (\d+)\}", table)
+    kernels = [(16 * int(warps), 8 * int(tiles), int(splits)) for warps, tiles, splits in rows]
+    assert kernels == [(v.outputs, v.tokens, v.splits) for v in VARIANTS]
     first = re.search(r"kFirstSm90Variant = (\d+)", text)
     assert first
     mma = int(first[1])

@@ -16,6 +16,7 @@ from hf_fastpath.heuristics import W4A16Variant
 from hf_fastpath.modules import W4A16Linear
 from hf_fastpath.modules.conv_step import ConvStep
 from hf_fastpath.modules.decoder_step import DecoderStep
+from hf_fastpath.modules.moe_step import MoEStep
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer
 
 QUICK = {"progress": False, "scale_search": "absmax"}
@@ -28,7 +29,7 @@ Calls = tuple[list[Any], list[Any]]  # of convolution and of attention layers
 def steps(monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str], list[Any]]) -> Calls:
     """The CPU goes the ways that a GPU goes, on the references."""
     monkeypatch.setattr(heuristics, "w4a16_variant", lambda *args: W4A16Variant.REFERENCE)
-    monkeypatch.setattr(heuristics, "fuses_decoder_step", lambda device, rows: rows <= 16)
+    monkeypatch.setattr(heuristics, "fuses_decoder_step", lambda device: True)
     return count_calls(ConvStep, "__call__"), count_calls(DecoderStep, "__call__")
 
 
@@ -69,6 +70,16 @@ def test_it_computes_what_the_layers_compute(
 
 
 @pytest.mark.parametrize("family", LFM2)
+def test_more_rows_than_fused_products_take(family: str, steps: Calls) -> None:
+    model, inputs = patched(family, conv_bias=True), long_batch(tuple(range(20)), 29)
+    tokens, logits = run(model, inputs, max_new_tokens=4)
+    assert [len(calls) for calls in steps] == [6, 3]
+    expected_tokens, expected = run(without_steps(model), inputs, max_new_tokens=4)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", LFM2)
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_padding_stays_out_of_the_state(family: str, chunk: int, steps: Calls) -> None:
     """Prompts in chunks of one token are steps too, some of which hold nothing but padding."""
@@ -79,6 +90,26 @@ def test_padding_stays_out_of_the_state(family: str, chunk: int, steps: Calls) -
         alone = run(model, {"input_ids": inputs["input_ids"][row : row + 1, padding:]})[1]
         # float32 sums in another order, which can move a key by one of int8's 127 steps.
         assert float((together[:, row] - alone[:, 0]).abs().max()) <= 4e-3 * float(alone.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_mixtures_of_experts_are_steps_where_they_are_ours(
+    dtype: torch.dtype, steps: Calls, count_calls: Callable[[Any, str], list[Any]]
+) -> None:
+    mixtures, inputs = count_calls(MoEStep, "__call__"), long_batch((0, 4))
+    model = patched("lfm2_moe", "int8", dtype)
+    run(model, inputs)
+    assert len(mixtures) == 2 * 12  # the last two of three layers, the prompt counted
+    mixtures.clear()
+    left = patch_model(FAMILIES["lfm2_moe"](dtype), kv_cache="int8", skip_modules=("experts",), **QUICK)
+    steps[0].clear()
+    run(left, inputs)
+    assert steps[0]
+    assert bool(mixtures) == (dtype is torch.bfloat16)  # experts in 16 bits have an op of their own
+    mixtures.clear()
+    model.model.layers[1].feed_forward.experts.register_forward_hook(lambda *args: None)
+    run(model, inputs)
+    assert len(mixtures) == 12  # of the other layer
 
 
 def test_beams_sampling_and_assistants(steps: Calls) -> None:
@@ -121,7 +152,6 @@ def test_what_a_hook_and_gradients_see(steps: Calls) -> None:
     for calls in steps:
         calls.clear()
     assert model(torch.tensor([[5]]), past_key_values=cache).logits.requires_grad
-    run(model, long_batch((0,) * 17, 9), max_new_tokens=3)  # more rows than the kernels take
     model.generate(**long_batch((0,)), **GREEDY, cache_implementation="dynamic")
     assert not any(steps)
 
@@ -160,10 +190,12 @@ def test_unpatching_leaves_nothing(family: str, steps: Calls) -> None:
 
 
 def test_the_report_says_which_layers_and_why() -> None:
-    assert "Forward passes of ours: 5 Lfm2DecoderLayer, Lfm2ShortConv" in str(fastpath_report(patched()))
-    skipped = patch_model(FAMILIES["lfm2"](), skip_modules=("model.layers.0.conv.in_proj",), **QUICK)
+    assert "Forward passes of ours: 7 Lfm2DecoderLayer, Lfm2RMSNorm, Lfm2ShortConv, Linear" in str(
+        fastpath_report(patched())
+    )
+    skipped = patch_model(FAMILIES["lfm2"](), skip_modules=("model.layers.0.feed_forward.w1",), **QUICK)
     text = str(fastpath_report(skipped))
-    assert "Forward passes of transformers' own: 1 Lfm2DecoderLayer, not all of its linear layers are int4" in text
+    assert "Forward passes of transformers' own: 1 Lfm2DecoderLayer, linear layers of one input are" in text
     odd = FAMILIES["lfm2"]()
     odd.model.layers[2].ffn_norm = nn.RMSNorm(64)
     text = str(fastpath_report(patch_model(odd, **QUICK)))

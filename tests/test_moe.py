@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import fingerprint, logits, make_lfm2_moe
-from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts, Lfm2MoeTopKRouter
+from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts, Lfm2MoeRMSNorm, Lfm2MoeTopKRouter
 
 from hf_fastpath import FastpathConfig, Unsupported, expert_search, fastpath_report, patch_model, unpatch_model
 from hf_fastpath.expert_search import ExpertInputs, quantize_experts
@@ -19,7 +19,7 @@ from hf_fastpath.heuristics import (
     moe_variant,
 )
 from hf_fastpath.modules import MoERouter, PackedExperts, packed_experts
-from hf_fastpath.ops import moe_router
+from hf_fastpath.ops import moe_norm_router, moe_router
 from hf_fastpath.ops.moe_experts import VARIANTS
 from hf_fastpath.quantize import GroupQuantized, quantize_int4
 
@@ -41,6 +41,20 @@ def test_the_router_computes_its_formula(normalize: bool, biased: bool, rows: in
     expected = 2.5 * (expected / (expected.sum(-1, keepdim=True) + 1e-6) if normalize else expected)
     torch.testing.assert_close(shares.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got_logits.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_router_behind_a_norm_is_the_norm_then_the_router(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = Lfm2MoeRMSNorm(24, eps=1e-3).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x, weight, bias = torch.randn(5, 24).to(dtype), torch.randn(6, 24).to(dtype), torch.randn(6)
+    normalized, shares, chosen = moe_norm_router(x, norm.weight.data, 1e-3, weight, bias, 2, True, 1.0)
+    with torch.no_grad():
+        assert torch.equal(normalized, norm(x))
+    _, expected_shares, expected = moe_router(normalized, weight, bias, 2, True, 1.0)
+    assert torch.equal(chosen, expected)
+    assert torch.equal(shares, expected_shares)
 
 
 def test_of_equal_scores_the_first_expert_is_taken() -> None:
@@ -109,6 +123,11 @@ def test_the_experts_compute_their_formula(
     # a row about 4 half-steps of 2^-8 in bf16, and in float32 what summing `intermediate` products leaves.
     tolerance = 4 * 2**-9 if dtype == torch.bfloat16 else 1e-5
     assert got.dtype == dtype
+    assert float((got.double() - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    residual = 10 * torch.randn(rows, hidden).to(dtype)
+    with torch.no_grad():
+        got = packed(x, chosen, shares, residual)
+    expected += residual.double()
     assert float((got.double() - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 

@@ -56,6 +56,9 @@ def test_w4a16_gemm_is_the_same_product_for_more_rows() -> None:
     for variant in range(len(VARIANTS)):
         got = ops.w4a16_gemm(x, qweight, scales, zeros, bias, 33, 32, variant)
         assert relative_error(got, x.double() @ exact.T + bias.double()) < 2 * torch.finfo(torch.bfloat16).eps
+    residual = torch.randn(50, 33).bfloat16()
+    got = ops.w4a16_gemm(x, qweight, scales, zeros, bias, 33, 32, 0, residual)
+    assert relative_error(got, x.double() @ exact.T + bias + residual) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,11 +270,16 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     h2o = h2o_storage()
     conv, state = (torch.randn(2, 4, 18), torch.randn(2, 6, 3), torch.randn(6, 3), torch.randn(6)), torch.randn(2, 6, 3)
     gate_up, down = (expert_stack(64, 64), expert_stack(64, 32))
+    plain = torch.randn(32, 64).bfloat16()
+    sent = x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()
     padding = torch.tensor([[False, True, True, True], [True] * 4])
     return [
         ("short_conv_prefill", (*conv, padding)),
-        ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0)),
-        ("moe_experts", (x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16(), *gate_up, *down, 32, 32, 32, 0)),
+        ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0, None, 0.0)),
+        ("moe_router", (x, torch.randn(6, 64).bfloat16(), None, 2, True, 1.0, norm_weight, 1e-5)),
+        ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, None)),
+        ("moe_experts", (*sent, *gate_up, *down, 32, 32, 32, 0, x)),
+        ("moe_experts_16bit", (*sent, torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16(), x)),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("choose_tokens", (torch.randn(2, 9), torch.rand(2, 9), torch.tensor([3]), torch.tensor(0), *token_state(2))),
         ("sampling_weights", (torch.randn(2, 9).bfloat16(), 0.7, 5, 0.9, 0.1)),
@@ -303,11 +311,18 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
                 32,
             ),
         ),
+        ("rms_norm", (x, norm_weight, 1e-5)),
+        ("add_rms_norm", (x, x + 1, norm_weight, 1e-5)),
+        ("swiglu", (x,)),
+        ("linear_16bit", (x, plain, plain[:, 0], norm_weight, 1e-5, None, False)),
+        ("linear_16bit", (x, plain, None, None, 0.0, torch.randn(3, 32).bfloat16(), False)),
+        ("linear_16bit", (x, plain, None, norm_weight, 1e-5, None, True)),
+        ("linear_16bit_swiglu", (x, plain, None, norm_weight, 1e-5)),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),
         ("w8a16_dequantize", (*int8, 20)),
         ("w4a16_linear", (torch.randn(3, 64).bfloat16(), qweight, scales, zero, None, 20, 32)),
-        ("w4a16_gemm", (torch.randn(30, 64).bfloat16(), qweight, scales, zero, None, 20, 32, 0)),
+        ("w4a16_gemm", (torch.randn(30, 64).bfloat16(), qweight, scales, zero, None, 20, 32, 0, None)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
         ("kv_int8_append", (*appended(3), *cache, lengths)),
         ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),

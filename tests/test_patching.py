@@ -30,7 +30,7 @@ def test_patching_replaces_the_recipe_and_stays_close(dtype: torch.dtype, prompt
     assert patch_model(model, **QUIET) is model
     packed = {name for name, module in model.named_modules() if isinstance(module, W4A16Linear)}
     assert len(packed) == 2 * 7
-    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.lm_head, nn.Linear)
     after = logits(model, prompt).float()
     relative = float((after - before).norm() / before.norm())
     assert 1e-3 < relative < 0.3  # int4 of random weights: a tenth an error of each layer, and not nothing

@@ -78,7 +78,14 @@ __device__ __forceinline__ void finish_block(const float (&acc)[kOwnChains][kRow
       if constexpr (kEpilogue == Epilogue::kResidual) {
         if (p.residual) sum += to_float(p.residual[index]);
       }
-      p.y[index] = from_float<T>(sum);
+      const T rounded = from_float<T>(sum);
+      if constexpr (W::kWideOutput) {
+        if (p.wide_y) {
+          p.wide_y[index] = to_float(rounded);
+          continue;
+        }
+      }
+      p.y[index] = rounded;
     }
   }
 }

@@ -13,9 +13,10 @@
 // without meeting the other warps. The first units are asked for before the kernel waits for the one before it
 // (programmatic dependent launch), so that the memory does not rest between kernels.
 //
-// A weight format W (int4_weights.cuh, w8a16_linear.cu) has: T, kUnitCols, kGroups (those of a unit whose sums of x it
-// wants, times kSumFactor; 0: none), kRowScales (one scale an output, applied at the end), Stage (a unit in shared
-// memory), Source (which fills it) and multiply().
+// A weight format W (int4_weights.cuh, w8a16_linear.cu, weights_16bit.cuh) has: T, kUnitCols, kGroups (those of a unit
+// whose sums of x it wants, times kSumFactor; 0: none), kRowScales (one scale an output, applied at the end),
+// kWideOutput (whether it can put out float32), Stage (a unit in shared memory), Source (which fills it), multiply(),
+// and a Tuning.
 #pragma once
 
 #include "decode_epilogue.cuh"
@@ -137,22 +138,32 @@ struct Shared {
   }
 };
 
-// With more than 8 rows of x, or three row tiles, a thread wants more than 128 registers.
-template <int kColTiles, int kWarps, int kTiles>
-constexpr int kCtasPerSm = kColTiles == 1 && kWarps == 8 && kTiles == 2 ? 2 : 1;
-// Of a warp's ring. Three row tiles are half more, and those who want them have few units and one block.
-template <Place kPlace, int kTiles>
-constexpr int kStages = kPlace == Place::kHeld && kTiles == 2 ? 6 : 3;
+// How the kernels of a format share a multiprocessor.
+template <typename W>
+struct Tuning {
+  // With more than 8 rows of x, or three row tiles, a thread wants more than 128 registers.
+  static __host__ __device__ constexpr int ctas_per_sm(Place, int col_tiles, int warps, int tiles) {
+    return col_tiles == 1 && warps == 8 && tiles == 2 ? 2 : 1;
+  }
+  // Of a warp's ring. Three row tiles are half more, and those who want them have few units and one block.
+  static __host__ __device__ constexpr int stages(Place place, int, int tiles) {
+    return place == Place::kHeld && tiles == 2 ? 6 : 3;
+  }
+  // Of a CTA with up to 8 rows of a long K, 16 chains.
+  static constexpr int kLongWarps = 16;
+  // From how many rows on, up to 8, a CTA with many blocks holds x; more than 8 rows have a rule of their own.
+  static constexpr int kHoldFrom = 9;
+};
 constexpr int kHeldCols = 512;  // columns of x that a warp can have in registers, of 16 rows
 constexpr int kShortK = 8 * kHeldCols;
 
 template <typename W, int kColTiles, int kWarps, int kChains, Place kPlace, bool kWhole, Epilogue kEpilogue>
-__global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps, kRowTiles<kEpilogue>>)
+__global__ void __launch_bounds__(32 * kWarps, Tuning<W>::ctas_per_sm(kPlace, kColTiles, kWarps, kRowTiles<kEpilogue>))
     linear_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
   constexpr bool kHeldX = kPlace == Place::kHeld, kSharedX = kPlace == Place::kShared;
   static_assert(!kSharedX || (kColTiles == 1 && kWarps == kWarpsOfRow && kChains == kWarps));
-  constexpr int kTiles = kRowTiles<kEpilogue>, kStages = linear::kStages<kPlace, kTiles>;
+  constexpr int kTiles = kRowTiles<kEpilogue>, kStages = Tuning<W>::stages(kPlace, kColTiles, kTiles);
   using Memory = Shared<W, kColTiles, kWarps, kChains, kStages, kTiles>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   typename Memory::Stage* const ring = Memory::ring(warp);
@@ -237,7 +248,7 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm<kColTiles, kWarps, kRo
         }
       }
       // The last unit once more is not counted: it was loaded with scales of 0, or has none.
-      if (!kWhole || !W::kRowScales || unit < p.units) {
+      if (!kWhole || W::kGroups > 0 || unit < p.units) {
 #pragma unroll
         for (int r = 0; r < kTiles; ++r) W::multiply(acc[d % kOwnChains][r], *stage, r, x[d], sums, lane);
       }
@@ -256,8 +267,10 @@ template <typename W, int kColTiles, int kWarps, int kChains, Place kPlace, bool
 cudaError_t launch(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   constexpr int kTiles = kRowTiles<kEpilogue>;
   const int blocks = (p.row_tiles + kTiles - 1) / kTiles;
-  const int grid = std::min(blocks, kCtasPerSm<kColTiles, kWarps, kTiles> * sm_count), threads = 32 * kWarps;
-  using Memory = Shared<W, kColTiles, kWarps, kChains, kStages<kPlace, kTiles>, kTiles>;
+  constexpr int kCtas = Tuning<W>::ctas_per_sm(kPlace, kColTiles, kWarps, kTiles);
+  constexpr int kStages = Tuning<W>::stages(kPlace, kColTiles, kTiles);
+  const int grid = std::min(blocks, kCtas * sm_count), threads = 32 * kWarps;
+  using Memory = Shared<W, kColTiles, kWarps, kChains, kStages, kTiles>;
   const int bytes = Memory::bytes(p.units) + (kPlace == Place::kShared ? p.m * Memory::x_pitch(p.units) : 0);
   const auto kernel = linear_kernel<W, kColTiles, kWarps, kChains, kPlace, kWhole, kEpilogue>;
   if (has_early_launch()) return launch_kernel_early(kernel, grid, threads, bytes, stream, p);
@@ -274,10 +287,11 @@ bool aligned_rows(const Params<T>& p) {
 // that has three row tiles.
 template <typename W>
 bool normalizes_itself(const Params<typename W::T>& p) {
-  using Memory = Shared<W, 1, 8, 8, kStages<Place::kShared, 2>, 2>;
+  using Memory = Shared<W, 1, 8, 8, Tuning<W>::stages(Place::kShared, 1, 2), 2>;
   constexpr int kReserved = 1024;  // of each CTA
   const int bytes = Memory::bytes(p.units) + p.m * Memory::x_pitch(p.units) + kReserved;
-  return p.m <= kSharedRows && p.k <= kShortK && kCtasPerSm<1, 8, 2> * bytes <= shared_bytes_of_multiprocessor();
+  return p.m <= kSharedRows && p.k <= kShortK &&
+         Tuning<W>::ctas_per_sm(Place::kShared, 1, 8, 2) * bytes <= shared_bytes_of_multiprocessor();
 }
 
 // A long K has 16 chains. With up to 8 rows each has a warp: there are few CTAs then (of a model's layers, those with a
@@ -285,11 +299,16 @@ bool normalizes_itself(const Params<typename W::T>& p) {
 template <typename W, bool kWhole, Epilogue kEpilogue>
 cudaError_t launch_for_size(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
   if (p.k > kShortK) {
-    return p.m <= 8 ? launch<W, 1, 16, 16, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream)
+    return p.m <= 8 ? launch<W, 1, Tuning<W>::kLongWarps, 16, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream)
                     : launch<W, 2, 8, 16, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream);
   }
   if constexpr (kEpilogue != Epilogue::kBias) {
     if (p.norm_weight) return launch<W, 1, 8, 8, Place::kShared, kWhole, kEpilogue>(p, sm_count, stream);
+  }
+  if constexpr (kWhole && Tuning<W>::kHoldFrom <= 8) {
+    if (p.m >= Tuning<W>::kHoldFrom && p.m <= 8 && p.row_tiles > 4 * kRowTiles<kEpilogue> * sm_count) {
+      return launch<W, 1, 8, 8, Place::kHeld, kWhole, kEpilogue>(p, sm_count, stream);
+    }
   }
   if (p.m <= 8) return launch<W, 1, 8, 8, Place::kStreamed, kWhole, kEpilogue>(p, sm_count, stream);
   // x in registers is there at once or not at all; where each CTA has one block, waiting for little of it is faster.
@@ -317,6 +336,21 @@ cudaError_t launch_fused(const Params<typename W::T>& p, int sm_count, cudaStrea
   if (!aligned_rows(p)) return cudaErrorMisalignedAddress;
   if (p.norm_weight && !normalizes_itself<W>(p)) return cudaErrorInvalidValue;
   return launch_for_alignment<W, kEpilogue>(p, sm_count, stream);
+}
+
+// A fused product, behind its norm where that is `apart`: a kernel of its own.
+template <typename Args, typename Launch>
+cudaError_t launch_behind_norm(Args args, bool apart, Dtype dtype, cudaStream_t stream, const Launch& launch) {
+  if (args.norm_weight && !aligned_to(args.norm_weight, 16)) return cudaErrorMisalignedAddress;
+  if (!apart) return launch(args);
+  if (!aligned_to(args.x, 16) || (args.m > 1 && args.x_row_stride % 8)) return cudaErrorMisalignedAddress;
+  const RmsNormArgs norm{args.x, args.x_row_stride, args.norm_weight, args.eps, args.normalized, args.m, args.k};
+  const cudaError_t error = launch_rms_norm(norm, dtype, stream);
+  if (error != cudaSuccess) return error;
+  args.x = args.normalized;
+  args.x_row_stride = args.k;
+  args.norm_weight = nullptr;
+  return launch(args);
 }
 
 }  // namespace hf_fastpath::linear

@@ -53,6 +53,8 @@ struct Params {
   const T* norm_weight;  // (k,), with kNorm
   float eps;
   ConvParams<T> conv;
+  const T* weight;  // (n, k), of 16-bit weights (weights_16bit.cuh), which have neither qweight nor scales nor zeros
+  float* wide_y;    // with W::kWideOutput: where the result goes, rounded to T all the same, instead of y; or nullptr
 };
 
 // The B fragments of one unit: rows g (and g + 8) of x, 8 columns of each 32.

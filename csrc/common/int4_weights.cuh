@@ -15,7 +15,7 @@ template <typename T_, int kGroup, bool kZeros>
 struct Int4Weights {
   using T = T_;
   static constexpr int kUnitCols = 128;  // one group of the largest size: two tiles
-  static constexpr bool kRowScales = false, kHasZeros = kZeros;
+  static constexpr bool kRowScales = false, kHasZeros = kZeros, kWideOutput = false;
   static constexpr int kGroups = kUnitCols / kGroup;
   static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f - kNibbleBias<T_>;
 
@@ -123,21 +123,6 @@ auto for_int4_format(int group_size, bool zeros, Launcher launcher) {
   if (group_size == 32) return zeros ? launcher(Int4Weights<T, 32, true>()) : launcher(Int4Weights<T, 32, false>());
   if (group_size == 64) return zeros ? launcher(Int4Weights<T, 64, true>()) : launcher(Int4Weights<T, 64, false>());
   return zeros ? launcher(Int4Weights<T, 128, true>()) : launcher(Int4Weights<T, 128, false>());
-}
-
-// A fused product, behind its norm where `launch` does not do that itself.
-template <typename Launch>
-cudaError_t launch_behind_norm(W4A16LinearArgs args, Dtype dtype, cudaStream_t stream, const Launch& launch) {
-  if (args.norm_weight && !aligned_to(args.norm_weight, 16)) return cudaErrorMisalignedAddress;
-  if (!w4a16_norm_is_apart(args)) return launch(args);
-  if (!aligned_rows(int4_params<__half>(args))) return cudaErrorMisalignedAddress;
-  const RmsNormArgs norm{args.x, args.x_row_stride, args.norm_weight, args.eps, args.normalized, args.m, args.k};
-  const cudaError_t error = launch_rms_norm(norm, dtype, stream);
-  if (error != cudaSuccess) return error;
-  args.x = args.normalized;
-  args.x_row_stride = args.k;
-  args.norm_weight = nullptr;
-  return launch(args);
 }
 
 }  // namespace hf_fastpath::linear

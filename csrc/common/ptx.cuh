@@ -161,6 +161,14 @@ __device__ __forceinline__ void cp_async16_once(void* target, const void* source
                "l"(source), "l"(policy)
                : "memory");
 }
+// The same where other copies of the kernel read the rest of the 128 bytes around `source` at about the same time: all
+// of them come to the L2 at once. Zeros when !valid, as cp_async16().
+__device__ __forceinline__ void cp_async16_once_of128(void* target, const void* source, uint64_t policy, bool valid) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(target)),
+      "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

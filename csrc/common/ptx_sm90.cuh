@@ -296,6 +296,10 @@ __device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t* barrier, int
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+// Asks for a map, which takes its first use longer than the copy.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // Copies the map's box at (row, column) to shared memory, as its maker in tensor_map.cuh says; zeros for what lies
 // outside. The barrier's phase waits for its bytes.
 __device__ __forceinline__ void tensor_load(void* target, const TensorMap& map, int row, int column,

@@ -1,14 +1,17 @@
 // The products of a mixture's packed experts for a few rows of x: what both of moe_experts.cu's kernels share.
 //
-// A CTA takes one block of an expert's outputs, kTiles tiles of 16 of them, for its share of the slots (slots.cuh). K
-// is cut into at most eight chains of whole units; a chain of a slot is a task, and a CTA's warps take the tasks in
-// turn, each with a ring of weights under way in shared memory that it fills and empties alone
-// (common/decode_linear.cuh). Chains' sums meet in shared memory once the slots of a round are done, and are added in
-// the order of K. What a chain is depends on K alone: a row's bits do not depend on the other rows, on the warps or on
-// the GPU's size.
+// K is cut into at most eight chains of whole units, whose sums are added in the order of K. What a chain is depends on
+// K alone: a row's bits do not depend on the other rows, on the warps or on the GPU's size. A warp has a ring of
+// weights under way in shared memory that it fills and empties alone (common/decode_linear.cuh).
+//
+// multiply_slots(): a CTA takes one block of an expert's outputs, kTiles tiles of 16 of them, for its share of the
+// slots (slots.cuh). A chain of a slot is a task, and the CTA's warps take the tasks in turn. Chains' sums meet in
+// shared memory once the slots of a round are done. For multiply_whole_slots(), of whole_slots.cuh, a block of a slot
+// is a task.
 #pragma once
 
 #include "../common/int4_weights.cuh"
+#include "../common/launch.cuh"
 #include "slots.cuh"
 
 namespace hf_fastpath::moe {
@@ -20,7 +23,7 @@ constexpr int kBlockCols = 128;  // of a weight format's stage
 constexpr int kUnitCols = 256;   // two of them: what a task has beside its products counts as much as they do
 constexpr int kUnitBlocks = kUnitCols / kBlockCols;
 constexpr int kMaxChains = 8;
-constexpr int kRoundPairs = 8;  // whose sums shared memory has room for; at least kSlotPairs
+constexpr int kRoundPairs = 64;  // whose sums shared memory has room for, where the GPU has that; at least kSlotPairs
 
 // The experts' packed weights of one product (packing.py), one after the other.
 struct Part {
@@ -29,6 +32,7 @@ struct Part {
   const unsigned char* zeros;
   int k, row_tiles, col_tiles, groups;  // of an expert
   int units, chain_units, chains;
+  int round_pairs;  // of multiply_slots()
 };
 
 inline Part make_part(const MoeWeight& weight, int n, int k, int group_size) {
@@ -42,7 +46,8 @@ inline Part make_part(const MoeWeight& weight, int n, int k, int group_size) {
           k / group_size,
           units,
           chain_units,
-          (units + chain_units - 1) / chain_units};
+          (units + chain_units - 1) / chain_units,
+          kSlotPairs};
 }
 
 // Whether units are whole and each chain has one: what the kernels for that leave out is a sixth of their instructions.
@@ -148,6 +153,14 @@ __device__ __forceinline__ void load_row(Activations<1, kBlockCols>& x, const T*
   }
 }
 
+// This lane's part of its row of a slot's, from a unit of K on. Columns that no row has get the last one once more.
+template <typename T>
+__device__ __forceinline__ const T* row_of_slot(const Slots& slots, int slot, const T* x, const Part& p, int unit,
+                                                int lane) {
+  const int own = min(lane / 4, slots.size(slot) - 1);
+  return x + static_cast<int64_t>(slots.rows[slots.begin[slot] + own]) * p.k + 8 * (lane % 4) + unit * kUnitCols;
+}
+
 // The sums of a round's chains in shared memory: [pair][chain][output of the block].
 template <int kTiles>
 struct Partials {
@@ -185,10 +198,16 @@ struct alignas(16) Memory {
   // In the rings' memory, which is larger; they are filled afterwards.
   __device__ __forceinline__ SlotScratch& scratch() { return *reinterpret_cast<SlotScratch*>(ring); }
   __device__ __forceinline__ float* partials() { return reinterpret_cast<float*>(this + 1); }
-  static __host__ __device__ __forceinline__ int partial_floats(const Part& p, int pairs) {
-    return min(pairs, kRoundPairs) * Partials<kTiles>::pitch(p.chains);
+  static __host__ __device__ __forceinline__ int partial_floats(const Part& p) {
+    return p.round_pairs * Partials<kTiles>::pitch(p.chains);
   }
-  static int bytes(const Part& p, int pairs) { return static_cast<int>(sizeof(Memory)) + 4 * partial_floats(p, pairs); }
+  static int bytes(const Part& p) { return static_cast<int>(sizeof(Memory)) + 4 * partial_floats(p); }
+  // As large rounds as there are pairs or the GPU has memory for, beside `more` bytes.
+  static void set_round(Part& p, int pairs, int more) {
+    const int room = max_shared_bytes() - static_cast<int>(sizeof(Memory)) - more;
+    p.round_pairs = room / (4 * Partials<kTiles>::pitch(p.chains));
+    p.round_pairs = std::max(kSlotPairs, std::min({p.round_pairs, pairs, kRoundPairs}));
+  }
 };
 
 // Multiplies a CTA's slots, [first_slot, end_slot) of `memory.slots`, with the rows of x that they name. ready() is
@@ -217,9 +236,7 @@ __device__ __forceinline__ void multiply_slots(Memory<W, kTiles, kWarps, kStages
   ready();
   Activations<1, kBlockCols> rows[kUnitBlocks];
   const auto row_at = [&](const Cursor<kPlain, kWarps>& at) {
-    const int own = min(lane / 4, slots.size(at.slot) - 1);  // columns that no row has get the last one once more
-    return x + static_cast<int64_t>(slots.rows[slots.begin[at.slot] + own]) * p.k + 8 * (lane % 4) +
-           at.unit_of_k(p) * kUnitCols;
+    return row_of_slot(slots, at.slot, x, p, at.unit_of_k(p), lane);
   };
   const auto load = [&](int b, const T* row, int unit) {
     load_row<kPlain>(rows[b], row + b * kBlockCols, 0, p.k - (unit * kUnitBlocks + b) * kBlockCols);
@@ -233,7 +250,7 @@ __device__ __forceinline__ void multiply_slots(Memory<W, kTiles, kWarps, kStages
   int stage = 0;
   for (int begin = first_slot; begin < end_slot;) {
     const int first_pair = slots.begin[begin];
-    const bool fits = begin + lane < end_slot && slots.begin[begin + lane + 1] - first_pair <= kRoundPairs;
+    const bool fits = begin + lane < end_slot && slots.begin[begin + lane + 1] - first_pair <= p.round_pairs;
     const int end = begin + __popc(__ballot_sync(0xffffffffu, fits));
     while (now.slot < end) {
       const Cursor<kPlain, kWarps> done = now;

@@ -79,10 +79,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x % 32; i < row_units; i += 32) target[i] = source[i];
 }
 
-// y = the sum of a row's products, each times its share, in the order of its experts; a thread takes four columns.
+// y = the sum of a row's products, each times its share, in the order of its experts, and of the residual where there
+// is one; a thread takes four columns.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(const float4* products, const int* place, const T* shares, T* y, int rows, int top_k, int hidden) {
+__global__ void __launch_bounds__(kThreads) combine_kernel(const float4* products, const int* place, const T* shares,
+                                                           const T* residual, T* y, int rows, int top_k, int hidden) {
   const int quads = hidden / 4;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   wait_for_previous_kernel();
@@ -95,6 +96,11 @@ __global__ void __launch_bounds__(kThreads)
     const float4 product = products[place[pair] * static_cast<int64_t>(quads) + quad];
     const float share = to_float(shares[pair]);
     sum.x += product.x * share, sum.y += product.y * share, sum.z += product.z * share, sum.w += product.w * share;
+  }
+  if (residual) {
+    const uint2 more = reinterpret_cast<const uint2*>(residual)[i];
+    sum.x += bits_to_float<T>(more.x), sum.y += bits_to_float<T>(more.x >> 16);
+    sum.z += bits_to_float<T>(more.y), sum.w += bits_to_float<T>(more.y >> 16);
   }
   const uint2 result = make_uint2(pack_floats(sum.x, sum.y, T()), pack_floats(sum.z, sum.w, T()));
   reinterpret_cast<uint2*>(y)[i] = result;

@@ -1,8 +1,8 @@
 // What the kernels of w4a16_gemm share: their parameters, and how a tile leaves the accumulators.
 //
-// A CTA's tile is 128 outputs, one row tile of 16 for each of its warps, by 8 * kTokenTiles rows of x ("tokens").
-// Accumulators are the C fragments of mma.m16n8k16: with lane l = 4 * g + t, element i of token tile c is output
-// g + 8 * (i / 2) of the warp's row tile and token 8 * c + 2 * t + i % 2.
+// A CTA's tile is 128 or 256 outputs, one row tile of 16 for each of its warps, by 8 * kTokenTiles rows of x
+// ("tokens"). Accumulators are the C fragments of mma.m16n8k16: with lane l = 4 * g + t, element i of token tile c is
+// output g + 8 * (i / 2) of the warp's row tile and token 8 * c + 2 * t + i % 2.
 #pragma once
 
 #include "../common/dtype.cuh"
@@ -14,28 +14,53 @@ namespace hf_fastpath {
 
 // What there is to choose from, by hf_fastpath/ops/w4a16_gemm.py's `variant`, which has the same table in words.
 struct GemmVariant {
+  int warps;  // those that compute: a row tile of 16 outputs each
   int token_tiles;
   int stages;       // of the ring in shared memory
   int ctas_per_sm;  // that fit at the same time
   int splits;       // w4a16_gemm_sm90.cu: CTAs of a cluster, which divide K; 0 for "stream-K"
 };
 constexpr GemmVariant kGemmVariants[] = {
-    {4, 4, 2, 0},   // 0: mma.sync, 128 outputs x 32 tokens
-    {8, 3, 2, 0},   // 1: 128 x 64
-    {4, 12, 2, 1},  // 2: wgmma, 128 x 32
-    {4, 12, 2, 2},  // 3
-    {4, 12, 2, 4},  // 4
-    {4, 12, 2, 8},  // 5
-    {8, 8, 2, 1},   // 6: 128 x 64
-    {8, 8, 2, 2},   // 7
-    {8, 8, 2, 4},   // 8
-    {8, 8, 2, 8},   // 9
-    {16, 8, 1, 1},  // 10: 128 x 128
-    {16, 8, 1, 2},  // 11
-    {16, 8, 1, 4},  // 12
-    {32, 4, 1, 1},  // 13: 128 x 256
-    {32, 4, 1, 2},  // 14
-    {32, 4, 1, 4},  // 15
+    {8, 4, 4, 2, 0},   // 0: mma.sync, 128 outputs x 32 tokens
+    {8, 8, 3, 2, 0},   // 1: 128 x 64
+    {8, 4, 6, 2, 1},   // 2: wgmma, 128 x 32
+    {8, 4, 6, 2, 2},   // 3
+    {8, 4, 6, 2, 3},   // 4
+    {8, 4, 6, 2, 4},   // 5
+    {8, 4, 6, 2, 5},   // 6
+    {8, 4, 6, 2, 6},   // 7
+    {8, 4, 6, 2, 7},   // 8
+    {8, 4, 6, 2, 8},   // 9
+    {8, 8, 4, 2, 1},   // 10: 128 x 64
+    {8, 8, 4, 2, 2},   // 11
+    {8, 8, 4, 2, 3},   // 12
+    {8, 8, 4, 2, 4},   // 13
+    {8, 8, 4, 2, 5},   // 14
+    {8, 8, 4, 2, 6},   // 15
+    {8, 8, 4, 2, 7},   // 16
+    {8, 8, 4, 2, 8},   // 17
+    {8, 16, 8, 1, 1},  // 18: 128 x 128
+    {8, 16, 8, 1, 2},  // 19
+    {8, 16, 8, 1, 4},  // 20
+    {8, 32, 4, 1, 1},  // 21: 128 x 256
+    {8, 32, 4, 1, 2},  // 22
+    {8, 32, 4, 1, 4},  // 23
+    {16, 4, 8, 1, 1},  // 24: 256 x 32
+    {16, 4, 8, 1, 2},  // 25
+    {16, 4, 8, 1, 3},  // 26
+    {16, 4, 8, 1, 4},  // 27
+    {16, 4, 8, 1, 5},  // 28
+    {16, 4, 8, 1, 6},  // 29
+    {16, 4, 8, 1, 7},  // 30
+    {16, 4, 8, 1, 8},  // 31
+    {16, 8, 6, 1, 1},  // 32: 256 x 64
+    {16, 8, 6, 1, 2},  // 33
+    {16, 8, 6, 1, 3},  // 34
+    {16, 8, 6, 1, 4},  // 35
+    {16, 8, 6, 1, 5},  // 36
+    {16, 8, 6, 1, 6},  // 37
+    {16, 8, 6, 1, 7},  // 38
+    {16, 8, 6, 1, 8},  // 39
 };
 
 constexpr int kFirstSm90Variant = 2;
@@ -49,6 +74,7 @@ struct GemmParams {
   const uint16_t* scales;
   const uint8_t* zeros;
   const T* bias;
+  const T* residual;  // as y
   T* y;
   int m, n, k;
   int row_tiles, col_tiles, groups;
@@ -64,6 +90,7 @@ GemmParams<T> gemm_params(const W4A16GemmArgs& a) {
           static_cast<const uint16_t*>(a.scales),
           a.zeros,
           static_cast<const T*>(a.bias),
+          static_cast<const T*>(a.residual),
           static_cast<T*>(a.y),
           a.m,
           a.n,
@@ -74,11 +101,11 @@ GemmParams<T> gemm_params(const W4A16GemmArgs& a) {
           aligned};
 }
 
-constexpr int kGemmWarps = 8;  // those that compute
+constexpr int kGemmWarps = 8;  // those that compute, where nothing else is said
 constexpr int kGemmThreads = 32 * kGemmWarps;
 
 inline Tiles gemm_tiles(const GemmVariant& v, int m, int n, int k) {
-  const int tokens = 8 * v.token_tiles, outputs = 16 * kGemmWarps;
+  const int tokens = 8 * v.token_tiles, outputs = 16 * v.warps;
   return {(n + outputs - 1) / outputs, (m + tokens - 1) / tokens, (k + kUnitCols - 1) / kUnitCols};
 }
 
@@ -94,20 +121,51 @@ __device__ __forceinline__ void store_pair(T* row, int column, int n, uint32_t p
   if (column + 1 < n) target[1] = static_cast<uint16_t>(pair >> 16);
 }
 
-// Adds the bias, rounds once and stores one 16 x 8 fragment. All lanes of the warp take part.
+// How a warp stores the fragments of one row tile: what they have in common is loaded once.
+template <typename T>
+class FragmentStore {
+ public:
+  __device__ __forceinline__ FragmentStore(const GemmParams<T>& p, int row_tile, int lane)
+      : y_(p.y), residual_(p.residual), m_(p.m), n_(p.n), lane_(lane), first_(row_tile * 16) {
+    const int row = first_ + lane / 4;
+    bias_[0] = p.bias && row < p.n ? to_float(p.bias[row]) : 0.0f;
+    bias_[1] = p.bias && row + 8 < p.n ? to_float(p.bias[row + 8]) : 0.0f;
+  }
+  // Adds the bias and the residual, rounds once and stores one 16 x 8 fragment. All lanes of the warp take part.
+  __device__ __forceinline__ void store(const float (&acc)[4], int first_token) const {
+    float sum[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = acc[i] + bias_[i / 2];
+    if (residual_) add_residual(sum, first_token);
+    const int token = first_token + lane_ / 4, column = first_ + lane_ % 4 * 2;
+    T* const row = y_ + static_cast<int64_t>(token) * n_;
+    // Transposed, a lane holds neighbouring outputs of one token instead of neighbouring tokens of one output.
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t pair = transpose_8x8(pack_floats(sum[2 * h], sum[2 * h + 1], T()));
+      if (token < m_ && column + 8 * h < n_) store_pair(row, column + 8 * h, n_, pair);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void add_residual(float (&sum)[4], int first_token) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first_token + lane_ % 4 * 2 + i % 2, row = first_ + lane_ / 4 + i / 2 * 8;
+      if (token < m_ && row < n_) sum[i] += to_float(residual_[static_cast<int64_t>(token) * n_ + row]);
+    }
+  }
+
+  T* y_;
+  const T* residual_;
+  int m_, n_, lane_, first_;
+  float bias_[2];
+};
+
 template <typename T>
 __device__ __forceinline__ void store_fragment(const float (&acc)[4], const GemmParams<T>& p, int row_tile,
                                                int first_token, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  // Transposed, a lane holds neighbouring outputs of one token instead of neighbouring tokens of one output.
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = row_tile * 16 + 8 * h + g;
-    const float bias = p.bias && row < p.n ? to_float(p.bias[row]) : 0.0f;
-    const uint32_t pair = transpose_8x8(pack_floats(acc[2 * h] + bias, acc[2 * h + 1] + bias, T()));
-    const int token = first_token + g, column = row_tile * 16 + 8 * h + 2 * t;
-    if (token < p.m && column < p.n) store_pair(p.y + static_cast<int64_t>(token) * p.n, column, p.n, pair);
-  }
+  FragmentStore<T>(p, row_tile, lane).store(acc, first_token);
 }
 
 }  // namespace hf_fastpath

@@ -20,15 +20,15 @@ __device__ __forceinline__ void transpose_pairs(uint32_t& left, uint32_t& right,
   (upper ? left : right) = other;
 }
 
-// What a lane holds of a stage's weights: its words, the scales and zeros of rows g and g + 8.
-template <typename T, int kGroup, int kTokenTiles>
+// What a lane holds of a stage's weights: its words of each packed tile, the scales and zeros of rows g and g + 8.
+template <typename T, typename Stage, int kGroup>
 struct PackedWeights {
-  using Stage = Sm90Stage<kGroup, kTokenTiles>;
-  uint4 words;
+  uint4 words[Stage::kTiles];
   uint32_t scales[Stage::kGroups][2], zeros[Stage::kGroups][2];
 
   __device__ __forceinline__ void load(const Stage& stage, bool has_zeros, int warp, int lane) {
-    words = stage.weights[warp][lane];
+#pragma unroll
+    for (int i = 0; i < Stage::kTiles; ++i) words[i] = stage.weights[warp][i][lane];
 #pragma unroll
     for (int i = 0; i < Stage::kGroups; ++i) {
 #pragma unroll
@@ -39,10 +39,13 @@ struct PackedWeights {
     }
   }
 
-  // To what expand() wants; apart from load(), since it waits for the loads.
+  // To what expand() wants; apart from load(), since it waits for the loads. All tiles at once: an exchange takes long.
   __device__ __forceinline__ void prepare(int lane) {
-    transpose_pairs(words.x, words.y, lane);
-    transpose_pairs(words.z, words.w, lane);
+#pragma unroll
+    for (int i = 0; i < Stage::kTiles; ++i) {
+      transpose_pairs(words[i].x, words[i].y, lane);
+      transpose_pairs(words[i].z, words[i].w, lane);
+    }
 #pragma unroll
     for (int i = 0; i < Stage::kGroups; ++i) {
 #pragma unroll
@@ -54,22 +57,23 @@ struct PackedWeights {
   }
 
   // The A fragments of 16 columns: (q - zero) * scale, rounded as w4a16_dequantize rounds.
-  __device__ __forceinline__ void expand(uint32_t (&a)[4], int step) const {
+  __device__ __forceinline__ void expand(uint32_t (&a)[4], int tile, int step) const {
     using P = typename Pair<T>::type;
-    const int group = step * 16 / kGroup;
-    const uint32_t word = step == 0 ? words.x : step == 1 ? words.y : step == 2 ? words.z : words.w;
+    const int group = (64 * tile + 16 * step) / kGroup;
+    const uint4& four = words[tile];
+    const uint32_t word = step == 0 ? four.x : step == 1 ? four.y : step == 2 ? four.z : four.w;
     int4_fragment<T>(word, zeros[group][0], zeros[group][1], a);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = as_bits(__hmul2(as_pair<P>(a[i]), as_pair<P>(scales[group][i % 2])));
   }
 };
 
-constexpr int kSteps = kStageCols / 16;  // products of a stage, one group of wgmma
+constexpr int kSteps = 4;  // products of a packed tile, one group of wgmma
 
-// Queues the products of a stage as one group of wgmma.
+// Queues the products of a packed tile as one group of wgmma.
 template <typename T, int kTokenTiles>
-__device__ __forceinline__ void multiply_stage(float (&acc)[kTokenTiles][4], uint32_t (&a)[kSteps][4], uint64_t b,
-                                               bool accumulate) {
+__device__ __forceinline__ void multiply_tile(float (&acc)[kTokenTiles][4], uint32_t (&a)[kSteps][4], uint64_t b,
+                                              bool accumulate) {
 #pragma unroll
   for (int i = 0; i < kSteps * 4; ++i) pin_register(a[i / 4][i % 4]);
   wgmma_fence();
@@ -81,14 +85,14 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[kTokenTiles][4], uin
 }
 
 // For a CTA that has at least one tile. store_tile(acc, tile) is called for each, and may change nothing in the ring.
-template <typename T, int kGroup, int kTokenTiles, int kStages, typename Schedule, typename StoreTile>
-__device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<kGroup, kTokenTiles>* stages,
+template <typename T, int kGroup, int kTokenTiles, int kStages, int kWarps, typename Schedule, typename StoreTile>
+__device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<kGroup, kTokenTiles, kWarps>* stages,
                                         uint64_t* full, uint64_t* empty, bool has_zeros, const Schedule& s, int cta,
-                                        int thread, StoreTile store_tile) {
-  const int warp = thread / 32, lane = thread % 32;
+                                        int warp, int lane, StoreTile store_tile) {
+  constexpr int kTiles = kColTiles<kTokenTiles>;
   uint32_t a[2][kSteps][4];  // one is filled while wgmma reads the other
-  PackedWeights<T, kGroup, kTokenTiles> weights;
-  StageCursor now(s, cta);
+  PackedWeights<T, Sm90Stage<kGroup, kTokenTiles, kWarps>, kGroup> weights;
+  StageCursor now(s, cta, 2 / kTiles);
   int stage = 0, phase = 0;
   const auto release = [&](int done) {
     __syncwarp();
@@ -104,16 +108,18 @@ __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<
     for (bool started = false, ended = false; !ended; started = true) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int current = stage;
-        weights.prepare(lane);
+        const int col_tile = half % kTiles, current = stage;
+        if (col_tile == 0) weights.prepare(lane);
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) weights.expand(a[half][step], step);
-        multiply_stage<T>(acc, a[half], wgmma_descriptor(stages[stage].x), started || half);
-        ended = now.advance(s);
-        if (++stage == kStages) stage = 0, phase ^= 1;
-        if (half == 0 || !now.done(s)) load();  // before the wait, so that the next words are there when wgmma is
+        for (int step = 0; step < kSteps; ++step) weights.expand(a[half][step], col_tile, step);
+        multiply_tile<T>(acc, a[half], wgmma_descriptor(stages[stage].x[col_tile]), started || half);
+        if (col_tile == kTiles - 1) {
+          ended = now.advance(s);
+          if (++stage == kStages) stage = 0, phase ^= 1;
+          if (half == 0 || !now.done(s)) load();  // before the wait, so that the next words are there when wgmma is
+        }
         wgmma_wait<1>();
-        if (started || half) release(current == 0 ? kStages - 1 : current - 1);
+        if (col_tile == 0 && (started || half)) release(current == 0 ? kStages - 1 : current - 1);
       }
     }
     wgmma_wait<0>();

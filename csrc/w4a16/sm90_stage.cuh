@@ -8,12 +8,23 @@
 
 namespace hf_fastpath {
 
-constexpr int kStageCols = 64;  // one packed tile; two stages are a unit
+// A value that all lanes of a warp have, in a way that the compiler sees: what depends on it then takes registers and
+// instructions of the warp instead of each lane's.
+__device__ __forceinline__ int uniform(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// Packed tiles, of 64 columns each, that a stage holds. Many tokens leave no room for a unit's two.
+template <int kTokenTiles>
+constexpr int kColTiles = kTokenTiles <= 8 ? 2 : 1;
+constexpr int kColTileBytes = 128;  // of a row of x
 
 // A ninth warp is the third of its scheduler, whose registers are shared equally at the start: 168 for each thread.
 // Where accumulators need more, the producer has three idle companions, and the four give away what they do not need.
-template <int kCtasPerSm>
-constexpr int kSm90Threads = kGemmThreads + (kCtasPerSm == 1 ? 128 : 32);
+template <int kCtasPerSm, int kWarps>
+constexpr bool kMovesRegisters = kCtasPerSm == 1 && kWarps == 8;
+template <int kCtasPerSm, int kWarps>
+constexpr int kSm90Threads = 32 * kWarps + (kMovesRegisters<kCtasPerSm, kWarps> ? 128 : 32);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 template <typename T>
@@ -35,20 +46,21 @@ struct Sm90Params : Sm90Operands<T> {
 struct Corner {
   int row_tile, token;
 };
-template <int kTokenTiles>
+template <int kTokenTiles, int kWarps>
 __device__ __forceinline__ Corner corner_of(const ClusterSchedule& s, int tile) {
   const Place place = s.place(tile);
-  return {place.row_block * kGemmWarps, place.token_block * 8 * kTokenTiles};
+  return {place.row_block * kWarps, place.token_block * 8 * kTokenTiles};
 }
 
 // Everything as it is in global memory: all of it arrives by the engine that copies boxes of matrices.
-template <int kGroup, int kTokenTiles>
+template <int kGroup, int kTokenTiles, int kWarps>
 struct __align__(1024) Sm90Stage {
-  static constexpr int kGroups = kGroup < kStageCols ? kStageCols / kGroup : 1;
-  unsigned char x[8 * kTokenTiles][128];  // the B operand of wgmma_descriptor()
-  uint4 weights[kGemmWarps][32];
-  uint16_t scales[kGemmWarps][kGroups][16];
-  uint8_t zeros[kGemmWarps][kGroups][16];
+  static constexpr int kTiles = kColTiles<kTokenTiles>, kCols = 64 * kTiles;
+  static constexpr int kGroups = kGroup < kCols ? kCols / kGroup : 1;
+  unsigned char x[kTiles][8 * kTokenTiles][kColTileBytes];  // B operands of wgmma_descriptor()
+  uint4 weights[kWarps][kTiles][32];
+  uint16_t scales[kWarps][kGroups][16];
+  uint8_t zeros[kWarps][kGroups][16];
 };
 
 // Arrivals that fill a stage: one that tells how much of the weights to wait for, one for x.
@@ -56,13 +68,15 @@ constexpr int kFillArrivals = 2;
 
 // A CTA's way through the stages of its tiles.
 struct StageCursor {
-  int tile, col_tile;
-  int begin, end;  // col_tile in each tile
+  int tile, step;
+  int begin, end;  // the steps, stages along K, of each tile
 
   template <typename Schedule>
-  __device__ __forceinline__ StageCursor(const Schedule& s, int cta)
-      : tile(cta / s.splits), begin(2 * s.begin(cta % s.splits)), end(2 * s.begin(cta % s.splits + 1)) {
-    col_tile = begin;
+  __device__ __forceinline__ StageCursor(const Schedule& s, int cta, int steps_of_unit)
+      : tile(cta / s.splits),
+        begin(steps_of_unit * s.begin(cta % s.splits)),
+        end(steps_of_unit * s.begin(cta % s.splits + 1)) {
+    step = begin;
   }
   template <typename Schedule>
   __device__ __forceinline__ bool done(const Schedule& s) const {
@@ -71,29 +85,39 @@ struct StageCursor {
   // Returns whether that leads to another tile.
   template <typename Schedule>
   __device__ __forceinline__ bool advance(const Schedule& s) {
-    if (++col_tile < end) return false;
-    col_tile = begin;
+    if (++step < end) return false;
+    step = begin;
     tile += s.clusters;
     return true;
   }
 };
 
+// One thread's work.
+template <typename T>
+__device__ __forceinline__ void prefetch_maps(const Sm90Operands<T>& params) {
+  prefetch_map(params.weights);
+  prefetch_map(params.scales);
+  if (params.gemm.zeros) prefetch_map(params.zeros);
+  if (params.x_mapped) prefetch_map(params.x);
+}
+
 // One thread's work. Beyond the last row or column of tiles the engine writes zeros.
-template <typename T, int kGroup, int kTokenTiles>
-__device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
-                                             const Sm90Operands<T>& params, int first_tile, int col_tile) {
+template <typename T, int kGroup, int kTokenTiles, int kWarps>
+__device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles, kWarps>& stage, uint64_t* full,
+                                             const Sm90Operands<T>& params, int first_tile, int step) {
+  using Stage = Sm90Stage<kGroup, kTokenTiles, kWarps>;
   const bool has_zeros = params.gemm.zeros != nullptr;
-  const int group = col_tile * kStageCols / kGroup;
+  const int group = step * Stage::kCols / kGroup;
   mbarrier_arrive_expecting(full, static_cast<int>(sizeof stage.weights + sizeof stage.scales) +
                                       (has_zeros ? static_cast<int>(sizeof stage.zeros) : 0));
-  tensor_load(stage.weights, params.weights, first_tile, col_tile * 128, full);
+  tensor_load(stage.weights, params.weights, first_tile, step * Stage::kTiles * 128, full);
   tensor_load(stage.scales, params.scales, first_tile, group * 8, full);
   if (has_zeros) tensor_load(stage.zeros, params.zeros, first_tile, group * 4, full);
 }
 
 // x of a stage without a map: rows that do not start at multiples of 16 bytes. The same bytes at the same places.
 template <int kTokenTiles, typename T>
-__device__ __forceinline__ void store_x(unsigned char (&x)[8 * kTokenTiles][128], const GemmParams<T>& p,
+__device__ __forceinline__ void store_x(unsigned char (&x)[8 * kTokenTiles][kColTileBytes], const GemmParams<T>& p,
                                         int first_token, int first_col, int lane) {
   const int chunk = lane % 8, col = first_col + chunk * 8;
   for (int token = lane / 8; token < 8 * kTokenTiles; token += 4) {
@@ -105,47 +129,53 @@ __device__ __forceinline__ void store_x(unsigned char (&x)[8 * kTokenTiles][128]
   fence_proxy_async();
 }
 
-template <typename T, int kGroup, int kTokenTiles>
-__device__ __forceinline__ void load_x(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
-                                       const Sm90Operands<T>& params, int first_token, int col_tile, int lane) {
+template <typename T, int kGroup, int kTokenTiles, int kWarps>
+__device__ __forceinline__ void load_x(Sm90Stage<kGroup, kTokenTiles, kWarps>& stage, uint64_t* full,
+                                       const Sm90Operands<T>& params, int first_token, int step, int lane) {
+  using Stage = Sm90Stage<kGroup, kTokenTiles, kWarps>;
+  const int column = step * Stage::kCols;
   if (params.x_mapped) {
     if (lane) return;
     mbarrier_arrive_expecting(full, sizeof stage.x);
-    tensor_load(stage.x, params.x, first_token, col_tile * kStageCols, full);
+#pragma unroll
+    for (int i = 0; i < Stage::kTiles; ++i) tensor_load(stage.x[i], params.x, first_token, column + 64 * i, full);
     return;
   }
-  store_x<kTokenTiles>(stage.x, params.gemm, first_token, col_tile * kStageCols, lane);
+#pragma unroll
+  for (int i = 0; i < Stage::kTiles; ++i) {
+    store_x<kTokenTiles>(stage.x[i], params.gemm, first_token, column + 64 * i, lane);
+  }
   __syncwarp();
   if (lane == 0) mbarrier_arrive(full);
 }
 
 // One warp's work. The weights of the first stages are asked for while the kernel before this one may still run.
-template <typename T, int kGroup, int kTokenTiles, int kStages, typename Schedule>
-__device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles>* stages, uint64_t* full, uint64_t* empty,
+template <typename T, int kGroup, int kTokenTiles, int kStages, int kWarps, typename Schedule>
+__device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles, kWarps>* stages, uint64_t* full, uint64_t* empty,
                                         const Sm90Operands<T>& params, const Schedule& s, int cta, int lane) {
-  StageCursor now(s, cta);
+  StageCursor now(s, cta, 2 / kColTiles<kTokenTiles>);
   if (lane == 0) {
     StageCursor ahead = now;
     for (int stage = 0; stage < kStages && !ahead.done(s); ++stage) {
-      load_weights<T>(stages[stage], full + stage, params, corner_of<kTokenTiles>(s, ahead.tile).row_tile,
-                      ahead.col_tile);
+      load_weights<T>(stages[stage], full + stage, params, corner_of<kTokenTiles, kWarps>(s, ahead.tile).row_tile,
+                      ahead.step);
       ahead.advance(s);
     }
   }
   wait_for_previous_kernel();
   let_next_kernel_begin();
   Corner corner = {};
-  if (!now.done(s)) corner = corner_of<kTokenTiles>(s, now.tile);
+  if (!now.done(s)) corner = corner_of<kTokenTiles, kWarps>(s, now.tile);
   int stage = 0, phase = 0;
   bool first_round = true;
   while (!now.done(s)) {
     if (!first_round) {
       mbarrier_wait(empty + stage, phase ^ 1);
-      if (lane == 0) load_weights<T>(stages[stage], full + stage, params, corner.row_tile, now.col_tile);
+      if (lane == 0) load_weights<T>(stages[stage], full + stage, params, corner.row_tile, now.step);
     }
-    load_x<T>(stages[stage], full + stage, params, corner.token, now.col_tile, lane);
+    load_x<T>(stages[stage], full + stage, params, corner.token, now.step, lane);
     if (++stage == kStages) stage = 0, phase ^= 1, first_round = false;
-    if (now.advance(s) && !now.done(s)) corner = corner_of<kTokenTiles>(s, now.tile);
+    if (now.advance(s) && !now.done(s)) corner = corner_of<kTokenTiles, kWarps>(s, now.tile);
   }
   __syncwarp();
 }

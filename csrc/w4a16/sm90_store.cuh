@@ -13,13 +13,15 @@ struct __align__(1024) OutputBuffer {
   unsigned char rows[kGemmWarps / 4][8 * kTokenTiles][128];  // 64 outputs of each token, swizzled
 };
 
-template <typename T, int kTokenTiles>
+template <int kWarps, typename T, int kTokenTiles>
 __device__ __forceinline__ void store_fragments(const float (&acc)[kTokenTiles][4], const GemmParams<T>& p,
                                                 const Place& place, int thread) {
+  const FragmentStore<T> target(p, place.row_block * kWarps + thread / 32, thread % 32);
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
-    store_fragment(acc[c], p, place.row_block * kGemmWarps + thread / 32, (place.token_block * kTokenTiles + c) * 8,
-                   thread % 32);
+    const int first_token = (place.token_block * kTokenTiles + c) * 8;
+    if (first_token >= p.m) break;
+    target.store(acc[c], first_token);
   }
 }
 
@@ -66,39 +68,62 @@ __device__ __forceinline__ void wait_for_readers() {
   cluster_barrier_of_readers();
 }
 
+// Adds the parts of the token tiles that are this CTA's, of up to kRanks CTAs, and stores them. The loads of several
+// tiles are under way together: one takes most of a microsecond.
+template <int kRanks, int kWarps, typename T, int kTokenTiles>
+__device__ __forceinline__ void add_parts(const float4* parts, const Sm90Params<T>& params, int cta, int thread) {
+  constexpr int kTogether = kMaxSplits / kRanks < kTokenTiles ? kMaxSplits / kRanks : kTokenTiles;
+  const ClusterSchedule& s = params.schedule;
+  const Place place = s.place(cta / s.splits);
+  const FragmentStore<T> target(params.gemm, place.row_block * kWarps + thread / 32, thread % 32);
+  const int tiles = min(kTokenTiles, (params.gemm.m - place.token_block * kTokenTiles * 8 + 7) / 8);
+  for (int first = cta % s.splits; first < tiles; first += kTogether * s.splits) {
+    float4 part[kTogether][kRanks];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+      for (int rank = 0; rank < kRanks; ++rank) {
+        const int c = first + i * s.splits;
+        if (rank >= s.splits || c >= tiles) continue;
+        part[i][rank] = load_from_cluster(parts + c * 32 * kWarps + thread, rank);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int c = first + i * s.splits;
+      if (c >= tiles) break;
+      float sum[4] = {};
+#pragma unroll
+      for (int rank = 0; rank < kRanks; ++rank) {
+        if (rank >= s.splits) continue;
+        const float4& v = part[i][rank];
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+      }
+      target.store(sum, (place.token_block * kTokenTiles + c) * 8);
+    }
+  }
+}
+
 // Adds the parts that the CTAs of a cluster have of a tile, in the order of K, and stores it; each CTA adds some of the
 // token tiles. `parts` is the ring's memory, and the warps that read the ring end the first phase of `drained`.
-template <typename T, int kTokenTiles>
+template <int kWarps, typename T, int kTokenTiles>
 __device__ __forceinline__ void store_sum_of_cluster(const float (&acc)[kTokenTiles][4], float4* parts,
                                                      uint64_t* drained, const Sm90Params<T>& params, int cta,
                                                      int thread) {
-  const ClusterSchedule& s = params.schedule;
-  const GemmParams<T>& p = params.gemm;
-  const Place place = s.place(cta / s.splits);
   __syncwarp();
   if (thread % 32 == 0) mbarrier_arrive(drained);
   mbarrier_wait(drained, 0);
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
-    parts[c * kGemmThreads + thread] = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
+    parts[c * 32 * kWarps + thread] = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
   }
   wait_for_parts();
-  for (int c = cta % s.splits; c < kTokenTiles; c += s.splits) {
-    const int first_token = (place.token_block * kTokenTiles + c) * 8;
-    if (first_token >= p.m) break;
-    float4 part[kMaxSplits];
-#pragma unroll
-    for (int rank = 0; rank < kMaxSplits; ++rank) {
-      if (rank < s.splits) part[rank] = load_from_cluster(parts + c * kGemmThreads + thread, rank);
-    }
-    float sum[4] = {};
-#pragma unroll
-    for (int rank = 0; rank < kMaxSplits; ++rank) {
-      if (rank < s.splits) {
-        sum[0] += part[rank].x, sum[1] += part[rank].y, sum[2] += part[rank].z, sum[3] += part[rank].w;
-      }
-    }
-    store_fragment(sum, p, place.row_block * kGemmWarps + thread / 32, first_token, thread % 32);
+  if (params.schedule.splits <= 2) {
+    add_parts<2, kWarps, T, kTokenTiles>(parts, params, cta, thread);
+  } else if (params.schedule.splits <= 4) {
+    add_parts<4, kWarps, T, kTokenTiles>(parts, params, cta, thread);
+  } else {
+    add_parts<kMaxSplits, kWarps, T, kTokenTiles>(parts, params, cta, thread);
   }
   wait_for_readers();
 }

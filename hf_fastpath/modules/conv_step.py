@@ -1,30 +1,32 @@
-"""A decoder layer of LFM2's kind with a gated short convolution, for one new token a row, in four operations:
+"""A decoder layer of LFM2's kind with a gated short convolution in few operations. For one new token in each of up to
+16 rows, on int4 weights, four:
 
 norm, first projection and convolution | second projection and residual |
 norm, gate, up and SwiGLU | down and residual.
 
-Each is a kernel; with more than four rows a norm is one of its own.
+Each is a kernel; with more than four rows a norm is one of its own. Otherwise as in
+:mod:`hf_fastpath.modules.decoder_step`, the convolution apart from its projection too.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from hf_fastpath.heuristics import short_conv_supports
-from hf_fastpath.modules.decoder_step import FeedForwardParts, FeedForwardStep, Norm, product, why_not_feed_forward
-from hf_fastpath.modules.merged import merge
-from hf_fastpath.modules.w4a16_linear import W4A16Linear
-from hf_fastpath.ops import w4a16_short_conv
+from hf_fastpath.modules.decoder_step import FeedForwardParts, LayerStep, why_not_feed_forward
+from hf_fastpath.modules.merged import Int4Weight, Norm, merge
+from hf_fastpath.ops import rms_norm, short_conv_step, w4a16_short_conv
 
 
 class ConvParts(NamedTuple):
     """What a layer consists of. weight: of the convolution, ``(H, 1, L)``; feed_forward: None for one that the caller
     runs itself."""
 
-    in_proj: W4A16Linear
-    out_proj: W4A16Linear
+    in_proj: Any
+    out_proj: Any
     weight: torch.Tensor
     bias: torch.Tensor | None
     norm: Norm
@@ -41,9 +43,10 @@ class ConvParts(NamedTuple):
         return "its channels are not a multiple of 16" if channels % 16 else ""
 
 
-class ConvStep:
-    """The step of one layer. Its roundings are those of transformers' modules, but that a product and the residual that
-    it is added to are rounded together, once.
+class ConvStep(LayerStep):
+    """The step of one layer. Its roundings are those of transformers' modules, but that where products are fused a
+    product and the residual that it is added to are rounded together, once; so are the last product and its residual
+    where weights are in 16 bits.
 
     Args:
         parts: of the layer, such that ``why_not()`` has nothing against them.
@@ -51,30 +54,30 @@ class ConvStep:
 
     def __init__(self, parts: ConvParts) -> None:
         self.parts = parts
-        self.in_proj, self.out_proj = merge([parts.in_proj]), merge([parts.out_proj])
-        self.feed_forward = FeedForwardStep(parts.feed_forward)
+        self.in_proj = merge([parts.in_proj])
+        super().__init__([parts.in_proj, parts.out_proj], parts.out_proj, parts.feed_forward)
         self.state_shape = parts.weight.shape[0], parts.weight.shape[2]  # of a row
 
     def __call__(self, x: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """The layer's output for x ``(M, hidden_size)``, alike; M is at most ``ops.w4a16_linear.MAX_ROWS``.
+        """The layer's output for one new token a row, x ``(M, hidden_size)``, alike.
 
         Args:
             state: ``(M, H, L)``, moved on by one token in place.
             mask: bool ``(M,)``, False for a row whose token is padding; None: none is.
         """
         p, w = self.parts, self.in_proj
-        y = w4a16_short_conv(
-            x,
-            w.qweight,
-            w.scales,
-            w.zeros,
-            w.bias,
-            p.norm.weight,
-            p.norm.eps,
-            state,
-            p.weight.squeeze(1),
-            p.bias,
-            mask,
-            w.group_size,
-        )
-        return self.feed_forward(product(y, self.out_proj, None, x))
+        conv = (state, p.weight.squeeze(1), p.bias, mask)
+        if isinstance(w, Int4Weight) and w.fuses(x.shape[0]):
+            packed = (w.qweight, w.scales, w.zeros, w.bias)
+            return self.finish(x, w4a16_short_conv(x, *packed, p.norm.weight, p.norm.eps, *conv, w.group_size))
+        return self.finish(x, short_conv_step(w.product(x, p.norm, None), *conv))
+
+    def prompt(self, x: torch.Tensor, convolve: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The layer's output for some new tokens a row, x ``(B, T, hidden_size)``, alike.
+
+        Args:
+            convolve: the short convolution with both of its projections, ``(B, T, hidden_size)`` to the same.
+        """
+        rows = x.reshape(-1, x.shape[2])
+        convolved = convolve(rms_norm(rows, *self.parts.norm).view(x.shape))
+        return self.add(rows, convolved.reshape(rows.shape)).view(x.shape)

@@ -1,21 +1,23 @@
-"""A decoder layer of Llama's kind for one new token a row, in six operations:
+"""A decoder layer of Llama's kind in few operations. For one new token in each of up to 16 rows, on int4 weights, six:
 
 norm, query, key and value | the heads' norms, RoPE, rotation, quantization, append | attention over the cache |
 output and residual | norm, gate, up and SwiGLU | down and residual.
 
-Each is a kernel; with more than four rows a norm is one of its own, and attention over a long cache is two.
+Each is a kernel; with more than four rows a norm is one of its own, and attention over a long cache is two. For more
+rows, and for weights in 16 bits, norms, SwiGLU and residuals are apart from the products, the first residual being one
+with the second norm. Prompts run so too, but for attention, which is what the cache and transformers make of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hf_fastpath.modules.merged import MergedWeight, merge, why_not_merged
+from hf_fastpath.modules.merged import Norm, merge, places, separate, why_not_merged
 from hf_fastpath.modules.w4a16_linear import W4A16Linear
-from hf_fastpath.ops import QKTransform, w4a16_linear_fused, w4a16_swiglu
+from hf_fastpath.ops import QKTransform, add_rms_norm, kv_static_append, swiglu
 
 
 class StepCache(Protocol):
@@ -34,34 +36,35 @@ class StepCache(Protocol):
     ) -> torch.Tensor: ...
 
 
-class Norm(NamedTuple):
-    """An RMSNorm."""
-
-    weight: torch.Tensor
-    eps: float
+# Linear layers, packed (W4A16Linear) or plain.
+Layers = Sequence[Any]
+# Attention of the new tokens: queries (B, H, T, D), keys and values (B, H_kv, T, D), in the model's dtype, to
+# (B, T, H, D).
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FeedForwardParts(NamedTuple):
     """What a layer's feed-forward consists of, the norm before it included."""
 
-    gate_up: Sequence[W4A16Linear]
-    down: W4A16Linear
+    gate_up: Layers
+    down: Any
     norm: Norm
 
 
-def why_not_fused(
-    groups: Sequence[Sequence[W4A16Linear]], norms: Sequence[Norm], others: Sequence[torch.Tensor] = ()
-) -> str:
-    """Why linear layers, those of one input together, norms and other weights are not run by the fused products; ""
-    when they are."""
+def why_not_fused(groups: Sequence[Layers], norms: Sequence[Norm], others: Sequence[torch.Tensor] = ()) -> str:
+    """Why linear layers, those of one input together, norms and other weights are not run as a step; "" when they
+    are."""
     reasons = [reason for group in groups if (reason := why_not_merged(group))]
     if reasons:
         return reasons[0]
-    if any(layer.reference for group in groups for layer in group):
+    layers = [layer for group in groups for layer in group]
+    int4 = [layer for layer in layers if isinstance(layer, W4A16Linear)]
+    if any(layer.reference for layer in int4):
         return "the reference implementations run it"
     dtypes = {norm.weight.dtype for norm in norms} | {weight.dtype for weight in others}
+    dtypes |= {layer.weight.dtype for layer in layers if not isinstance(layer, W4A16Linear)}
     if norms[0].weight.dtype is not torch.float32:  # which only the references take, with any scales
-        dtypes |= {layer.scales.dtype for group in groups for layer in group}
+        dtypes |= {layer.scales.dtype for layer in int4}
     return "its parts differ in dtype" if len(dtypes) > 1 else ""
 
 
@@ -69,8 +72,8 @@ class DecoderParts(NamedTuple):
     """What a layer consists of: its linear layers, those of one input together, and its norms. feed_forward: None for
     one that the caller runs itself."""
 
-    qkv: Sequence[W4A16Linear]
-    out: W4A16Linear
+    qkv: Layers
+    out: Any
     feed_forward: FeedForwardParts | None
     input_norm: Norm
     q_norm: Norm | None
@@ -89,7 +92,7 @@ class DecoderParts(NamedTuple):
 
 
 def why_not_feed_forward(
-    groups: list[Sequence[W4A16Linear]],
+    groups: list[Layers],
     norms: list[Norm],
     others: Sequence[torch.Tensor],
     feed_forward: FeedForwardParts | None,
@@ -105,32 +108,55 @@ def why_not_feed_forward(
     return ""
 
 
-class FeedForwardStep:
-    """The residual stream behind a feed-forward, in two kernels: norm, gate, up and SwiGLU | down and residual.
+class LayerStep:
+    """What the steps of layers with attention and with a convolution share: their ends.
 
     Args:
-        parts: None: it is left as it is.
+        layers: all linear layers, merged or not.
     """
 
-    def __init__(self, parts: FeedForwardParts | None) -> None:
-        self.parts = parts
-        if parts is not None:
-            self.gate_up, self.down = merge(parts.gate_up), merge([parts.down])
+    def __init__(self, layers: Layers, out: Any, feed_forward: FeedForwardParts | None) -> None:
+        self.out, self.norm = merge([out]), None
+        self._layers = list(layers)
+        if feed_forward is not None:
+            self.gate_up, self.down = merge(feed_forward.gate_up), merge([feed_forward.down])
+            self.norm = feed_forward.norm
+            self._layers += [*feed_forward.gate_up, feed_forward.down]
+        self._places = places(self._layers)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x ``(M, hidden_size)`` to the same."""
-        if self.parts is None:
-            return x
-        norm, w, rows = self.parts.norm, self.gate_up, self.parts.gate_up[0].out_features
-        y = w4a16_swiglu(x, w.qweight, w.scales, w.zeros, w.bias, norm.weight, norm.eps, rows, w.group_size)
-        return product(y, self.down, None, x)
+    @property
+    def moved(self) -> bool:
+        """Whether weights in 16 bits are no longer where they were merged."""
+        return any(parameter.data_ptr() != place for parameter, place in self._places)
+
+    def release(self) -> None:
+        """Gives the layers memory of their own again, as far as that matters: packed ones are never unpacked in it."""
+        separate(self._layers)
+
+    def finish(self, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """The layer's output for the residual stream x ``(M, hidden_size)`` and what the layer's first half leaves to
+        its last product."""
+        if self.norm is None:
+            return self.out.product(inner, None, x)
+        if not (self.out.fuses(x.shape[0]) and self.gate_up.fuses(x.shape[0])):
+            return self.add(x, self.out.multiply(inner))
+        x = self.out.product(inner, None, x)
+        return self.down.add_to(x, self.gate_up.swiglu(x, self.norm))
+
+    def add(self, x: torch.Tensor, first_half: torch.Tensor) -> torch.Tensor:
+        """The same where the first half's product is there."""
+        if self.norm is None:
+            return x + first_half
+        x, normalized = add_rms_norm(first_half, x, *self.norm)
+        return self.down.add_to(x, swiglu(self.gate_up.multiply(normalized)))
 
 
-class DecoderStep:
+class DecoderStep(LayerStep):
     """The step of one layer.
 
-    Its roundings are those of transformers' modules but for two: a product and the residual, or the bias, that it is
-    added to are rounded together, once; and the query is rotated in float32 for a cache that holds rotated keys.
+    Its roundings are those of transformers' modules but for these: where products are fused a product and the residual,
+    or the bias, that it is added to are rounded together, once; so are the last product and its residual where weights
+    are in 16 bits; and the query of one new token is rotated in float32 for a cache that holds rotated keys.
 
     Args:
         parts: of the layer, such that ``why_not()`` has nothing against them. The linear layers' tensors become views
@@ -139,36 +165,48 @@ class DecoderStep:
 
     def __init__(self, parts: DecoderParts) -> None:
         self.parts = parts
-        self.qkv, self.out = merge(parts.qkv), merge([parts.out])
-        self.feed_forward = FeedForwardStep(parts.feed_forward)
+        self.qkv = merge(parts.qkv)
+        super().__init__([*parts.qkv, parts.out], parts.out, parts.feed_forward)
         self.heads = [layer.out_features // parts.head_dim for layer in parts.qkv]
 
     def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache_layer: StepCache, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The layer's output for x ``(M, hidden_size)``, alike; M is at most ``ops.w4a16_linear.MAX_ROWS``.
+        """The layer's output for one new token a row, x ``(M, hidden_size)``, alike.
 
         Args:
             cos, sin: ``(M or 1, 1, D_rot)`` in x's dtype.
             cache_layer: the token of each row is appended to it, and attends to what it then holds.
             mask: bool ``(M, >= tokens)``, True where a token may be attended; None: all may.
         """
-        p, rows = self.parts, x.shape[0]
-        heads = product(x, self.qkv, p.input_norm, None).view(rows, -1, 1, p.head_dim)
-        q, k, v = heads.split(self.heads, dim=1)
-        transform = QKTransform(
-            p.q_norm.weight if p.q_norm else None,
-            p.k_norm.weight if p.k_norm else None,
-            p.q_norm.eps if p.q_norm else 0.0,
-            *(cos, sin, cache_layer.rotate_keys),
-        )
-        attended = cache_layer.step(q, k, v, transform, mask, p.scaling)
-        return self.feed_forward(product(attended.view(rows, -1), self.out, None, x))
+        q, k, v = self._heads(x.unsqueeze(1))
+        transform = self._transform(cos, sin, cache_layer.rotate_keys)
+        attended = cache_layer.step(q, k, v, transform, mask, self.parts.scaling)
+        return self.finish(x, attended.view(x.shape[0], -1))
 
+    def prompt(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """The layer's output for some new tokens a row, x ``(B, T, hidden_size)``, alike.
 
-def product(x: torch.Tensor, w: MergedWeight, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
-    """One fused product: ``residual + RMSNorm(x) @ W.T + bias``."""
-    weight, eps = norm or (None, 0.0)
-    return w4a16_linear_fused(
-        x, w.qweight, w.scales, w.zeros, w.bias, weight, eps, residual, w.out_features, w.group_size
-    )
+        Args:
+            cos, sin: ``(B or 1, T, D_rot)`` in x's dtype.
+            attend: stores the keys and values, normalized and turned as the queries are, and attends to them.
+        """
+        x = x.contiguous()
+        q, k, v = self._heads(x)
+        keys, values = (torch.empty(part.shape, dtype=x.dtype, device=x.device) for part in (k, v))
+        counts = torch.zeros(k.shape[:2], dtype=torch.int32, device=x.device)
+        transform = self._transform(cos, sin, False)
+        turned = kv_static_append(k, v, (keys, values, counts), transform, q)
+        assert turned is not None
+        rows = x.view(-1, x.shape[2])
+        return self.finish(rows, attend(turned, keys, values).reshape(rows.shape[0], -1)).view(x.shape)
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values ``(B, heads, T, D)`` of x ``(B, T, hidden_size)``, as the projections leave them."""
+        heads = self.qkv.product(x.view(-1, x.shape[2]), self.parts.input_norm, None)
+        return heads.view(*x.shape[:2], -1, self.parts.head_dim).transpose(1, 2).split(self.heads, dim=1)
+
+    def _transform(self, cos: torch.Tensor, sin: torch.Tensor, rotate: bool) -> QKTransform:
+        q_norm, k_norm = self.parts.q_norm, self.parts.k_norm
+        weights = q_norm.weight if q_norm else None, k_norm.weight if k_norm else None
+        return QKTransform(*weights, q_norm.eps if q_norm else 0.0, cos, sin, rotate)

@@ -72,7 +72,8 @@ class PackedStack(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """``forward(hidden_states, top_k_index, top_k_weights)`` of transformers' experts, on packed weights.
+    """``forward(hidden_states, top_k_index, top_k_weights)`` of transformers' experts, on packed weights; and with a
+    residual, added before the sum is rounded.
 
     Inputs in fp16 or bf16, on the CPU also fp32. Where gradients are wanted they flow to the inputs, through expanded
     weights; the packed ones are frozen.
@@ -98,7 +99,11 @@ class PackedExperts(nn.Module):
         return cls(gate_up, PackedStack.empty(count, (hidden, intermediate), groups[1], zeros, dtype))
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows, dtype = hidden_states.shape[0], hidden_states.dtype
         capability = (9, 0)
@@ -116,6 +121,7 @@ class PackedExperts(nn.Module):
                 top_k_weights,
                 lambda expert: self.gate_up.expanded(expert, reference=self.reference).to(dtype),
                 lambda expert: self.down.expanded(expert, reference=self.reference).to(dtype),
+                residual=residual,
             )
         return moe_experts(
             hidden_states,
@@ -131,6 +137,7 @@ class PackedExperts(nn.Module):
             self.gate_up.group_size,
             self.down.group_size,
             moe_experts_variant(rows, top_k_index.shape[1], self.gate_up.count, capability),
+            residual,
             reference=variant is MoEVariant.REFERENCE,
         )
 

@@ -17,6 +17,37 @@ from hf_fastpath.runtime import gpu_properties, require_device
 _IDENTITY_ROWS = 512
 
 
+def variant_for(x: torch.Tensor, reference: bool = False) -> W4A16Variant:
+    """How a product of x ``(M, K)`` is computed where it is."""
+    capability = (0, 0)
+    if x.is_cuda:
+        gpu = gpu_properties(x.device)
+        capability = (gpu.major, gpu.minor)
+    return heuristics.w4a16_variant(x.device.type, x.shape[0], reference, capability)
+
+
+def int4_product(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_features: int,
+    group_size: int,
+    variant: W4A16Variant,
+) -> torch.Tensor:
+    """``(M, N)`` for x ``(M, K)``, any M that the variant takes, and a weight in the documented layout."""
+    n, g = out_features, group_size
+    if variant is W4A16Variant.CUDA_GEMM:
+        gpu = gpu_properties(x.device)
+        capability, sm_count = (gpu.major, gpu.minor), gpu.multi_processor_count
+        form = heuristics.w4a16_gemm_variant(x.shape[0], n, x.shape[1], capability, sm_count)
+        return w4a16_gemm(x, qweight, scales, zeros, bias, n, g, form)
+    if variant is W4A16Variant.CUDA_DEQUANTIZE:
+        return nn.functional.linear(x, w4a16_dequantize(qweight, scales, zeros, x.shape[1], n, g), bias)
+    return w4a16_linear(x, qweight, scales, zeros, bias, n, g, reference=variant is W4A16Variant.REFERENCE)
+
+
 class W4A16Linear(PackedLinear):
     """``W[n, k] = (q[n, k] - zero[n, k // g]) * scale[n, k // g]`` (layout: :mod:`hf_fastpath.packing`).
 
@@ -102,30 +133,13 @@ class W4A16Linear(PackedLinear):
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if self.input_order is not None:
             rows = rows.index_select(1, self.input_order)
-        capability = (0, 0)
-        if rows.is_cuda:
-            gpu = gpu_properties(rows.device)
-            capability = (gpu.major, gpu.minor)
-        variant = heuristics.w4a16_variant(rows.device.type, rows.shape[0], self.reference, capability)
+        variant = variant_for(rows, self.reference)
         if variant is W4A16Variant.CPU_INT4PACK:
             return self._multiply_on_cpu(rows)
-        return self._multiply_on_cuda(rows, variant)
-
-    def _multiply_on_cuda(self, x: torch.Tensor, variant: W4A16Variant) -> torch.Tensor:
-        n, g = self.out_features, self.group_size
-        reference = variant is W4A16Variant.REFERENCE
-        if not reference:
-            require_device(x.device)
-        if reference or variant is W4A16Variant.CUDA_KERNEL:
-            return w4a16_linear(x, self.qweight, self.scales, self.zeros, self.bias, n, g, reference=reference)
-        if variant is W4A16Variant.CUDA_GEMM:
-            gpu = gpu_properties(x.device)
-            form = heuristics.w4a16_gemm_variant(
-                x.shape[0], n, self.in_features, (gpu.major, gpu.minor), gpu.multi_processor_count
-            )
-            return w4a16_gemm(x, self.qweight, self.scales, self.zeros, self.bias, n, g, form)
-        weight = w4a16_dequantize(self.qweight, self.scales, self.zeros, self.in_features, n, g)
-        return nn.functional.linear(x, weight, self.bias)
+        if variant is not W4A16Variant.REFERENCE:
+            require_device(rows.device)
+        weight = (self.qweight, self.scales, self.zeros, self.bias)
+        return int4_product(rows, *weight, self.out_features, self.group_size, variant)
 
     def _multiply_on_cpu(self, x: torch.Tensor) -> torch.Tensor:
         if self.cpu_layout is None:

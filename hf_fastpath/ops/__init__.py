@@ -2,6 +2,7 @@
 
 from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops._library import IN_PYTHON, NAMESPACE, SCHEMAS
+from hf_fastpath.ops.add_rms_norm import add_rms_norm
 from hf_fastpath.ops.attn_decode_fp8 import attn_decode_fp8
 from hf_fastpath.ops.attn_decode_h2o import attn_decode_h2o
 from hf_fastpath.ops.attn_decode_int4 import attn_decode_int4
@@ -18,11 +19,16 @@ from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
+from hf_fastpath.ops.linear_16bit import linear_16bit
+from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.moe_experts import moe_experts
-from hf_fastpath.ops.moe_router import moe_router
+from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
+from hf_fastpath.ops.moe_router import moe_norm_router, moe_router
+from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.sampling_weights import sampling_weights
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
+from hf_fastpath.ops.swiglu import swiglu
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
@@ -38,6 +44,7 @@ __all__ = [
     "SCHEMAS",
     "QKTransform",
     "TokenState",
+    "add_rms_norm",
     "attn_decode_fp8",
     "attn_decode_h2o",
     "attn_decode_int4",
@@ -54,11 +61,17 @@ __all__ = [
     "kv_int8_append",
     "kv_int8_dequantize",
     "kv_static_append",
+    "linear_16bit",
+    "linear_16bit_swiglu",
     "moe_experts",
+    "moe_experts_16bit",
+    "moe_norm_router",
     "moe_router",
+    "rms_norm",
     "sampling_weights",
     "short_conv_prefill",
     "short_conv_step",
+    "swiglu",
     "w4a16_dequantize",
     "w4a16_gemm",
     "w4a16_linear",

@@ -13,7 +13,7 @@ from hf_fastpath.ops import _library
 SCHEMA = (
     "moe_experts(Tensor x, Tensor experts, Tensor shares, Tensor gate_up_qweight, Tensor gate_up_scales, "
     "Tensor? gate_up_zeros, Tensor down_qweight, Tensor down_scales, Tensor? down_zeros, int intermediate_size, "
-    "int gate_up_group_size, int down_group_size, int variant) -> Tensor"
+    "int gate_up_group_size, int down_group_size, int variant, Tensor? residual) -> Tensor"
 )
 
 
@@ -53,12 +53,14 @@ def expert_by_expert(
     gate_up: Weights,
     down: Weights,
     product: Product = torch.nn.functional.linear,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mixture from float weights, each chosen expert's once, in the order of their numbers.
 
     Args:
         gate_up: an expert's ``(2 I, H)``; down: its ``(H, I)``, in ``x.dtype``.
         product: ``(rows, weight)`` to ``rows @ weight.T``, in which the last one may be wider than ``x.dtype``.
+        residual: ``(M, H)`` to add to the sum before it is rounded, or None.
     """
     parts = x.new_zeros((*experts.shape, x.shape[1]), dtype=torch.float32)
     for expert in experts.unique().tolist():
@@ -69,7 +71,7 @@ def expert_by_expert(
     total = parts[:, 0]
     for slot in range(1, experts.shape[1]):
         total = total + parts[:, slot]
-    return total.to(x.dtype)
+    return (total if residual is None else total + residual.float()).to(x.dtype)
 
 
 def moe_experts_reference(
@@ -86,6 +88,7 @@ def moe_experts_reference(
     gate_up_group_size: int,
     down_group_size: int,
     variant: int,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
     hidden = x.shape[1]
 
@@ -102,7 +105,7 @@ def moe_experts_reference(
     def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(rows.float(), weight.float())
 
-    return expert_by_expert(x, experts, shares, gate_up, down, product)
+    return expert_by_expert(x, experts, shares, gate_up, down, product, residual)
 
 
 def _fake(
@@ -119,6 +122,7 @@ def _fake(
     gate_up_group_size: int,
     down_group_size: int,
     variant: int,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
@@ -140,11 +144,12 @@ def moe_experts(
     gate_up_group_size: int,
     down_group_size: int,
     variant: int,
+    residual: torch.Tensor | None = None,
     *,
     reference: bool = False,
 ) -> torch.Tensor:
-    """``(M, H)`` in ``x.dtype``: the sum over k of ``shares[m, k] * down(silu(gate(x)) * up(x))`` of expert
-    ``experts[m, k]`` (Shazeer et al., 2017; SwiGLU: Shazeer, 2020).
+    """``(M, H)`` in ``x.dtype``: the residual, and the sum over k of ``shares[m, k] * down(silu(gate(x)) * up(x))`` of
+    expert ``experts[m, k]`` (Shazeer et al., 2017; SwiGLU: Shazeer, 2020).
 
     Args:
         x: ``(M, H)``, contiguous.
@@ -156,6 +161,7 @@ def moe_experts(
         intermediate_size: I. gate_up_group_size divides H, down_group_size I.
         variant: index into :data:`VARIANTS`; every variant takes every number of rows. :mod:`hf_fastpath.heuristics`
             knows which to take. The CPU implementation has one form and ignores it.
+        residual: ``(M, H)`` in ``x.dtype``, contiguous, on CUDA aligned to 16 bytes; None: none is added.
         reference: run the reference implementation, on any device.
 
     On CUDA x is aligned to 16 bytes, H and I are multiples of 32, and x and the scales have one dtype; an expert that
@@ -163,7 +169,7 @@ def moe_experts(
     and expert at H = 2048, I = 1792, of up to 16,384 of these at a time, and take up to 256 experts.
 
     Products are accumulated in float32. gate, up, silu(gate) and its product with up are each rounded to ``x.dtype``;
-    the sum over k is taken in float32, in the order of k, and rounded once.
+    the sum over k is taken in float32, in the order of k, the residual is added to it, and it is rounded once.
     """
     run = moe_experts_reference if reference else _op
     return run(
@@ -180,4 +186,5 @@ def moe_experts(
         gate_up_group_size,
         down_group_size,
         variant,
+        residual,
     )

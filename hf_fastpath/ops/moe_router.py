@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from hf_fastpath.ops import _library
+from hf_fastpath.ops._rms_norm import rms_norm
 
 SCHEMA = (
-    "moe_router(Tensor x, Tensor weight, Tensor? expert_bias, int top_k, bool normalize, float scaling) "
-    "-> (Tensor, Tensor, Tensor)"
+    "moe_router(Tensor x, Tensor weight, Tensor? expert_bias, int top_k, bool normalize, float scaling, "
+    "Tensor? norm_weight, float norm_eps) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _EPSILON = 1e-6
 
@@ -20,7 +21,11 @@ def moe_router_reference(
     top_k: int,
     normalize: bool,
     scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    normalized = x.new_empty((0, x.shape[1])) if norm_weight is None else rms_norm(x, norm_weight, norm_eps)
+    x = x if norm_weight is None else normalized
     logits = torch.nn.functional.linear(x, weight)
     scores = logits.sigmoid()
     ranked = scores if expert_bias is None else scores + expert_bias
@@ -28,7 +33,7 @@ def moe_router_reference(
     shares = scores.gather(1, chosen)
     if normalize:
         shares = shares / (shares.sum(dim=-1, keepdim=True) + _EPSILON)
-    return logits, shares * scaling, chosen
+    return logits, shares * scaling, chosen, normalized
 
 
 def _fake(
@@ -38,9 +43,13 @@ def _fake(
     top_k: int,
     normalize: bool,
     scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shape = (x.shape[0], top_k)
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, shape = x.shape[0], (x.shape[0], top_k)
+    normalized = x.new_empty((0 if norm_weight is None else rows, x.shape[1]))
+    logits, shares = x.new_empty((rows, weight.shape[0])), x.new_empty(shape)
+    return logits, shares, x.new_empty(shape, dtype=torch.int64), normalized
 
 
 _op = _library.define(SCHEMA, moe_router_reference, _fake)
@@ -72,4 +81,30 @@ def moe_router(
     ``experts`` is int64. A row's results do not depend on the other rows.
     """
     run = moe_router_reference if reference else _op
-    return run(x, weight, expert_bias, top_k, normalize, scaling)
+    logits, shares, experts, _ = run(x, weight, expert_bias, top_k, normalize, scaling, None, 0.0)
+    return logits, shares, experts
+
+
+def moe_norm_router(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    weight: torch.Tensor,
+    expert_bias: torch.Tensor | None,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    *,
+    reference: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(RMSNorm(x) (M, H), shares (M, top_k), experts (M, top_k))``: :func:`moe_router` of x's RMSNorm, in one kernel.
+
+    Args:
+        norm_weight: ``(H,)``, contiguous, on CUDA aligned to 16 bytes and in ``x.dtype``.
+
+    The norm rounds like LlamaRMSNorm (:func:`rms_norm`).
+    """
+    run = moe_router_reference if reference else _op
+    router = (weight, expert_bias, top_k, normalize, scaling)
+    _, shares, experts, normalized = run(x, *router, norm_weight, norm_eps)
+    return normalized, shares, experts

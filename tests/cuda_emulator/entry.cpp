@@ -26,6 +26,18 @@ EXPORT int emulated_w4a16_linear(const void* x, int64_t x_row_stride, const void
   return launch(args, dtype_of(bfloat16), sm_count, nullptr);
 }
 
+// Without `residual` and `sums` RMSNorm alone.
+EXPORT int emulated_rms_norm(const void* x, int64_t x_row_stride, const void* residual, const void* weight, float eps,
+                             void* sums, void* y, int m, int k, int bfloat16) {
+  const RmsNormArgs args{x, x_row_stride, weight, eps, y, m, k};
+  return residual ? launch_add_rms_norm(args, residual, sums, dtype_of(bfloat16), nullptr)
+                  : launch_rms_norm(args, dtype_of(bfloat16), nullptr);
+}
+
+EXPORT int emulated_swiglu(const void* x, void* y, int rows, int columns, int bfloat16) {
+  return launch_swiglu(x, y, rows, columns, dtype_of(bfloat16), nullptr);
+}
+
 EXPORT int emulated_w8a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                  const void* bias, void* y, int m, int n, int k, int bfloat16, int sm_count) {
   const W8A16LinearArgs args{x, x_row_stride, qweight, scales, bias, y, m, n, k};
@@ -42,8 +54,9 @@ EXPORT int64_t emulated_w4a16_gemm_workspace_floats(int m, int n, int k, int var
 
 EXPORT int emulated_w4a16_gemm(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                const uint8_t* zeros, const void* bias, void* y, float* workspace, int m, int n, int k,
-                               int group_size, int variant, int bfloat16, int sm_count) {
-  const W4A16GemmArgs args{x, x_row_stride, qweight, scales, zeros, bias, y, workspace, m, n, k, group_size, variant};
+                               int group_size, int variant, const void* residual, int bfloat16, int sm_count) {
+  const W4A16GemmArgs args{x, x_row_stride, qweight, scales,  zeros, bias, y, workspace, m, n,
+                           k, group_size,   variant, residual};
   return launch_w4a16_gemm(args, dtype_of(bfloat16), sm_count, nullptr);
 }
 
@@ -208,18 +221,20 @@ EXPORT int emulated_w4a16_short_conv(const void* x, int64_t x_row_stride, const 
 
 EXPORT int emulated_moe_router(const void* x, const void* weight, const float* bias, void* logits, void* shares,
                                int64_t* experts, int rows, int hidden, int expert_count, int top_k, int normalize,
-                               float scaling, int bfloat16, int sm_count) {
+                               float scaling, const void* norm_weight, float norm_eps, void* normalized, int bfloat16,
+                               int sm_count) {
   const MoeRouterArgs args{x,    weight, bias,         logits, shares,         experts,
                            rows, hidden, expert_count, top_k,  normalize != 0, scaling};
-  return launch_moe_router(args, dtype_of(bfloat16), sm_count, nullptr);
+  return launch_moe_router(args, norm_weight, norm_eps, normalized, dtype_of(bfloat16), sm_count, nullptr);
 }
 
 // `workspace_bytes`: only says how many those of variants other than 0 are.
 EXPORT int emulated_moe_experts(const void* x, const int64_t* experts, const void* shares, const void* up_qweight,
                                 const void* up_scales, const uint8_t* up_zeros, int up_group, const void* down_qweight,
-                                const void* down_scales, const uint8_t* down_zeros, int down_group, void* workspace,
-                                void* y, int rows, int top_k, int expert_count, int hidden, int intermediate,
-                                int variant, int bfloat16, int sm_count, int64_t* workspace_bytes) {
+                                const void* down_scales, const uint8_t* down_zeros, int down_group,
+                                const void* residual, void* workspace, void* y, int rows, int top_k, int expert_count,
+                                int hidden, int intermediate, int variant, int bfloat16, int sm_count,
+                                int64_t* workspace_bytes) {
   const MoeExpertsArgs args{x,
                             experts,
                             shares,
@@ -236,8 +251,8 @@ EXPORT int emulated_moe_experts(const void* x, const int64_t* experts, const voi
     *workspace_bytes = moe_grouped_workspace_bytes(args);
     return 0;
   }
-  if (variant == 0) return launch_moe_experts(args, dtype_of(bfloat16), sm_count, nullptr);
-  return launch_moe_grouped(args, workspace, variant, dtype_of(bfloat16), sm_count, nullptr);
+  if (variant == 0) return launch_moe_experts(args, residual, dtype_of(bfloat16), sm_count, nullptr);
+  return launch_moe_grouped(args, residual, workspace, variant, dtype_of(bfloat16), sm_count, nullptr);
 }
 
 EXPORT int emulated_choose_tokens(const void* scores, int64_t score_row_stride, const float* noise, const int64_t* end,
@@ -278,4 +293,22 @@ EXPORT int emulated_sampling_weights(const void* logits, int64_t row_stride, flo
                                  rows,   vocabulary};
   constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
   return launch_sampling_weights(args, kDtypes[dtype], nullptr);
+}
+
+// The fields of Linear16BitArgs; `swiglu`: which of the two products it is.
+EXPORT int emulated_linear_16bit(const void* x, int64_t x_row_stride, const void* weight, const void* bias, void* y,
+                                 int m, int n, int k, const void* norm_weight, float eps, const void* residual,
+                                 void* normalized, int float32_out, int bfloat16, int sm_count, int swiglu) {
+  const Linear16BitArgs args{x,        x_row_stride, weight,          bias, y, m, n, k, norm_weight, eps,
+                             residual, normalized,   float32_out != 0};
+  const auto launch = swiglu ? launch_linear_16bit_swiglu : launch_linear_16bit;
+  return launch(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+EXPORT int emulated_moe_experts_16bit(const void* x, const int64_t* experts, const void* shares, const void* gate_up,
+                                      const void* down, const void* residual, void* inner, void* y, int rows, int top_k,
+                                      int expert_count, int hidden, int intermediate, int bfloat16, int sm_count) {
+  const MoeExperts16Args args{x, experts, shares, gate_up,      down,   residual,    inner,
+                              y, rows,    top_k,  expert_count, hidden, intermediate};
+  return launch_moe_experts16(args, dtype_of(bfloat16), sm_count, nullptr);
 }

@@ -97,6 +97,10 @@ inline void cp_async16_once(void* target, const void* source, uint64_t policy) {
   if (policy != evict_first_policy()) cuda_emulator::fault("cp.async with what is not a cache policy");
   cuda_emulator::cp_async(target, source, 16, true);
 }
+inline void cp_async16_once_of128(void* target, const void* source, uint64_t policy, bool valid) {
+  if (policy != evict_first_policy()) cuda_emulator::fault("cp.async with what is not a cache policy");
+  cuda_emulator::cp_async(target, source, 16, valid);
+}
 inline void cp_async_commit() {
   cuda_emulator::cp_async_commit();
 }

@@ -93,6 +93,7 @@ void wgmma_m64k16(float (&c)[kTokenTiles][4], const uint32_t (&a)[4], uint64_t b
 inline void mbarrier_arrive_expecting(uint64_t* barrier, int bytes, EMULATED_SITE) {
   cuda_emulator::mbarrier_arrive_expecting(barrier, bytes, {file, line});
 }
+inline void prefetch_map(const TensorMap&) {}
 inline void tensor_load(void* target, const TensorMap& map, int row, int column, uint64_t* barrier, EMULATED_SITE) {
   cuda_emulator::tensor_load(target, cuda_emulator::matrix_of(map), row, column * map.unit, barrier, {file, line});
 }

@@ -1,6 +1,10 @@
 // What launchers ask the CUDA runtime: the emulated GPU has compute capability 9.0.
 #include <cuda_runtime_api.h>
 
+namespace {
+int shared_limit = 227 * 1024;
+}
+
 extern "C" {
 
 // Every call returns its own error, and none stays behind.
@@ -20,7 +24,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 0;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 227 * 1024;
+      *value = shared_limit;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = 228 * 1024;
@@ -40,4 +44,9 @@ int written_since = 0;
 // See ptx_emulated.cuh.
 extern "C" __attribute__((visibility("default"))) void emulator_set_written_since(int amount) {
   cuda_emulator::written_since = amount;
+}
+
+// The shared memory that a CTA can have, of GPUs with less.
+extern "C" __attribute__((visibility("default"))) void emulator_set_shared_limit(int bytes) {
+  shared_limit = bytes;
 }

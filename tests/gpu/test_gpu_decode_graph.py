@@ -77,7 +77,9 @@ def check_alike(model: Any, **inputs: Any) -> Any:
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4", "h2o", "static"])
-@pytest.mark.parametrize("padding", [(0,), (5,), (0, 0, 0), (0, 7, 30), tuple(range(16)), (0,) * 20], ids=str)
+@pytest.mark.parametrize(
+    "padding", [(0,), (5,), (0, 0, 0), (0, 7, 30), tuple(range(16)), (0,) * 20, tuple(range(64))], ids=str
+)
 def test_the_tokens_of_the_uncaptured_step(kv_cache: str, padding: tuple[int, ...]) -> None:
     for how in (GREEDY, SAMPLE):
         check_alike(patched(kv_cache), **on_gpu(long_batch(padding)), **how)
@@ -96,12 +98,24 @@ def test_weights_as_they_are(family: str) -> None:
     check_alike(model, **on_gpu(long_batch((0, 7, 30))), **GREEDY)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "lfm2", "lfm2_moe", "gpt2"])
+@pytest.mark.parametrize("kv_cache", ["static", "int8"])
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30), tuple(range(33))], ids=len)
+def test_weights_as_they_are_in_steps(family: str, kv_cache: str, padding: tuple[int, ...]) -> None:
+    model = FAMILIES[family](torch.bfloat16).cuda()
+    patch_model(model, weights="w16a16", kv_cache=kv_cache, progress=False)
+    for how in (GREEDY, SAMPLE):
+        check_alike(model, **on_gpu(long_batch(padding)), **how)
+
+
 @pytest.mark.parametrize("batch", [1, 16, 40])
-def test_steps_that_overlap_give_the_same_numbers(batch: int) -> None:
+@pytest.mark.parametrize("weights", ["w4a16", "w16a16"])
+def test_steps_that_overlap_give_the_same_numbers(batch: int, weights: str) -> None:
     """A model large enough that kernels run into each other, time and again."""
     sizes = SIZES | {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128}
     sizes |= {"intermediate_size": 5632, "num_hidden_layers": 8, "initializer_range": 0.03}
-    model = patch_model(make_llama(torch.bfloat16, **sizes).cuda(), scale_search="absmax", progress=False)
+    model = make_llama(torch.bfloat16, **sizes).cuda()
+    patch_model(model, weights=weights, scale_search="absmax", progress=False)
     inputs = on_gpu(long_batch((0,) * batch))
     flags = {"do_sample": False, "max_new_tokens": 60, "return_dict_in_generate": True, "output_logits": True}
     want = model.generate(**inputs, **flags, disable_compile=True)

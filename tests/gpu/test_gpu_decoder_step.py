@@ -1,4 +1,4 @@
-"""Decoder layers in six operations, on the GPU: against transformers' own layers, rows in any batch, capture."""
+"""Decoder layers in few operations, on the GPU: against transformers' own layers, rows in any batch, capture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, long_batch
+from gpu_common import graph_nodes
+from tiny_models import FAMILIES, logits, long_batch
 
 from hf_fastpath import patch_model, unpatch_model
 from hf_fastpath.generation import CACHES
@@ -32,10 +33,16 @@ def steps(count_calls: Callable[[Any, str], Calls]) -> Calls:
     return count_calls(DecoderStep, "__call__")
 
 
-def patched(family: str = "llama", kv_cache: str = "int8", dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> Any:
+def patched(
+    family: str = "llama",
+    kv_cache: str = "int8",
+    dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = "w4a16",
+    **sizes: Any,
+) -> Any:
     model = FAMILIES[family](dtype, **(SIZES | sizes)).to("cuda")
     options = {"kv_budget": 64} if kv_cache == "h2o" else {}
-    return patch_model(model, kv_cache=kv_cache, **options, **QUICK)
+    return patch_model(model, weights=weights, kv_cache=kv_cache, **options, **QUICK)
 
 
 def without_steps(model: Any) -> Any:
@@ -88,13 +95,127 @@ def test_it_is_no_less_exact_than_the_layers(
     assert float((fused - plain).norm()) < 1.5 * plain_error
 
 
+@pytest.mark.parametrize("rows", [17, 33, 64, 130])
+@pytest.mark.parametrize("kv_cache", ["int8", "static"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_many_rows_are_as_exact_as_the_layers(family: str, kv_cache: str, rows: int, steps: Calls) -> None:
+    """Each rounding is the layers' own: errors differ by the sums that were added in another order."""
+    inputs = long_batch(tuple(i % 30 for i in range(rows)), 60)
+    ids, mask = inputs["input_ids"].to("cuda"), inputs["attention_mask"].to("cuda")
+    model = patched(family, kv_cache)
+    fused = step_logits(model, ids, 50, mask)
+    assert len(steps) == 20
+    truth = step_logits(unpatch_model(copy.deepcopy(model), dequantize=True).float(), ids, 50, mask)
+    plain = step_logits(without_steps(model), ids, 50, mask)
+    assert len(steps) == 20
+    error, plain_error = float((fused - truth).norm()), float((plain - truth).norm())
+    assert 0 < error < 1.1 * plain_error
+    assert float((fused - plain).norm()) < 1.5 * plain_error
+
+
+@pytest.mark.parametrize("weights", ["w4a16", "w16a16"])
+@pytest.mark.parametrize("cuts", [(100,), (60, 100), (6, 9, 100)], ids=str)
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30)], ids=len)
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4", "static"])
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "qwen2", "qwen3"])
+def test_prompts_are_as_exact_as_the_layers(
+    family: str,
+    kv_cache: str,
+    padding: tuple[int, ...],
+    cuts: tuple[int, ...],
+    weights: str,
+    count_calls: Callable[[Any, str], Calls],
+) -> None:
+    """A prompt at once and in chunks. Each rounding is the layers' own or is left out."""
+    inputs = long_batch(padding, 100)
+    ids, mask = inputs["input_ids"].to("cuda"), inputs["attention_mask"].to("cuda")
+    real = mask.bool()
+
+    def prompt_logits(model: Any, cache: Any) -> torch.Tensor:
+        parts, start, out = [], 0, None
+        with torch.no_grad():
+            for stop in cuts:
+                places = (mask[:, :stop].cumsum(1) - 1).clamp(0)[:, start:]
+                past = cache if out is None else out.past_key_values
+                seen = mask[:, :stop]
+                out = model(ids[:, start:stop], attention_mask=seen, position_ids=places, past_key_values=past)
+                parts.append(out.logits)
+                start = stop
+        return torch.cat(parts, 1)[real].double()
+
+    prompts, model = count_calls(DecoderStep, "prompt"), patched(family, kv_cache, weights=weights)
+    new_cache = CACHES[model._fastpath.config.kv_cache]
+    got = prompt_logits(model, new_cache(model.config))
+    assert len(prompts) == 2 * len(cuts)
+    truth = prompt_logits(unpatch_model(copy.deepcopy(model), dequantize=True).float(), None)
+    plain = prompt_logits(without_steps(model), new_cache(model.config))
+    assert len(prompts) == 2 * len(cuts)
+    error, plain_error = float((got - truth).norm()), float((plain - truth).norm())
+    assert 0 < error < 1.15 * plain_error
+
+
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30), tuple(range(17)), tuple(range(64))], ids=len)
+@pytest.mark.parametrize("kv_cache", ["static", "int8", "fp8", "int4", "h2o"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_weights_as_they_are(family: str, kv_cache: str, padding: tuple[int, ...], steps: Calls) -> None:
+    """``weights="w16a16"`` against the weights in float32 with a cache that rounds nothing: no more error than
+    transformers' layers have on the same cache. Over 6,000 logits a row it varies by the roundings that fall the other
+    way, and a cache's rounding is the larger part of both."""
+    inputs = long_batch(padding, 100)
+    ids, mask = inputs["input_ids"].to("cuda"), inputs["attention_mask"].to("cuda")
+    stock = FAMILIES[family](torch.bfloat16, **SIZES).to("cuda")
+    truth = step_logits(copy.deepcopy(stock).float(), ids, 70, mask)
+    plain = step_logits(patched(family, kv_cache, weights=None), ids, 70, mask)
+    assert not steps
+    got = step_logits(patched(family, kv_cache, weights="w16a16"), ids, 70, mask)
+    assert len(steps) == 60
+    error, plain_error = float((got - truth).norm()), float((plain - truth).norm())
+    assert 0 < error < 1.15 * plain_error
+
+
+def test_unpatching_weights_as_they_are() -> None:
+    """Their logits have their bits again, and their memory is theirs."""
+    ids = long_batch((0, 0), 40)["input_ids"].to("cuda")
+    model = FAMILIES["qwen2"](torch.bfloat16, **SIZES).to("cuda")
+    before, held = logits(model, ids), torch.cuda.memory_allocated()
+    patch_model(model, weights="w16a16", kv_cache="static", progress=False)
+    assert torch.cuda.memory_allocated() <= held + 2**16
+    step_logits(model, ids, 30)
+    unpatch_model(model)
+    assert torch.equal(logits(model, ids), before)
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().nbytes() == attention.q_proj.weight.nbytes
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows", "most"), [("w4a16", 1, 7), ("w16a16", 1, 7), ("w4a16", 64, 11), ("w16a16", 64, 14)]
+)
+def test_nodes_of_a_layer_in_a_graph(weights: str, rows: int, most: int) -> None:
+    """Of up to 16 rows six, and one where attention is split; of more: norm, product, append, attention (two), product,
+    sum and norm, product, SwiGLU, product, sum. cuBLAS adds the last sum itself, but may divide each of four products
+    in two kernels."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("on other GPUs products of many rows are two kernels")
+    model = patched("llama", "static", weights=weights, hidden_size=2048, head_dim=128, intermediate_size=4096)
+    layer = model.model.layers[0]
+    layer.prepare()
+    step = layer.__dict__["_watched"].step
+    x = torch.randn(rows, 2048, device="cuda").bfloat16()
+    cos, sin = torch.randn(2, 1, 1, 128, device="cuda").bfloat16()
+    cache = CACHES[model._fastpath.config.kv_cache](model.config).layers[0]
+    with torch.no_grad():
+        step(x, cos, sin, cache, None)
+        assert graph_nodes(lambda: step(x, cos, sin, cache, None)) <= most
+
+
+@pytest.mark.parametrize("weights", ["w4a16", "w16a16"])
 @pytest.mark.parametrize("kv_cache", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_rows_values_do_not_depend_on_the_batch(family: str, kv_cache: str, steps: Calls) -> None:
+def test_a_rows_values_do_not_depend_on_the_batch(family: str, kv_cache: str, weights: str, steps: Calls) -> None:
     """Bit for bit, for the layers' output: the last norm and the head are torch's, whose sums' order goes by the batch.
     The prompt is one token, so that no other product is in it."""
     ids = torch.randint(2, 199, (16, 24), generator=torch.Generator().manual_seed(9)).to("cuda")
-    model = patched(family, kv_cache, hidden_size=2304, intermediate_size=4224)
+    model = patched(family, kv_cache, weights=weights, hidden_size=2304, intermediate_size=4224)
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     full = step_logits(model, ids, 1)
     assert steps

@@ -33,9 +33,15 @@ def steps(count_calls: Callable[[Any, str], list[Any]]) -> Calls:
     return count_calls(ConvStep, "__call__"), count_calls(DecoderStep, "__call__")
 
 
-def patched(family: str = "lfm2", kv_cache: str = "int8", dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> Any:
+def patched(
+    family: str = "lfm2",
+    kv_cache: str = "int8",
+    dtype: torch.dtype = torch.bfloat16,
+    weights: str | None = "w4a16",
+    **sizes: Any,
+) -> Any:
     model = FAMILIES[family](dtype, **(SIZES | sizes)).to("cuda")
-    return patch_model(model, kv_cache=kv_cache, **QUICK)
+    return patch_model(model, weights=weights, kv_cache=kv_cache, **QUICK)
 
 
 def without_steps(model: Any) -> Any:
@@ -60,7 +66,7 @@ def step_logits(model: Any, ids: torch.Tensor, prompt: int, mask: torch.Tensor |
     return torch.cat(logits[1:], 1).double()
 
 
-@pytest.mark.parametrize("padding", [(0,), (0, 7, 30)], ids=["one row", "padded"])
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30), tuple(range(17)), tuple(range(64))], ids=len)
 @pytest.mark.parametrize("kv_cache", ["int8", "int4", "static"])
 def test_it_is_no_less_exact_than_the_layers(kv_cache: str, padding: tuple[int, ...], steps: Calls) -> None:
     """Against the int4 weights' values in float32, with a cache that rounds nothing: fewer roundings, no more error.
@@ -76,6 +82,21 @@ def test_it_is_no_less_exact_than_the_layers(kv_cache: str, padding: tuple[int, 
     error, plain_error = float((fused - truth).norm()), float((plain - truth).norm())
     assert 0 < error < 1.15 * plain_error
     assert float((fused - plain).norm()) < 1.5 * plain_error
+
+
+@pytest.mark.parametrize("padding", [(0,), (0, 7, 30), tuple(range(33))], ids=len)
+@pytest.mark.parametrize("kv_cache", ["int8", "static"])
+def test_weights_as_they_are(kv_cache: str, padding: tuple[int, ...], steps: Calls) -> None:
+    """As in test_gpu_decoder_step.py."""
+    inputs = long_batch(padding, 100)
+    ids, mask = inputs["input_ids"].to("cuda"), inputs["attention_mask"].to("cuda")
+    truth = step_logits(FAMILIES["lfm2"](torch.bfloat16, **SIZES).to("cuda").float(), ids, 70, mask)
+    plain = step_logits(patched("lfm2", kv_cache, weights=None), ids, 70, mask)
+    assert not any(steps)
+    got = step_logits(patched("lfm2", kv_cache, weights="w16a16"), ids, 70, mask)
+    assert [len(calls) for calls in steps] == [60, 30]
+    error, plain_error = float((got - truth).norm()), float((plain - truth).norm())
+    assert 0 < error < 1.15 * plain_error
 
 
 def test_experts_run_behind_it(steps: Calls) -> None:

@@ -62,6 +62,32 @@ def test_shifted_views_give_the_same_bits(n: int, k: int, group: int, variant: i
 
 
 @ALL_VARIANTS
+@pytest.mark.parametrize(("m", "n", "k", "group"), [(65, 333, 288, 32), (64, 4096, 2048, 128), (300, 2048, 512, 128)])
+def test_a_residual_is_added_before_rounding(m: int, n: int, k: int, group: int, variant: int) -> None:
+    rng = generator(m, n, k)
+    weight = make_weight(rng, n, k, group, torch.bfloat16, with_zeros=True)
+    x, bias = randn(rng, m, k, dtype=torch.bfloat16), randn(rng, n, dtype=torch.bfloat16)
+    residual = 8 * randn(rng, m, n, dtype=torch.bfloat16)
+    poison(m, n, dtype=torch.bfloat16)
+    out = weight.gemm(x, variant, bias, residual)
+    check_gemm(x, weight, bias, out, VARIANTS[variant], residual)
+    assert not torch.equal(out, weight.gemm(x, variant, bias) + residual)
+
+
+@ALL_VARIANTS
+def test_a_product_of_the_kernel_before(variant: int) -> None:
+    """x and the residual are read after the kernel before has stored them, however early this one begins."""
+    rng = generator(16)
+    weight = make_weight(rng, 2048, 2048, 128, torch.bfloat16)
+    x = randn(rng, 64, 2048, dtype=torch.bfloat16) / 8
+    first = weight.gemm(x, variant)
+    expected = weight.gemm(first, variant, None, first)
+    for _ in range(20):
+        chained = weight.gemm(x, variant)
+        assert torch.equal(weight.gemm(chained, variant, None, chained), expected)
+
+
+@ALL_VARIANTS
 @pytest.mark.parametrize("m", [64, 1024])
 def test_the_same_bits_every_time(m: int, variant: int) -> None:
     rng = generator(6)
@@ -143,7 +169,7 @@ def test_the_comparison_sees_one_flipped_nibble(variant: int) -> None:
 def test_opcheck() -> None:
     weight = make_weight(generator(12), 40, 128, 32, torch.float16)
     x = randn(generator(13), 20, 128, dtype=torch.float16)
-    args = (x, weight.qweight, weight.scales, None, None, 40, 32, 0)
+    args = (x, weight.qweight, weight.scales, None, None, 40, 32, 0, None)
     op = torch.ops.hf_fastpath.w4a16_gemm.default
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -164,6 +190,8 @@ def test_bad_arguments_are_refused_in_words() -> None:
         ("qweight must have shape", (x, q, scales, zeros, None, 100, 32, 0)),
         ("bias must have shape", (x, q, scales, zeros, x[0], 40, 32, 0)),
         ("scales must be on cuda:0", (x, q, scales.cpu(), zeros, None, 40, 32, 0)),
+        ("residual must have shape", (x, q, scales, zeros, None, 40, 32, 0, x)),
+        ("residual must be contiguous", (x, q, scales, zeros, None, 40, 32, 0, x[:, :40])),
     ]
     for message, args in cases:
         with pytest.raises(RuntimeError, match=message):

@@ -1,0 +1,47 @@
+"""What is between a layer's products: the CUDA kernels in the emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated_ops import EmulatedOps
+from emulator import KernelFault, needs_emulator
+from kernel_cases import DTYPES, Target, generator
+from layer_cases import NORM_SHAPES, SWIGLU_SHAPES, check_norm, check_norms, check_swiglu_op, norm_inputs
+
+from hf_fastpath.ops._rms_norm import rms_norm as reference_norm
+
+pytestmark = needs_emulator
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), NORM_SHAPES)
+def test_norms(rows: int, columns: int, dtype: torch.dtype) -> None:
+    target = Target("cpu", EmulatedOps())
+    check_norms(target, *norm_inputs(target, generator(rows, columns, DTYPES.index(dtype)), rows, columns, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SWIGLU_SHAPES)
+def test_swiglu(rows: int, columns: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, 2 * columns, generator=generator(rows, columns, DTYPES.index(dtype))) * 3
+    x[0, 0], x[0, 1] = -100.0, 0.0
+    x = x.to(dtype)
+    check_swiglu_op(x, EmulatedOps().swiglu(x))
+
+
+def test_the_check_of_the_norm_sees_a_fault() -> None:
+    target = Target("cpu", EmulatedOps())
+    x, _, weight = norm_inputs(target, generator(5), 3, 96, torch.bfloat16)
+    out = reference_norm(x, weight, 1e-5)
+    check_norm(x, weight, out)
+    out[0, 5] *= 1.02
+    with pytest.raises(AssertionError, match="beyond their bound"):
+        check_norm(x, weight, out)
+
+
+def test_a_row_that_is_not_aligned_is_a_fault() -> None:
+    target = Target("cpu", EmulatedOps())
+    x, _, weight = norm_inputs(target, generator(6), 3, 96, torch.bfloat16)
+    with pytest.raises(KernelFault):
+        target.ops.rms_norm(x[:, 4:92], weight[:88].contiguous(), 1e-5)
