@@ -24,4 +24,24 @@ struct ChooseTokensArgs {
 int choose_tokens_parts(int rows, int vocabulary, int sm_count);
 cudaError_t launch_choose_tokens(const ChooseTokensArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
+// ---- sampling_weights.cu --------------------------------------------------------------------------------------------
+struct SamplingThreshold {
+  uint64_t key;
+  float largest;  // of the scaled logits
+  int unused;
+};
+struct SamplingWeightsArgs {
+  const void* logits;  // (rows, vocabulary), rows row_stride elements apart
+  int64_t row_stride;
+  float* out;      // (rows, vocabulary) contiguous
+  float factor;    // 1 / temperature
+  int top_k;       // 0: all
+  double removed;  // 1 - top_p, rounded to float32; 0: nothing
+  float min_p;
+  SamplingThreshold* thresholds;  // (rows,) to work with
+  int rows, vocabulary;
+};
+constexpr int kMaxSamplingVocabulary = 1 << 18;
+cudaError_t launch_sampling_weights(const SamplingWeightsArgs& args, Dtype dtype, cudaStream_t stream);
+
 }  // namespace hf_fastpath

@@ -62,14 +62,14 @@ __global__ void __launch_bounds__(kThreads) best_of_parts_kernel(const ChooseTok
         const float by[4] = {of.x, of.y, of.z, of.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) see(__uint_as_float(words[j]) / by[j], i * kPer + j);
-        continue;
-      }
+      } else {
 #pragma unroll
-      for (int j = 0; j < kPer; ++j) {
-        if constexpr (sizeof(T) == 4) {
-          see(__uint_as_float(words[j]), i * kPer + j);
-        } else {
-          see(bits_to_float<T>(words[j / 2] >> (16 * (j % 2))), i * kPer + j);
+        for (int j = 0; j < kPer; ++j) {
+          if constexpr (sizeof(T) == 4) {
+            see(__uint_as_float(words[j]), i * kPer + j);
+          } else {
+            see(bits_to_float<T>(words[j / 2] >> (16 * (j % 2))), i * kPer + j);
+          }
         }
       }
     } else {

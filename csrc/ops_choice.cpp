@@ -8,7 +8,7 @@ namespace hf_fastpath {
 namespace {
 
 Dtype scores_dtype(const Check& check, const Tensor& scores) {
-  return scores.scalar_type() == ScalarType::Float ? Dtype::kFloat32 : check.float_dtype(scores, "scores");
+  return scores.scalar_type() == ScalarType::Float ? Dtype::kFloat32 : check.float_dtype(scores, "what is chosen by");
 }
 
 // int64, contiguous, beside the scores.
@@ -79,9 +79,38 @@ void choose_tokens(const Tensor& scores, const std::optional<Tensor>& noise, con
   check.launched(launch_choose_tokens(args, dtype, launch.sm_count(), launch.stream()));
 }
 
+Tensor sampling_weights(const Tensor& logits, double temperature, int64_t top_k, double top_p, double min_p) {
+  constexpr Check check{"sampling_weights"};
+  check.shape(logits, {-1, -1}, "logits", "(B, V)");
+  const Dtype dtype = scores_dtype(check, logits);
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  check(vocabulary >= 1 && vocabulary <= kMaxSamplingVocabulary && rows <= 65535, "logits must be (B, V) with V up to ",
+        kMaxSamplingVocabulary, ", got ", logits);
+  check(logits.stride(1) == 1 || vocabulary == 1, "the last dimension of logits must be contiguous");
+  check(temperature > 0 && top_k >= 0 && top_p >= 0 && top_p <= 1 && min_p >= 0 && min_p <= 1,
+        "temperature must be positive, top_k at least 0, top_p and min_p between 0 and 1");
+  const Launch launch(logits);
+  Tensor weights = launch.empty({rows, vocabulary}, ScalarType::Float);
+  if (rows == 0) return weights;
+  const Tensor thresholds = launch.empty({rows, 2}, ScalarType::Long);
+  const SamplingWeightsArgs args{data(logits),
+                                 logits.stride(0),
+                                 static_cast<float*>(weights.data_ptr()),
+                                 1.0f / static_cast<float>(temperature),
+                                 static_cast<int>(top_k < vocabulary ? top_k : 0),
+                                 static_cast<float>(1.0 - top_p),
+                                 static_cast<float>(min_p),
+                                 static_cast<SamplingThreshold*>(thresholds.data_ptr()),
+                                 static_cast<int>(rows),
+                                 static_cast<int>(vocabulary)};
+  check.launched(launch_sampling_weights(args, dtype, launch.stream()));
+  return weights;
+}
+
 }  // namespace
 }  // namespace hf_fastpath
 
 STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("choose_tokens", TORCH_BOX(&hf_fastpath::choose_tokens));
+  m.impl("sampling_weights", TORCH_BOX(&hf_fastpath::sampling_weights));
 }

@@ -25,7 +25,7 @@ from hf_fastpath.caches.attention import ATTENTION_NAME, register_attention
 from hf_fastpath.config import KVFormat
 from hf_fastpath.decode_loop import decode
 from hf_fastpath.heuristics import attn_decode_supports
-from hf_fastpath.token_choice import Rule, settings_of
+from hf_fastpath.token_choice import Filters, Rule, settings_of
 
 CACHES: dict[KVFormat, type[FastCache]] = {
     KVFormat.STATIC: StaticKVCache,
@@ -45,8 +45,14 @@ _STEPPING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _LOOP_INPUTS = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds")
 )
-# Of these the loop chooses tokens on the GPU alone.
-_STATELESS_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+# Of these the loop chooses tokens on the GPU alone: what they are called there, in transformers' order, in which one
+# op does them all.
+_FILTERS: dict[type, str] = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
 _SIMPLE_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 
 _POSITION_OF_PAST = 3  # forward(input_ids, attention_mask, position_ids, past_key_values, ...)
@@ -237,7 +243,7 @@ def _decode(
             slot_of=model._fastpath.graphs.slot_of,
             prompt=input_ids,
             prefill=lambda: model._prefill(input_ids, config, model_kwargs, is_first_iteration=True),
-            rule=dataclasses.replace(rule, key=_key_of(rule)),
+            rule=dataclasses.replace(rule, key=_key_of(rule), filters=filters_of(logits_processor)),
             inputs=model_kwargs,
             streamer=streamer,
             lag=1 if own and (forgets or not returned) else 0,
@@ -254,12 +260,28 @@ def _key_of(rule: Rule) -> Any:
     """What ``rule.key`` is to be."""
     if rule.keep_scores or rule.keep_logits or any(type(c) not in _SIMPLE_CRITERIA for c in rule.criteria):
         return None
-    settings = settings_of(rule.processors, _STATELESS_PROCESSORS)
+    settings = settings_of(rule.processors, tuple(_FILTERS))
     ends = [criterion for criterion in rule.criteria if type(criterion) is EosTokenCriteria]
     if settings is None or len(ends) > 1 or (ends and rule.pad is None):
         return None
     end = None if rule.end is None or rule.pad is None else (*rule.end.flatten().tolist(), rule.pad.item())
     return rule.do_sample, settings, end
+
+
+def filters_of(processors: Any) -> Filters | None:
+    """What one op does in the place of logits processors; None when there are others, or they are in another order."""
+    known = list(_FILTERS)
+    if any(type(processor) not in known for processor in processors):
+        return None
+    places = [known.index(type(processor)) for processor in processors]
+    if places != sorted(set(places)):
+        return None
+    if any(getattr(processor, "filter_value", -torch.inf) != -torch.inf for processor in processors):
+        return None
+    if any(getattr(processor, "min_tokens_to_keep", 1) != 1 for processor in processors):
+        return None
+    names = [_FILTERS[type(processor)] for processor in processors]
+    return Filters(**{name: getattr(processor, name) for name, processor in zip(names, processors, strict=True)})
 
 
 def supply_default_cache(

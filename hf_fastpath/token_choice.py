@@ -9,7 +9,18 @@ from typing import Any, Protocol
 import torch
 
 from hf_fastpath.decode_graph import Slot
-from hf_fastpath.ops import choose_tokens
+from hf_fastpath.ops import choose_tokens, sampling_weights
+from hf_fastpath.ops.sampling_weights import MAX_VOCABULARY
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """Processors that :func:`hf_fastpath.ops.sampling_weights` stands for; its defaults change nothing."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +36,7 @@ class Rule:
         pad: int64 ``()``, what a finished row goes on with; None only without ``end``.
         keep_scores, keep_logits: whether processed and raw logits are wanted.
         key: equal for rules that choose alike and need the logits only; None: the rule needs more.
+        filters: what does the same as ``processors``; None: nothing does.
     """
 
     do_sample: bool
@@ -36,6 +48,7 @@ class Rule:
     keep_scores: bool
     keep_logits: bool
     key: Any = None
+    filters: Filters | None = None
 
 
 class Choice(Protocol):
@@ -128,11 +141,15 @@ def _choose(rule: Rule, slot: Slot) -> None:
     """From ``slot.logits`` to ``slot.ids``, without waiting for the GPU."""
     assert slot.logits is not None
     state, scores = slot.state, slot.logits[: slot.batch]
-    if rule.processors:
+    filters = rule.filters if rule.do_sample and scores.shape[1] <= MAX_VOCABULARY else None
+    if filters is None and rule.processors:
         scores = rule.processors(state.tokens[:, :1], scores.to(torch.float32, copy=True))
     noise = None
     if rule.do_sample:
-        scores = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
+        if filters is not None:
+            scores = sampling_weights(scores, **dataclasses.asdict(filters))
+        else:
+            scores = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
         # torch.multinomial does this with the same random numbers, but for a check that a graph cannot hold.
         noise = torch.empty_like(scores).exponential_(1)
     choose_tokens(scores, noise, rule.end, rule.pad, state)

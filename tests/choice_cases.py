@@ -58,3 +58,65 @@ def check_choice(
         assert torch.equal(mine.cpu(), theirs), name
     assert torch.equal(whole.cpu(), want_whole)
     return want
+
+
+# temperature, top_k, top_p, min_p
+FILTERS = [
+    (1.3, 20, 0.9, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (0.7, 0, 0.999, 0.0),
+    (1.0, 50, 1.0, 0.0),
+    (1.0, 0, 1.0, 0.05),
+    (0.5, 7, 0.5, 0.1),
+    (2.0, 4500, 0.8, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 0, 1e-7, 0.0),
+    (5.0, 0, 0.95, 0.0),
+]
+KINDS = ["spread", "ties", "flat", "peak", "all equal", "masked"]
+
+
+def make_logits(rng: torch.Generator, kind: str, rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+    """Logits as models have them, and as they should not."""
+    x = torch.randn(rows, vocabulary, generator=rng)
+    if kind == "spread":
+        x *= 3
+    elif kind == "ties":
+        x = (x * 8).round() / 4 - 30
+    elif kind == "flat":
+        x = x / 100 + 7
+    elif kind == "peak":
+        x[:, vocabulary // 3] += 60
+    elif kind == "all equal":
+        x.fill_(-2.5)
+    elif kind == "masked":
+        x[:, ::3], x[:, 1] = -torch.inf, 1
+    return x.to(dtype)
+
+
+def check_weights(target: Target, logits: torch.Tensor, filters: tuple[float, int, float, float]) -> None:
+    """Which tokens are kept, and their weights, in float64. Where a token's share is within 1e-6 of the edge of top-p's
+    set, it may be kept or not: float32 exponentials are off by two units in the last place, 2.4e-7."""
+    temperature, top_k, top_p, min_p = filters
+    got = target.ops.sampling_weights(logits, *filters).cpu()
+    # Scaled as the kernel scales; everything from there on is exact.
+    scores = logits.cpu().float() * (1 / torch.tensor(temperature, dtype=torch.float32))
+    kept = scores > -torch.inf
+    if 0 < top_k < scores.shape[1]:
+        kept &= scores >= scores.topk(top_k).values[:, -1:]
+    apart = scores - scores.amax(-1, keepdim=True)  # rounded once, as in the kernel
+    exact = apart.double().exp()
+    unsure = torch.zeros_like(kept)
+    if top_p < 1:
+        shares = (exact * kept / (exact * kept).sum(-1, keepdim=True)).double()
+        order = torch.where(kept, scores, -torch.inf).sort(stable=True).indices
+        cumulative = torch.empty_like(shares).scatter(1, order, shares.gather(1, order).cumsum(-1))
+        removed = float(torch.tensor(1 - top_p, dtype=torch.float32))
+        unsure = kept & ((cumulative - removed).abs() < 1e-6) & (cumulative < 1 - 1e-12)
+        kept &= (cumulative > removed) | torch.zeros_like(kept).scatter(1, order[:, -1:], True)
+    unsure |= (exact - min_p).abs() < 1e-6 * min_p
+    kept &= exact >= min_p
+    wrong = ((got > 0) != (kept & (exact > 2.0**-126))) & ~unsure & ~((got == 0) & (exact < 2.0**-120))
+    assert not wrong.any(), wrong.nonzero()[:10]
+    both = (got > 0) & kept
+    torch.testing.assert_close(got[both].double(), exact[both], rtol=4 * 2.0**-23, atol=2.0**-126)

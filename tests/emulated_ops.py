@@ -662,6 +662,22 @@ class EmulatedOps:
             parts=(parts, OUTPUT),
         )
 
+    def sampling_weights(
+        self, logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    ) -> torch.Tensor:
+        rows, vocabulary = logits.shape
+        out, thresholds = torch.empty(rows, vocabulary), torch.empty(rows, 2, dtype=torch.int64)
+        factor = float(1 / torch.tensor(temperature, dtype=torch.float32))
+        self._library.call(
+            "emulated_sampling_weights",
+            *(logits, logits.stride(0), out, factor, top_k if top_k < vocabulary else 0, 1 - top_p, min_p),
+            *(thresholds, rows, vocabulary, (torch.float16, torch.bfloat16, torch.float32).index(logits.dtype)),
+            **_inputs(logits=logits),
+            out=(out, OUTPUT),
+            thresholds=(thresholds, OUTPUT),
+        )
+        return out
+
     def moe_experts_16bit(
         self,
         x: torch.Tensor,

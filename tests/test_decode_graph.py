@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import pickle
@@ -13,13 +14,24 @@ import pytest
 import torch
 from tiny_models import FAMILIES, long_batch, make_llama
 from transformers import TextStreamer
-from transformers.generation import StoppingCriteria
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from hf_fastpath import Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported, patch_model, unpatch_model
 from hf_fastpath.caches import attention
 from hf_fastpath.caches.conv_state import ConvStateLayer
 from hf_fastpath.decode_graph import DecodeGraphs, batch_bucket, capacity_for
+from hf_fastpath.generation import filters_of
+from hf_fastpath.ops import sampling_weights
 from hf_fastpath.steps import STATE
+from hf_fastpath.token_choice import Filters
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 SAMPLE = {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5, "max_new_tokens": 12}
@@ -379,6 +391,41 @@ def test_copies_have_graphs_of_their_own(patched: Any) -> None:
     assert pickle.loads(pickle.dumps(DecodeGraphs())).slots == []
     unpatch_model(twin)
     assert "_fastpath" not in twin.__dict__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "asked",
+    [{"temperature": 0.7}, {"top_k": 5}, {"top_k": 500}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 30, "top_p": 0.5},
+     {"temperature": 2.0, "top_k": 40, "top_p": 0.95, "min_p": 0.02}],
+    ids=str,
+)  # fmt: skip
+def test_one_op_keeps_what_transformers_processors_keep(asked: dict[str, Any], dtype: torch.dtype) -> None:
+    kinds = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    kinds["min_p"] = MinPLogitsWarper
+    processors = LogitsProcessorList([kinds[name](value) for name, value in asked.items()])
+    filters = filters_of(processors)
+    assert filters == Filters(**asked)
+    logits = (torch.randn(5, 199, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    want = processors(torch.zeros(5, 1, dtype=torch.long), logits.float()).softmax(-1)
+    got = sampling_weights(logits, **dataclasses.asdict(filters))
+    assert torch.equal(got > 0, want > 0)
+    torch.testing.assert_close(got / got.sum(-1, keepdim=True), want)
+
+
+def test_other_processors_are_called_themselves() -> None:
+    top_k, top_p, hot = TopKLogitsWarper(5), TopPLogitsWarper(0.5), TemperatureLogitsWarper(2.0)
+    assert filters_of([]) == Filters()
+    assert filters_of([hot, top_k, top_p]) is not None
+    for others in (
+        [top_k, hot],
+        [top_p, top_k],
+        [top_k, top_k],
+        [TopKLogitsWarper(5, filter_value=-1e4)],
+        [TopPLogitsWarper(0.5, min_tokens_to_keep=2)],
+        [hot, RepetitionPenaltyLogitsProcessor(1.2)],
+    ):
+        assert filters_of(others) is None
 
 
 class OutOfMemory(FakeCapture):

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from choice_cases import DTYPES, SHAPES, check_choice, make_scores, new_state
+from choice_cases import (
+    DTYPES,
+    FILTERS,
+    KINDS,
+    SHAPES,
+    check_choice,
+    check_weights,
+    make_logits,
+    make_scores,
+    new_state,
+)
 from emulated_ops import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from kernel_cases import Target, generator
@@ -72,3 +82,44 @@ def test_more_tokens_than_there_is_room_for_end_the_kernel() -> None:
     state.counted.fill_(7)
     with pytest.raises(KernelFault, match="__trap"):
         target().ops.choose_tokens(torch.rand(2, 9), None, None, None, state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_what_filters_keep(kind: str, filters: tuple[float, int, float, float]) -> None:
+    dtype = DTYPES[FILTERS.index(filters) % 3]
+    check_weights(target(), make_logits(generator(1), kind, 2, 1999, dtype), filters)
+
+
+@pytest.mark.parametrize(
+    ("kind", "filters"),
+    [
+        ("spread", (1.0, 0, 0.9, 0.0)),
+        ("flat", (1.0, 0, 0.95, 0.0)),  # more tokens are kept than the list takes; those at the edge fit
+        ("flat", (2.0, 4500, 0.8, 0.0)),
+        ("all equal", (1.0, 0, 0.5, 0.0)),  # nor do those at the edge
+    ],
+)
+def test_more_tokens_than_the_list_takes(kind: str, filters: tuple[float, int, float, float]) -> None:
+    check_weights(target(), make_logits(generator(2), kind, 1, 5000, torch.float32), filters)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 31])
+def test_filters_of_few_tokens(vocabulary: int) -> None:
+    for filters in FILTERS:
+        for kind in ("spread", "all equal"):
+            check_weights(target(), make_logits(generator(9), kind, 3, vocabulary, torch.float16), filters)
+
+
+def test_a_row_that_is_no_distribution_has_nan_and_spoils_no_other() -> None:
+    logits = make_logits(generator(5), "spread", 4, 300, torch.float32)
+    logits[0, 7], logits[1, 9], logits[2] = float("nan"), float("inf"), -torch.inf
+    got = target().ops.sampling_weights(logits, 1.0, 5, 0.9, 0.1)
+    assert got[:3].isnan().all()
+    check_weights(target(), logits[3:].clone(), (1.0, 5, 0.9, 0.1))
+    assert torch.equal(got[3:], target().ops.sampling_weights(logits[3:].clone(), 1.0, 5, 0.9, 0.1))
+
+
+def test_more_tokens_than_the_kernel_takes_are_refused() -> None:
+    with pytest.raises(KernelFault, match="CUDA error 1"):
+        target().ops.sampling_weights(torch.zeros(1, 2**18 + 1), 1.0, 5, 0.9, 0.1)

@@ -282,6 +282,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("moe_experts_16bit", (*sent, torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16(), x)),
         ("short_conv_step", (conv[0][:, 0], state, *conv[2:], padding[:, 0])),
         ("choose_tokens", (torch.randn(2, 9), torch.rand(2, 9), torch.tensor([3]), torch.tensor(0), *token_state(2))),
+        ("sampling_weights", (torch.randn(2, 9).bfloat16(), 0.7, 5, 0.9, 0.1)),
         ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),
         ("kv_h2o_append", (*appended(1), *h2o, 5, 2)),
         ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),

@@ -285,6 +285,16 @@ EXPORT int64_t emulated_choose_tokens_parts(int rows, int vocabulary, int sm_cou
   return choose_tokens_parts(rows, vocabulary, sm_count);
 }
 
+EXPORT int emulated_sampling_weights(const void* logits, int64_t row_stride, float* out, float factor, int top_k,
+                                     float removed, float min_p, void* thresholds, int rows, int vocabulary,
+                                     int dtype) {
+  const SamplingWeightsArgs args{logits, row_stride, out,   factor,
+                                 top_k,  removed,    min_p, static_cast<SamplingThreshold*>(thresholds),
+                                 rows,   vocabulary};
+  constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
+  return launch_sampling_weights(args, kDtypes[dtype], nullptr);
+}
+
 // The fields of Linear16BitArgs; `swiglu`: which of the two products it is.
 EXPORT int emulated_linear_16bit(const void* x, int64_t x_row_stride, const void* weight, const void* bias, void* y,
                                  int m, int n, int k, const void* norm_weight, float eps, const void* residual,

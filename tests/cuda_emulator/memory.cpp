@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "atomics_emulated.cuh"
 #include "emulator.h"
 
 namespace cuda_emulator {
@@ -21,6 +22,7 @@ struct Access {
   uint32_t barriers = 0, warp_barriers = 0, cluster_barriers = 0;
   uint32_t tick = 0, fences = 0;
   bool by_engine = false;
+  bool atomic = false;
 };
 
 struct Byte {
@@ -113,11 +115,12 @@ std::string place(const Region& region, uintptr_t address, const void* code) {
          ", which has " + std::to_string(region.end - region.begin) + text;
 }
 
-void check_bytes(Region& region, uintptr_t address, size_t size, bool write, const void* code) {
-  const Access now = this_access();
+void check_bytes(Region& region, uintptr_t address, size_t size, bool write, const void* code, bool atomic = false) {
+  Access now = this_access();
+  now.atomic = atomic;
   for (uintptr_t i = address; i < address + size; ++i) {
     Byte& byte = region.bytes[i - region.begin];
-    if (!ordered(byte.write, now)) {
+    if (!ordered(byte.write, now) && !(atomic && byte.write.atomic)) {
       fault(std::string("race: ") + (write ? "writes " : "reads ") + place(region, i, code) +
             ", without a barrier after " + who(byte.write) + " wrote it");
     }
@@ -192,6 +195,23 @@ void check(const void* pointer, size_t size, bool write, size_t alignment, const
   if (write && !region->writable) return fault(verb + "the input " + place(*region, address, code));
   region->used = true;
   if (region->writable) check_bytes(*region, address, size, write, code);
+}
+
+uint32_t atomic_add(uint32_t* pointer, uint32_t value, const void* code) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  Region* region = find(address);
+  if (!region || address + sizeof *pointer > region->end || !region->writable || address % sizeof *pointer) {
+    fault("an atomic where no variable is");
+  }
+  region->used = true;
+  for (uintptr_t i = address; i < address + sizeof *pointer; ++i) {
+    if (!region->bytes[i - region->begin].defined)
+      fault("an atomic adds to " + place(*region, i, code) + ", which nobody wrote");
+  }
+  check_bytes(*region, address, sizeof *pointer, true, code, true);
+  const uint32_t before = *pointer;
+  *pointer = before + value;
+  return before;
 }
 
 void set_image(uintptr_t begin, uintptr_t end) {

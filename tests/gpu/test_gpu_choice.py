@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from choice_cases import DTYPES, SHAPES, check_choice, make_scores, new_state
+from choice_cases import (
+    DTYPES,
+    FILTERS,
+    KINDS,
+    SHAPES,
+    check_choice,
+    check_weights,
+    make_logits,
+    make_scores,
+    new_state,
+)
 from gpu_common import DEVICE, GPU
 from kernel_cases import generator
 
-from hf_fastpath.ops import choose_tokens
+from hf_fastpath.ops import choose_tokens, sampling_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -73,9 +83,29 @@ def test_in_a_graph_behind_what_makes_the_scores() -> None:
 
 def test_what_is_wrong_is_said() -> None:
     state = new_state(generator(6), 2, device=DEVICE)
-    with pytest.raises(RuntimeError, match="choose_tokens: scores must be float16 or bfloat16"):
+    with pytest.raises(RuntimeError, match="choose_tokens: what is chosen by must be float16 or bfloat16"):
         choose_tokens(torch.zeros(2, 4, dtype=torch.float64, device=DEVICE), None, None, None, state)
     with pytest.raises(RuntimeError, match="scores with noise must be float32"):
         choose_tokens(torch.zeros(2, 4, device=DEVICE).half(), torch.ones(2, 4, device=DEVICE), None, None, state)
     with pytest.raises(RuntimeError, match=r"ids must have shape \(B, 1\)"):
         choose_tokens(torch.zeros(3, 4, device=DEVICE), None, None, None, state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(3, 199), (1, 65536), (16, 128256), (2, 2**18), (5, 50257)], ids=str)
+def test_what_filters_keep(kind: str, filters: tuple[float, int, float, float], rows: int, vocabulary: int) -> None:
+    dtype = DTYPES[(FILTERS.index(filters) + rows) % 3]
+    logits = make_logits(generator(vocabulary, rows), kind, rows, vocabulary, dtype).to(DEVICE)
+    check_weights(GPU, logits, filters)
+    got = sampling_weights(logits, *filters)
+    assert all(torch.equal(sampling_weights(logits, *filters), got) for _ in range(3))
+    assert torch.equal(sampling_weights(logits[-1:], *filters), got[-1:])
+
+
+def test_a_row_that_is_no_distribution_has_nan_and_spoils_no_other() -> None:
+    logits = make_logits(generator(5), "spread", 4, 65536, torch.float32).to(DEVICE)
+    logits[0, 7], logits[1, 9], logits[2] = float("nan"), float("inf"), -torch.inf
+    got = sampling_weights(logits, 1.0, 5, 0.9, 0.1)
+    assert got[:3].isnan().all()
+    assert torch.equal(got[3:], sampling_weights(logits[3:], 1.0, 5, 0.9, 0.1))
