@@ -155,8 +155,8 @@ class DecoderStep(LayerStep):
     """The step of one layer.
 
     Its roundings are those of transformers' modules but for these: where products are fused a product and the residual,
-    or the bias, that it is added to are rounded together, once; so are the last product and its residual where weights
-    are in 16 bits; and the query of one new token is rotated in float32 for a cache that holds rotated keys.
+    or the bias, that it is added to are rounded together, once; so are the last product and its residual for any number
+    of rows; and the query of one new token is rotated in float32 for a cache that holds rotated keys.
 
     Args:
         parts: of the layer, such that ``why_not()`` has nothing against them. The linear layers' tensors become views

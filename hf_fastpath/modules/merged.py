@@ -77,15 +77,15 @@ class Int4Weight(MergedWeight):
     out_features: int
     group_size: int
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return int4_product(x, *self.packed, self.out_features, self.group_size, variant_for(x))
+    def multiply(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return int4_product(x, *self.packed, self.out_features, self.group_size, variant_for(x), residual)
 
     def fuses(self, rows: int) -> bool:
         return rows <= MAX_ROWS
 
     def product(self, x: torch.Tensor, norm: Norm | None, residual: torch.Tensor | None) -> torch.Tensor:
         if not self.fuses(x.shape[0]):
-            return super().product(x, norm, residual)
+            return self.multiply(x if norm is None else rms_norm(x, *norm), residual)
         weight, eps = norm or (None, 0.0)
         return w4a16_linear_fused(x, *self.packed, weight, eps, residual, self.out_features, self.group_size)
 
@@ -95,7 +95,7 @@ class Int4Weight(MergedWeight):
         return w4a16_swiglu(x, *self.packed, *norm, self.out_features // 2, self.group_size)
 
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, None, total) if self.fuses(x.shape[0]) else super().add_to(total, x)
+        return self.product(x, None, total)
 
     @property
     def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

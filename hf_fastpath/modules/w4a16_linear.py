@@ -35,17 +35,23 @@ def int4_product(
     out_features: int,
     group_size: int,
     variant: W4A16Variant,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(M, N)`` for x ``(M, K)``, any M that the variant takes, and a weight in the documented layout."""
+    """``(M, N)`` for x ``(M, K)``, any M that the variant takes, and a weight in the documented layout.
+
+    residual: ``(M, N)``, contiguous, added before the one rounding by ``CUDA_GEMM``, and behind it by the others.
+    """
     n, g = out_features, group_size
     if variant is W4A16Variant.CUDA_GEMM:
         gpu = gpu_properties(x.device)
         capability, sm_count = (gpu.major, gpu.minor), gpu.multi_processor_count
         form = heuristics.w4a16_gemm_variant(x.shape[0], n, x.shape[1], capability, sm_count)
-        return w4a16_gemm(x, qweight, scales, zeros, bias, n, g, form)
+        return w4a16_gemm(x, qweight, scales, zeros, bias, n, g, form, residual)
     if variant is W4A16Variant.CUDA_DEQUANTIZE:
-        return nn.functional.linear(x, w4a16_dequantize(qweight, scales, zeros, x.shape[1], n, g), bias)
-    return w4a16_linear(x, qweight, scales, zeros, bias, n, g, reference=variant is W4A16Variant.REFERENCE)
+        y = nn.functional.linear(x, w4a16_dequantize(qweight, scales, zeros, x.shape[1], n, g), bias)
+    else:
+        y = w4a16_linear(x, qweight, scales, zeros, bias, n, g, reference=variant is W4A16Variant.REFERENCE)
+    return y if residual is None else y.add_(residual)
 
 
 class W4A16Linear(PackedLinear):
