@@ -205,3 +205,17 @@ def test_kernels_read_what_kernels_store_by_ordinary_loads() -> None:
     ]
     assert found == ['asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"']
     assert "ld.global.nc" in (ROOT / "csrc/common/ptx.cuh").read_text().split("load_once16")[1].split("}")[0]
+
+
+def test_a_wheel_has_every_source_and_every_data_file() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    carried = {
+        path
+        for folder in ("csrc", "eval")
+        for pattern in patterns[f"hf_fastpath.{folder}"]
+        for path in (ROOT / folder).glob(pattern)
+    }
+    wanted = {path for path in tracked_files() if path.is_relative_to(ROOT / "csrc") and path.suffix != ".py"}
+    wanted |= {path for path in tracked_files() if path.is_relative_to(ROOT / "eval/data")}
+    assert wanted
+    assert wanted - carried == set()
