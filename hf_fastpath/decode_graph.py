@@ -100,6 +100,9 @@ class CudaCapture:
         finally:
             if collects:
                 gc.enable()
+        # PyTorch sets where random numbers begin on the capture's stream, and again, on its own, for each replay: on a
+        # busy GPU the first could come last.
+        torch.cuda.current_stream(self.device).wait_stream(_capture_stream(self.device))
         return graph
 
 
