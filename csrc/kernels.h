@@ -90,7 +90,7 @@ struct W4A16GemmArgs {
   int variant;  // 0 .. kW4A16GemmVariants - 1, see hf_fastpath/ops/w4a16_gemm.py
   const void* residual;  // (m, n), added to the product; nullptr: none
 };
-constexpr int kW4A16GemmVariants = 40;
+constexpr int kW4A16GemmVariants = 18;
 int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_count);
 // cudaErrorNoKernelImageForDevice when the variant is not for this GPU, or was not compiled for it.
 cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);

@@ -24,7 +24,7 @@ struct GroupedParams : Sm90Operands<T> {
 
 template <int kGroup, int kTokenTiles, int kStages>
 struct Shared {
-  Sm90Stage<kGroup, kTokenTiles, kGemmWarps> stages[kStages];
+  Sm90Stage<kGroup, kTokenTiles> stages[kStages];
   uint64_t full[kStages], empty[kStages];
   GroupedTable table;
 };
@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_floats(const float (&acc)[4], const GemmPa
 }
 
 template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm>
-__global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kGemmWarps>, kCtasPerSm)
+__global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
     grouped_kernel(const __grid_constant__ GroupedParams<T> params) {
 #ifdef HF_FASTPATH_SM90A
   auto& shared = *reinterpret_cast<Shared<kGroup, kTokenTiles, kStages>*>(dynamic_shared());
@@ -60,12 +60,12 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kGemmWarps>, kCtasPer
   const GroupedSchedule schedule{&shared.table, params.experts, row_tiles,
                                  row_blocks,    units,          static_cast<int>(gridDim.x)};
   if (warp >= kGemmWarps) {
-    if constexpr (kMovesRegisters<kCtasPerSm, kGemmWarps>) give_registers<kProducerRegisters>();
+    if constexpr (kMovesRegisters<kCtasPerSm>) give_registers<kProducerRegisters>();
     if (warp == kGemmWarps) {
       produce<T, kGroup, kTokenTiles, kStages>(shared.stages, shared.full, shared.empty, params, schedule, cta, lane);
     }
   } else {
-    if constexpr (kMovesRegisters<kCtasPerSm, kGemmWarps>) take_registers<kConsumerRegisters>();
+    if constexpr (kMovesRegisters<kCtasPerSm>) take_registers<kConsumerRegisters>();
     if (cta >= schedule.count()) return;
     float acc[kTokenTiles][4];
     const auto store_tile = [&](const float (&sums)[kTokenTiles][4], int tile) {
@@ -150,7 +150,7 @@ cudaError_t launch_product(const MoeWeight& weight, int experts, const void* x, 
   using Memory = Shared<kGroup, kTokenTiles, kStages>;
   // As in w4a16_gemm_sm90.cu: the registers.
   constexpr int kCtasPerSm = kGroup == 32 && kTokenTiles == 8 ? 1 : kCtas;
-  using Stage = Sm90Stage<kGroup, kTokenTiles, kGemmWarps>;
+  using Stage = Sm90Stage<kGroup, kTokenTiles>;
   static_assert(sizeof(Memory) <= (kCtas == 1 ? 227 : 113) * 1024);
   const auto kernel = grouped_kernel<T, kGroup, kTokenTiles, kStages, kCtasPerSm>;
   if (!is_for_this_gpu(kernel)) return cudaErrorNoKernelImageForDevice;
@@ -172,8 +172,7 @@ cudaError_t launch_product(const MoeWeight& weight, int experts, const void* x, 
     error = make_row_map(&params.zeros, weight.zeros, row_tiles, groups * 16, kGemmWarps, Stage::kGroups * 16);
   if (error == cudaSuccess) error = make_tensor_map(&params.x, x, pairs, k, 2 * int64_t{k}, 8 * kTokenTiles);
   if (error != cudaSuccess) return error;
-  return launch_kernel_early(kernel, kCtasPerSm * sm_count, kSm90Threads<kCtasPerSm, kGemmWarps>, sizeof(Memory),
-                             stream, params);
+  return launch_kernel_early(kernel, kCtasPerSm * sm_count, kSm90Threads<kCtasPerSm>, sizeof(Memory), stream, params);
 }
 
 template <typename T, int kGroup>

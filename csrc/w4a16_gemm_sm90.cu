@@ -1,7 +1,7 @@
 // y = residual + x @ W.T + bias for more than 16 rows of x, W packed int4 (hf_fastpath/packing.py), by wgmma: compute
 // capability 9.0.
 //
-// One warp fills a ring of stages of 128 columns (of 64 where tokens are many) in shared memory; two or four warpgroups
+// One warp fills a ring of stages of 128 columns (of 64 where tokens are many) in shared memory; two warpgroups
 // multiply. All that a stage holds arrives by the engine that copies boxes of matrices, as it is in global memory, so
 // that what is under way needs no registers: loads to registers that a loop keeps under way share scoreboards, where
 // each waits for all.
@@ -32,37 +32,37 @@ struct NoBuffer {};
 
 // Tiles of few tokens are stored from registers: a CTA of theirs leaves room for another, which may be the next
 // kernel's.
-template <int kGroup, int kTokenTiles, int kWarps, int kStages>
+template <int kGroup, int kTokenTiles, int kStages>
 struct Shared {
   static constexpr bool kHasOutput = kTokenTiles >= 16;
-  Sm90Stage<kGroup, kTokenTiles, kWarps> stages[kStages];
+  Sm90Stage<kGroup, kTokenTiles> stages[kStages];
   std::conditional_t<kHasOutput, OutputBuffer<kTokenTiles>, NoBuffer> output;
   uint64_t full[kStages], empty[kStages], drained;
 };
 
-template <typename T, int kGroup, int kTokenTiles, int kWarps, int kStages, int kCtasPerSm>
-__global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kWarps>, kCtasPerSm)
+template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm>
+__global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
     w4a16_gemm_sm90_kernel(const __grid_constant__ Sm90Params<T> params) {
 #ifdef HF_FASTPATH_SM90A
-  using Memory = Shared<kGroup, kTokenTiles, kWarps, kStages>;
-  constexpr bool kMovesRegisters = hf_fastpath::kMovesRegisters<kCtasPerSm, kWarps>;
+  using Memory = Shared<kGroup, kTokenTiles, kStages>;
+  constexpr bool kMovesRegisters = hf_fastpath::kMovesRegisters<kCtasPerSm>;
   auto& shared = *reinterpret_cast<Memory*>(dynamic_shared());
-  static_assert(sizeof shared.stages >= kTokenTiles * 32 * kWarps * sizeof(float4));  // for store_sum_of_cluster()
+  static_assert(sizeof shared.stages >= kTokenTiles * kGemmThreads * sizeof(float4));  // for store_sum_of_cluster()
   const int thread = threadIdx.x, lane = thread % 32, warp = uniform(thread / 32), cta = blockIdx.x;
-  if (warp == kWarps && lane == 0) prefetch_maps(params);
+  if (warp == kGemmWarps && lane == 0) prefetch_maps(params);
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(shared.full + i, kFillArrivals);
-      mbarrier_init(shared.empty + i, kWarps);
+      mbarrier_init(shared.empty + i, kGemmWarps);
     }
-    mbarrier_init(&shared.drained, kWarps);
+    mbarrier_init(&shared.drained, kGemmWarps);
     fence_mbarrier_init();
   }
   __syncthreads();
   const bool whole = params.schedule.splits == 1;
-  if (warp >= kWarps) {
+  if (warp >= kGemmWarps) {
     if constexpr (kMovesRegisters) give_registers<kProducerRegisters>();
-    if (warp == kWarps) {
+    if (warp == kGemmWarps) {
       produce<T, kGroup, kTokenTiles, kStages>(shared.stages, shared.full, shared.empty, params, params.schedule, cta,
                                                lane);
     }
@@ -79,14 +79,14 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kWarps>, kCtasPerSm)
       if constexpr (Memory::kHasOutput) {
         if (params.y_mapped) return store_boxes(sums, shared.output, params, place, thread);
       }
-      store_fragments<kWarps>(sums, params.gemm, place, thread);
+      store_fragments(sums, params.gemm, place, thread);
     };
     consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty,
                                              params.gemm.zeros != nullptr, params.schedule, cta, warp, lane,
                                              store_tile);
     if (Memory::kHasOutput && thread % 128 == 0) tensor_stores_read();  // before the buffer is gone
     if (!whole) {
-      store_sum_of_cluster<kWarps>(acc, reinterpret_cast<float4*>(shared.stages), &shared.drained, params, cta, thread);
+      store_sum_of_cluster(acc, reinterpret_cast<float4*>(shared.stages), &shared.drained, params, cta, thread);
     }
   }
 #else
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm, kWarps>, kCtasPerSm)
 #endif
 }
 
-template <typename T, int kGroup, int kTokenTiles, int kWarps>
+template <typename T, int kGroup, int kTokenTiles>
 cudaError_t make_params(Sm90Params<T>& params, const W4A16GemmArgs& a, int sm_count) {
-  using Stage = Sm90Stage<kGroup, kTokenTiles, kWarps>;
+  using Stage = Sm90Stage<kGroup, kTokenTiles>;
   constexpr int kGroups = Stage::kGroups;
   const GemmVariant& v = kGemmVariants[a.variant];
   params.gemm = gemm_params<T>(a);
@@ -108,11 +108,12 @@ cudaError_t make_params(Sm90Params<T>& params, const W4A16GemmArgs& a, int sm_co
   params.y_mapped = a.n % 8 == 0 && aligned_to(a.y, 16) && !a.residual;
   const int64_t groups = p.groups;
   const int64_t weight_bytes = int64_t{p.col_tiles} * 512;
-  cudaError_t error = make_row_map(&params.weights, a.qweight, p.row_tiles, weight_bytes, kWarps, 512 * Stage::kTiles);
+  cudaError_t error =
+      make_row_map(&params.weights, a.qweight, p.row_tiles, weight_bytes, kGemmWarps, 512 * Stage::kTiles);
   if (error == cudaSuccess)
-    error = make_row_map(&params.scales, a.scales, p.row_tiles, groups * 32, kWarps, kGroups * 32);
+    error = make_row_map(&params.scales, a.scales, p.row_tiles, groups * 32, kGemmWarps, kGroups * 32);
   if (error == cudaSuccess && a.zeros)
-    error = make_row_map(&params.zeros, a.zeros, p.row_tiles, groups * 16, kWarps, kGroups * 16);
+    error = make_row_map(&params.zeros, a.zeros, p.row_tiles, groups * 16, kGemmWarps, kGroups * 16);
   if (error == cudaSuccess && params.x_mapped) error = make_tensor_map(&params.x, a.x, a.m, a.k, row_bytes, tokens);
   if (error == cudaSuccess && params.y_mapped)
     error = make_tensor_map(&params.y, a.y, a.m, a.n, 2 * int64_t{a.n}, tokens);
@@ -122,41 +123,37 @@ cudaError_t make_params(Sm90Params<T>& params, const W4A16GemmArgs& a, int sm_co
 template <typename T, int kGroup, int kVariant>
 cudaError_t launch(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
   constexpr GemmVariant v = kGemmVariants[kVariant];
-  constexpr int kBytes = sizeof(Shared<kGroup, v.token_tiles, v.warps, v.stages>);
+  constexpr int kBytes = sizeof(Shared<kGroup, v.token_tiles, v.stages>);
   static_assert(kBytes <= (v.ctas_per_sm == 1 ? 227 : 113) * 1024);
   // Half the registers of a multiprocessor do not hold the sums of 64 tokens and twice the scales besides.
   constexpr int kCtasPerSm = kGroup == 32 && v.token_tiles == 8 ? 1 : v.ctas_per_sm;
-  const auto kernel = w4a16_gemm_sm90_kernel<T, kGroup, v.token_tiles, v.warps, v.stages, kCtasPerSm>;
+  const auto kernel = w4a16_gemm_sm90_kernel<T, kGroup, v.token_tiles, v.stages, kCtasPerSm>;
   if (!is_for_this_gpu(kernel)) return cudaErrorNoKernelImageForDevice;
   Sm90Params<T> params = {};
-  const cudaError_t error = make_params<T, kGroup, v.token_tiles, v.warps>(params, a, sm_count);
+  const cudaError_t error = make_params<T, kGroup, v.token_tiles>(params, a, sm_count);
   if (error != cudaSuccess) return error;
   const ClusterSchedule& s = params.schedule;
   const int ctas = s.clusters * s.splits;
-  return launch_kernel_in_clusters(kernel, ctas, kSm90Threads<kCtasPerSm, v.warps>, s.splits, kBytes, stream, params);
+  return launch_kernel_in_clusters(kernel, ctas, kSm90Threads<kCtasPerSm>, s.splits, kBytes, stream, params);
 }
 
 // Variants that differ in nothing but the cluster share a kernel: that of the first of them.
-constexpr int variant_of(int token_tiles, int warps) {
+constexpr int variant_of(int token_tiles) {
   int i = kFirstSm90Variant;
-  while (kGemmVariants[i].token_tiles != token_tiles || kGemmVariants[i].warps != warps) ++i;
+  while (kGemmVariants[i].token_tiles != token_tiles) ++i;
   return i;
 }
 template <typename T, int kGroup>
 cudaError_t launch_variant(const W4A16GemmArgs& a, int sm_count, cudaStream_t stream) {
-  const GemmVariant& v = kGemmVariants[a.variant];
-  const bool wide = v.warps == 16;
-  switch (v.token_tiles) {
+  switch (kGemmVariants[a.variant].token_tiles) {
     case 4:
-      return wide ? launch<T, kGroup, variant_of(4, 16)>(a, sm_count, stream)
-                  : launch<T, kGroup, variant_of(4, 8)>(a, sm_count, stream);
+      return launch<T, kGroup, variant_of(4)>(a, sm_count, stream);
     case 8:
-      return wide ? launch<T, kGroup, variant_of(8, 16)>(a, sm_count, stream)
-                  : launch<T, kGroup, variant_of(8, 8)>(a, sm_count, stream);
+      return launch<T, kGroup, variant_of(8)>(a, sm_count, stream);
     case 16:
-      return launch<T, kGroup, variant_of(16, 8)>(a, sm_count, stream);
+      return launch<T, kGroup, variant_of(16)>(a, sm_count, stream);
     case 32:
-      return launch<T, kGroup, variant_of(32, 8)>(a, sm_count, stream);
+      return launch<T, kGroup, variant_of(32)>(a, sm_count, stream);
   }
   return cudaErrorInvalidValue;
 }

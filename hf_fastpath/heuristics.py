@@ -8,7 +8,7 @@ import torch
 
 from hf_fastpath.ops.kv_int4_append import value_groups
 from hf_fastpath.ops.moe_experts import VARIANTS as EXPERTS_VARIANTS
-from hf_fastpath.ops.w4a16_gemm import VARIANTS, GemmVariant
+from hf_fastpath.ops.w4a16_gemm import VARIANTS
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
 
@@ -153,28 +153,17 @@ def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
     return capability == (9, 0) if VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)
 
 
-# (rows of a tile, out features, in features): the form of w4a16_gemm that an H200 runs fastest, where that is not the
-# one that the rules below take.
-_MEASURED_GEMM_FORMS: dict[tuple[int, int, int], str] = {}
-
-
 def w4a16_gemm_variant(
     rows: int, out_features: int, in_features: int, capability: tuple[int, int], sm_count: int
 ) -> int:
     """The variant of w4a16_gemm for ``(rows, in_features)`` times ``(out_features, in_features)``.
 
-    The smallest tile that has all rows, or the largest, and K divided where tiles are fewer than multiprocessors. The
-    limits are from eval/results/ops_h200.csv: the choice is within 6% of the best variant for 46 of the 48 sizes there.
+    The smallest tile that has all rows, or the largest, and K divided among the CTAs of a cluster where that makes the
+    busiest multiprocessor's work less. tests/test_heuristics.py compares the choice with times of an H200.
     """
     forms = [i for i in range(len(VARIANTS)) if w4a16_gemm_runs_on(i, capability)]
     wgmma = [i for i in forms if VARIANTS[i].instruction == "wgmma"]
-    measured = _MEASURED_GEMM_FORMS.get((32 if rows <= 32 else 64, out_features, in_features))
-    if wgmma and rows <= 64 and measured:
-        return next(i for i in forms if VARIANTS[i].name == measured)
-    if rows <= 32 and in_features >= 4096:  # mma.sync and stream-K are the faster ones there, on an H200 too
-        wgmma = []
-    forms = wgmma or [i for i in forms if VARIANTS[i].instruction == "mma"]
-    forms = [i for i in forms if VARIANTS[i].outputs == 128 and VARIANTS[i].splits in (0, 1, 2, 4, 8)]
+    forms = wgmma or forms
     sizes = {VARIANTS[i].tokens for i in forms}
     tokens = min((size for size in sizes if size >= rows), default=max(sizes))
     output_tiles = ceil_div(out_features, 128)
@@ -182,20 +171,32 @@ def w4a16_gemm_variant(
         tokens = 128
     tiles, units = output_tiles * ceil_div(rows, tokens), ceil_div(in_features, 128)
     fitting = [i for i in forms if VARIANTS[i].tokens == tokens]
-    return max(
-        (i for i in fitting if _worth_dividing(VARIANTS[i], tiles, units, sm_count)),
-        key=lambda i: VARIANTS[i].splits,
-        default=fitting[0],
-    )
+    if not wgmma:
+        return fitting[0]
+    if tokens <= 64:
+        return min(fitting, key=lambda i: _busiest_work(tiles, units, VARIANTS[i].splits, sm_count))
+    worth = (i for i in fitting if _worth_dividing(VARIANTS[i].splits, tiles, units, sm_count))
+    return max(worth, key=lambda i: VARIANTS[i].splits, default=fitting[0])
 
 
-def _worth_dividing(form: GemmVariant, tiles: int, units: int, sm_count: int) -> bool:
-    """Whether K, of ``units`` of 128 columns, should be divided for ``tiles`` tiles as ``form`` does."""
-    ctas, each = tiles * form.splits, units // max(form.splits, 1)
-    if form.tokens <= 64:  # two CTAs to a multiprocessor
-        return (ctas <= sm_count and each >= 4) or (ctas <= 2 * sm_count and each >= 8)
+def _busiest_work(tiles: int, units: int, splits: int, sm_count: int) -> int:
+    """Units of 128 columns of K that the busiest multiprocessor multiplies, of tiles of up to 64 rows of x.
+
+    It holds two CTAs, which share its speed, so that a second one pays only where clusters do not fit with a
+    multiprocessor for each CTA. Of clusters fewer fit than CTAs would: all CTAs of one are in one part of the GPU, and
+    the parts hold odd numbers of them. On an H200 31 clusters of 4 or 8 fit and 35 of 7: 0.95 of the places.
+    """
+    if splits == 1:
+        return ceil_div(tiles, sm_count) * units
+    each = ceil_div(units, splits)
+    alone, together = (max(1, ctas * sm_count * 19 // (20 * splits)) for ctas in (1, 2))
+    return each if tiles <= alone else 2 * ceil_div(tiles, together) * each
+
+
+def _worth_dividing(splits: int, tiles: int, units: int, sm_count: int) -> bool:
+    """Whether to divide K, of ``units`` of 128 columns, of ``tiles`` tiles of 128 rows of x or more."""
     # Clusters of 4 with a multiprocessor for each CTA do not fill a GPU: its parts hold odd numbers of them.
-    return each >= 4 and ctas <= (sm_count if form.splits <= 2 else sm_count * 3 // 4)
+    return units // splits >= 4 and tiles * splits <= (sm_count if splits <= 2 else sm_count * 3 // 4)
 
 
 def kv_append_supports(head_dim: int) -> bool:

@@ -57,10 +57,10 @@ __device__ __forceinline__ void fill_table(GroupedTable& table, const int* first
   __syncthreads();
 }
 
-template <int kTokenTiles, int kWarps>
+template <int kTokenTiles>
 __device__ __forceinline__ Corner corner_of(const GroupedSchedule& s, int tile) {
   const GroupedSchedule::Place place = s.place<kTokenTiles>(tile);
-  return {place.expert * s.row_tiles + place.row_block * kWarps, place.token};
+  return {place.expert * s.row_tiles + place.row_block * kGemmWarps, place.token};
 }
 
 }  // namespace hf_fastpath::moe

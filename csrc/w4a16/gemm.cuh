@@ -1,6 +1,6 @@
 // What the kernels of w4a16_gemm share: their parameters, and how a tile leaves the accumulators.
 //
-// A CTA's tile is 128 or 256 outputs, one row tile of 16 for each of its warps, by 8 * kTokenTiles rows of x
+// A CTA's tile is 128 outputs, one row tile of 16 for each of its warps, by 8 * kTokenTiles rows of x
 // ("tokens"). Accumulators are the C fragments of mma.m16n8k16: with lane l = 4 * g + t, element i of token tile c is
 // output g + 8 * (i / 2) of the warp's row tile and token 8 * c + 2 * t + i % 2.
 #pragma once
@@ -14,53 +14,30 @@ namespace hf_fastpath {
 
 // What there is to choose from, by hf_fastpath/ops/w4a16_gemm.py's `variant`, which has the same table in words.
 struct GemmVariant {
-  int warps;  // those that compute: a row tile of 16 outputs each
   int token_tiles;
   int stages;       // of the ring in shared memory
   int ctas_per_sm;  // that fit at the same time
   int splits;       // w4a16_gemm_sm90.cu: CTAs of a cluster, which divide K; 0 for "stream-K"
 };
 constexpr GemmVariant kGemmVariants[] = {
-    {8, 4, 4, 2, 0},   // 0: mma.sync, 128 outputs x 32 tokens
-    {8, 8, 3, 2, 0},   // 1: 128 x 64
-    {8, 4, 6, 2, 1},   // 2: wgmma, 128 x 32
-    {8, 4, 6, 2, 2},   // 3
-    {8, 4, 6, 2, 3},   // 4
-    {8, 4, 6, 2, 4},   // 5
-    {8, 4, 6, 2, 5},   // 6
-    {8, 4, 6, 2, 6},   // 7
-    {8, 4, 6, 2, 7},   // 8
-    {8, 4, 6, 2, 8},   // 9
-    {8, 8, 4, 2, 1},   // 10: 128 x 64
-    {8, 8, 4, 2, 2},   // 11
-    {8, 8, 4, 2, 3},   // 12
-    {8, 8, 4, 2, 4},   // 13
-    {8, 8, 4, 2, 5},   // 14
-    {8, 8, 4, 2, 6},   // 15
-    {8, 8, 4, 2, 7},   // 16
-    {8, 8, 4, 2, 8},   // 17
-    {8, 16, 8, 1, 1},  // 18: 128 x 128
-    {8, 16, 8, 1, 2},  // 19
-    {8, 16, 8, 1, 4},  // 20
-    {8, 32, 4, 1, 1},  // 21: 128 x 256
-    {8, 32, 4, 1, 2},  // 22
-    {8, 32, 4, 1, 4},  // 23
-    {16, 4, 8, 1, 1},  // 24: 256 x 32
-    {16, 4, 8, 1, 2},  // 25
-    {16, 4, 8, 1, 3},  // 26
-    {16, 4, 8, 1, 4},  // 27
-    {16, 4, 8, 1, 5},  // 28
-    {16, 4, 8, 1, 6},  // 29
-    {16, 4, 8, 1, 7},  // 30
-    {16, 4, 8, 1, 8},  // 31
-    {16, 8, 6, 1, 1},  // 32: 256 x 64
-    {16, 8, 6, 1, 2},  // 33
-    {16, 8, 6, 1, 3},  // 34
-    {16, 8, 6, 1, 4},  // 35
-    {16, 8, 6, 1, 5},  // 36
-    {16, 8, 6, 1, 6},  // 37
-    {16, 8, 6, 1, 7},  // 38
-    {16, 8, 6, 1, 8},  // 39
+    {4, 4, 2, 0},   // 0: mma.sync, 128 outputs x 32 tokens
+    {8, 3, 2, 0},   // 1: 128 x 64
+    {4, 6, 2, 1},   // 2: wgmma, 128 x 32
+    {4, 6, 2, 2},   // 3
+    {4, 6, 2, 4},   // 4
+    {4, 6, 2, 6},   // 5
+    {4, 6, 2, 7},   // 6
+    {8, 4, 2, 1},   // 7: 128 x 64
+    {8, 4, 2, 2},   // 8
+    {8, 4, 2, 4},   // 9
+    {8, 4, 2, 6},   // 10
+    {8, 4, 2, 7},   // 11
+    {16, 8, 1, 1},  // 12: 128 x 128
+    {16, 8, 1, 2},  // 13
+    {16, 8, 1, 4},  // 14
+    {32, 4, 1, 1},  // 15: 128 x 256
+    {32, 4, 1, 2},  // 16
+    {32, 4, 1, 4},  // 17
 };
 
 constexpr int kFirstSm90Variant = 2;
@@ -101,11 +78,11 @@ GemmParams<T> gemm_params(const W4A16GemmArgs& a) {
           aligned};
 }
 
-constexpr int kGemmWarps = 8;  // those that compute, where nothing else is said
+constexpr int kGemmWarps = 8;  // those that compute: a row tile of 16 outputs each
 constexpr int kGemmThreads = 32 * kGemmWarps;
 
 inline Tiles gemm_tiles(const GemmVariant& v, int m, int n, int k) {
-  const int tokens = 8 * v.token_tiles, outputs = 16 * v.warps;
+  const int tokens = 8 * v.token_tiles, outputs = 16 * kGemmWarps;
   return {(n + outputs - 1) / outputs, (m + tokens - 1) / tokens, (k + kUnitCols - 1) / kUnitCols};
 }
 

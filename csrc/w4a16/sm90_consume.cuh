@@ -85,13 +85,13 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[kTokenTiles][4], uint
 }
 
 // For a CTA that has at least one tile. store_tile(acc, tile) is called for each, and may change nothing in the ring.
-template <typename T, int kGroup, int kTokenTiles, int kStages, int kWarps, typename Schedule, typename StoreTile>
-__device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<kGroup, kTokenTiles, kWarps>* stages,
+template <typename T, int kGroup, int kTokenTiles, int kStages, typename Schedule, typename StoreTile>
+__device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<kGroup, kTokenTiles>* stages,
                                         uint64_t* full, uint64_t* empty, bool has_zeros, const Schedule& s, int cta,
                                         int warp, int lane, StoreTile store_tile) {
   constexpr int kTiles = kColTiles<kTokenTiles>;
   uint32_t a[2][kSteps][4];  // one is filled while wgmma reads the other
-  PackedWeights<T, Sm90Stage<kGroup, kTokenTiles, kWarps>, kGroup> weights;
+  PackedWeights<T, Sm90Stage<kGroup, kTokenTiles>, kGroup> weights;
   StageCursor now(s, cta, 2 / kTiles);
   int stage = 0, phase = 0;
   const auto release = [&](int done) {

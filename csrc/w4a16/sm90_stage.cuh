@@ -21,10 +21,10 @@ constexpr int kColTileBytes = 128;  // of a row of x
 
 // A ninth warp is the third of its scheduler, whose registers are shared equally at the start: 168 for each thread.
 // Where accumulators need more, the producer has three idle companions, and the four give away what they do not need.
-template <int kCtasPerSm, int kWarps>
-constexpr bool kMovesRegisters = kCtasPerSm == 1 && kWarps == 8;
-template <int kCtasPerSm, int kWarps>
-constexpr int kSm90Threads = 32 * kWarps + (kMovesRegisters<kCtasPerSm, kWarps> ? 128 : 32);
+template <int kCtasPerSm>
+constexpr bool kMovesRegisters = kCtasPerSm == 1;
+template <int kCtasPerSm>
+constexpr int kSm90Threads = kGemmThreads + (kMovesRegisters<kCtasPerSm> ? 128 : 32);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
 template <typename T>
@@ -46,21 +46,21 @@ struct Sm90Params : Sm90Operands<T> {
 struct Corner {
   int row_tile, token;
 };
-template <int kTokenTiles, int kWarps>
+template <int kTokenTiles>
 __device__ __forceinline__ Corner corner_of(const ClusterSchedule& s, int tile) {
   const Place place = s.place(tile);
-  return {place.row_block * kWarps, place.token_block * 8 * kTokenTiles};
+  return {place.row_block * kGemmWarps, place.token_block * 8 * kTokenTiles};
 }
 
 // Everything as it is in global memory: all of it arrives by the engine that copies boxes of matrices.
-template <int kGroup, int kTokenTiles, int kWarps>
+template <int kGroup, int kTokenTiles>
 struct __align__(1024) Sm90Stage {
   static constexpr int kTiles = kColTiles<kTokenTiles>, kCols = 64 * kTiles;
   static constexpr int kGroups = kGroup < kCols ? kCols / kGroup : 1;
   unsigned char x[kTiles][8 * kTokenTiles][kColTileBytes];  // B operands of wgmma_descriptor()
-  uint4 weights[kWarps][kTiles][32];
-  uint16_t scales[kWarps][kGroups][16];
-  uint8_t zeros[kWarps][kGroups][16];
+  uint4 weights[kGemmWarps][kTiles][32];
+  uint16_t scales[kGemmWarps][kGroups][16];
+  uint8_t zeros[kGemmWarps][kGroups][16];
 };
 
 // Arrivals that fill a stage: one that tells how much of the weights to wait for, one for x.
@@ -102,10 +102,10 @@ __device__ __forceinline__ void prefetch_maps(const Sm90Operands<T>& params) {
 }
 
 // One thread's work. Beyond the last row or column of tiles the engine writes zeros.
-template <typename T, int kGroup, int kTokenTiles, int kWarps>
-__device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles, kWarps>& stage, uint64_t* full,
+template <typename T, int kGroup, int kTokenTiles>
+__device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
                                              const Sm90Operands<T>& params, int first_tile, int step) {
-  using Stage = Sm90Stage<kGroup, kTokenTiles, kWarps>;
+  using Stage = Sm90Stage<kGroup, kTokenTiles>;
   const bool has_zeros = params.gemm.zeros != nullptr;
   const int group = step * Stage::kCols / kGroup;
   mbarrier_arrive_expecting(full, static_cast<int>(sizeof stage.weights + sizeof stage.scales) +
@@ -129,10 +129,10 @@ __device__ __forceinline__ void store_x(unsigned char (&x)[8 * kTokenTiles][kCol
   fence_proxy_async();
 }
 
-template <typename T, int kGroup, int kTokenTiles, int kWarps>
-__device__ __forceinline__ void load_x(Sm90Stage<kGroup, kTokenTiles, kWarps>& stage, uint64_t* full,
+template <typename T, int kGroup, int kTokenTiles>
+__device__ __forceinline__ void load_x(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
                                        const Sm90Operands<T>& params, int first_token, int step, int lane) {
-  using Stage = Sm90Stage<kGroup, kTokenTiles, kWarps>;
+  using Stage = Sm90Stage<kGroup, kTokenTiles>;
   const int column = step * Stage::kCols;
   if (params.x_mapped) {
     if (lane) return;
@@ -150,22 +150,21 @@ __device__ __forceinline__ void load_x(Sm90Stage<kGroup, kTokenTiles, kWarps>& s
 }
 
 // One warp's work. The weights of the first stages are asked for while the kernel before this one may still run.
-template <typename T, int kGroup, int kTokenTiles, int kStages, int kWarps, typename Schedule>
-__device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles, kWarps>* stages, uint64_t* full, uint64_t* empty,
+template <typename T, int kGroup, int kTokenTiles, int kStages, typename Schedule>
+__device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles>* stages, uint64_t* full, uint64_t* empty,
                                         const Sm90Operands<T>& params, const Schedule& s, int cta, int lane) {
   StageCursor now(s, cta, 2 / kColTiles<kTokenTiles>);
   if (lane == 0) {
     StageCursor ahead = now;
     for (int stage = 0; stage < kStages && !ahead.done(s); ++stage) {
-      load_weights<T>(stages[stage], full + stage, params, corner_of<kTokenTiles, kWarps>(s, ahead.tile).row_tile,
-                      ahead.step);
+      load_weights<T>(stages[stage], full + stage, params, corner_of<kTokenTiles>(s, ahead.tile).row_tile, ahead.step);
       ahead.advance(s);
     }
   }
   wait_for_previous_kernel();
   let_next_kernel_begin();
   Corner corner = {};
-  if (!now.done(s)) corner = corner_of<kTokenTiles, kWarps>(s, now.tile);
+  if (!now.done(s)) corner = corner_of<kTokenTiles>(s, now.tile);
   int stage = 0, phase = 0;
   bool first_round = true;
   while (!now.done(s)) {
@@ -175,7 +174,7 @@ __device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles, kWarps>* 
     }
     load_x<T>(stages[stage], full + stage, params, corner.token, now.step, lane);
     if (++stage == kStages) stage = 0, phase ^= 1, first_round = false;
-    if (now.advance(s) && !now.done(s)) corner = corner_of<kTokenTiles, kWarps>(s, now.tile);
+    if (now.advance(s) && !now.done(s)) corner = corner_of<kTokenTiles>(s, now.tile);
   }
   __syncwarp();
 }

@@ -13,10 +13,10 @@ struct __align__(1024) OutputBuffer {
   unsigned char rows[kGemmWarps / 4][8 * kTokenTiles][128];  // 64 outputs of each token, swizzled
 };
 
-template <int kWarps, typename T, int kTokenTiles>
+template <typename T, int kTokenTiles>
 __device__ __forceinline__ void store_fragments(const float (&acc)[kTokenTiles][4], const GemmParams<T>& p,
                                                 const Place& place, int thread) {
-  const FragmentStore<T> target(p, place.row_block * kWarps + thread / 32, thread % 32);
+  const FragmentStore<T> target(p, place.row_block * kGemmWarps + thread / 32, thread % 32);
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
     const int first_token = (place.token_block * kTokenTiles + c) * 8;
@@ -70,12 +70,12 @@ __device__ __forceinline__ void wait_for_readers() {
 
 // Adds the parts of the token tiles that are this CTA's, of up to kRanks CTAs, and stores them. The loads of several
 // tiles are under way together: one takes most of a microsecond.
-template <int kRanks, int kWarps, typename T, int kTokenTiles>
+template <int kRanks, typename T, int kTokenTiles>
 __device__ __forceinline__ void add_parts(const float4* parts, const Sm90Params<T>& params, int cta, int thread) {
   constexpr int kTogether = kMaxSplits / kRanks < kTokenTiles ? kMaxSplits / kRanks : kTokenTiles;
   const ClusterSchedule& s = params.schedule;
   const Place place = s.place(cta / s.splits);
-  const FragmentStore<T> target(params.gemm, place.row_block * kWarps + thread / 32, thread % 32);
+  const FragmentStore<T> target(params.gemm, place.row_block * kGemmWarps + thread / 32, thread % 32);
   const int tiles = min(kTokenTiles, (params.gemm.m - place.token_block * kTokenTiles * 8 + 7) / 8);
   for (int first = cta % s.splits; first < tiles; first += kTogether * s.splits) {
     float4 part[kTogether][kRanks];
@@ -85,7 +85,7 @@ __device__ __forceinline__ void add_parts(const float4* parts, const Sm90Params<
       for (int rank = 0; rank < kRanks; ++rank) {
         const int c = first + i * s.splits;
         if (rank >= s.splits || c >= tiles) continue;
-        part[i][rank] = load_from_cluster(parts + c * 32 * kWarps + thread, rank);
+        part[i][rank] = load_from_cluster(parts + c * kGemmThreads + thread, rank);
       }
     }
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ __forceinline__ void add_parts(const float4* parts, const Sm90Params<
 
 // Adds the parts that the CTAs of a cluster have of a tile, in the order of K, and stores it; each CTA adds some of the
 // token tiles. `parts` is the ring's memory, and the warps that read the ring end the first phase of `drained`.
-template <int kWarps, typename T, int kTokenTiles>
+template <typename T, int kTokenTiles>
 __device__ __forceinline__ void store_sum_of_cluster(const float (&acc)[kTokenTiles][4], float4* parts,
                                                      uint64_t* drained, const Sm90Params<T>& params, int cta,
                                                      int thread) {
@@ -115,15 +115,15 @@ __device__ __forceinline__ void store_sum_of_cluster(const float (&acc)[kTokenTi
   mbarrier_wait(drained, 0);
 #pragma unroll
   for (int c = 0; c < kTokenTiles; ++c) {
-    parts[c * 32 * kWarps + thread] = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
+    parts[c * kGemmThreads + thread] = make_float4(acc[c][0], acc[c][1], acc[c][2], acc[c][3]);
   }
   wait_for_parts();
   if (params.schedule.splits <= 2) {
-    add_parts<2, kWarps, T, kTokenTiles>(parts, params, cta, thread);
+    add_parts<2, T, kTokenTiles>(parts, params, cta, thread);
   } else if (params.schedule.splits <= 4) {
-    add_parts<4, kWarps, T, kTokenTiles>(parts, params, cta, thread);
+    add_parts<4, T, kTokenTiles>(parts, params, cta, thread);
   } else {
-    add_parts<kMaxSplits, kWarps, T, kTokenTiles>(parts, params, cta, thread);
+    add_parts<kMaxSplits, T, kTokenTiles>(parts, params, cta, thread);
   }
   wait_for_readers();
 }

@@ -20,7 +20,7 @@ class GemmVariant:
     """One form of the CUDA kernels; csrc/w4a16/gemm.cuh has the same table.
 
     instruction: "mma" (mma.sync, compute capability 8.0 and newer) or "wgmma" (9.0 only).
-    tokens, outputs: rows of x, and output features, of the tile that one CTA, or one cluster, computes.
+    tokens: rows of x of the tile that one CTA, or one cluster, computes; it has 128 output features.
     splits: of "wgmma", how many CTAs of a cluster divide K among them and add their parts. "mma" divides all work in
         equal shares instead ("stream-K"), and a second kernel adds the parts.
     """
@@ -28,7 +28,6 @@ class GemmVariant:
     instruction: str
     tokens: int
     splits: int = 0
-    outputs: int = 128
 
     @property
     def exact_weights(self) -> bool:
@@ -41,15 +40,14 @@ class GemmVariant:
     @property
     def name(self) -> str:
         """For tables: "wgmma_128x64_splits4"."""
-        return f"{self.instruction}_{self.outputs}x{self.tokens}" + (f"_splits{self.splits}" if self.splits else "")
+        return f"{self.instruction}_128x{self.tokens}" + (f"_splits{self.splits}" if self.splits else "")
 
 
 VARIANTS = (
     GemmVariant("mma", 32),
     GemmVariant("mma", 64),
-    *(GemmVariant("wgmma", tokens, splits) for tokens in (32, 64) for splits in range(1, 9)),
+    *(GemmVariant("wgmma", tokens, splits) for tokens in (32, 64) for splits in (1, 2, 4, 6, 7)),
     *(GemmVariant("wgmma", tokens, splits) for tokens in (128, 256) for splits in (1, 2, 4)),
-    *(GemmVariant("wgmma", tokens, splits, 256) for tokens in (32, 64) for splits in range(1, 9)),
 )
 
 
