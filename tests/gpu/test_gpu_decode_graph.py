@@ -108,6 +108,17 @@ def test_weights_as_they_are_in_steps(family: str, kv_cache: str, padding: tuple
         check_alike(model, **on_gpu(long_batch(padding)), **how)
 
 
+def test_random_numbers_where_the_gpu_is_busy_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(self: Any, *args: Any, **options: Any) -> None:
+        torch.cuda._sleep(100_000_000)  # what PyTorch sets on the capture's stream is late by some 50 ms
+        begin(self, *args, **options)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+    check_alike(new_patched("int8"), **on_gpu(long_batch((0, 7))), **SAMPLE)
+
+
 @pytest.mark.parametrize("batch", [1, 16, 40])
 @pytest.mark.parametrize("weights", ["w4a16", "w16a16"])
 def test_steps_that_overlap_give_the_same_numbers(batch: int, weights: str) -> None:
