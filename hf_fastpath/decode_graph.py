@@ -100,6 +100,10 @@ class CudaCapture:
         finally:
             if collects:
                 gc.enable()
+            # All graphs read from one place where their random numbers start. PyTorch (2.11, not 2.13) puts 0 there on
+            # the capture's stream as a capture begins, and on the replay's what is right as a replay does, and orders
+            # neither behind the other. A capture that failed has done so, too.
+            _capture_stream(self.device).synchronize()
         return graph
 
 

@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, long_batch, make_llama
 
 from hf_fastpath import patch_model, unpatch_model
 from hf_fastpath.caches.conv_state import ConvStateLayer
-from hf_fastpath.decode_graph import Slot
+from hf_fastpath.decode_graph import CudaCapture, Slot, _capture_stream
 
 pytestmark = pytest.mark.gpu
 
@@ -228,6 +228,47 @@ def test_a_capture_that_finds_no_memory(how: dict[str, Any], monkeypatch: pytest
         with pytest.warns(UserWarning, match="without a CUDA graph"):
             assert torch.equal(model.generate(**inputs, **how), want)
     check_alike(model, **inputs, **how)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_that_starts_late_spoils_no_random_numbers(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What capturing puts on a stream of its own may run as late as while the next replay does, as on a GPU that
+    several processes share. That is no matter of the replay."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    noise, capture = torch.empty(1000, device=device), CudaCapture(device)
+
+    def draw() -> None:
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        noise.exponential_(1)
+
+    torch.manual_seed(1)
+    graph = capture(draw)
+    torch.rand(8, device=device)  # so that the numbers to come are not the first ones
+    before = torch.cuda.get_rng_state()
+    draw()
+    want, after = noise.clone(), torch.cuda.get_rng_state()
+    synchronize = torch.cuda.synchronize
+
+    def synchronize_and_delay(which: torch.device) -> None:
+        synchronize(which)
+        with torch.cuda.stream(_capture_stream(which)):
+            torch.cuda._sleep(40_000_000)
+
+    def fail() -> None:
+        draw()
+        raise KeyError("says the test")
+
+    torch.cuda.set_rng_state(before)
+    noise.zero_()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize_and_delay)
+    if fails:
+        with pytest.raises(KeyError):
+            capture(fail)
+    else:
+        graph = capture(draw)
+    graph.replay()
+    assert torch.equal(noise, want)
+    assert torch.equal(torch.cuda.get_rng_state(), after)
 
 
 def test_the_first_call_is_ready_soon() -> None:
