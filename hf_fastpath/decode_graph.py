@@ -100,9 +100,10 @@ class CudaCapture:
         finally:
             if collects:
                 gc.enable()
-        # PyTorch sets where random numbers begin on the capture's stream, and again, on its own, for each replay: on a
-        # busy GPU the first could come last.
-        torch.cuda.current_stream(self.device).wait_stream(_capture_stream(self.device))
+            # All graphs read from one place where their random numbers start. PyTorch (2.11, not 2.13) puts 0 there on
+            # the capture's stream as a capture begins, and on the replay's what is right as a replay does, and orders
+            # neither behind the other. A capture that failed has done so, too.
+            _capture_stream(self.device).synchronize()
         return graph
 
 
