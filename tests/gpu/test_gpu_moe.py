@@ -183,6 +183,7 @@ def test_a_captured_graph_goes_where_its_inputs_say(rows: int) -> None:
 
         x = mixture.x.clone()
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             layer(x)
         torch.cuda.synchronize()

@@ -73,6 +73,7 @@ def test_a_captured_graph_goes_where_its_inputs_say(rows: int) -> None:
         return moe_experts_16bit(once, experts, mixture.shares, mixture.gate_up, mixture.down, x)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # else `experts` is read before it is written
     with torch.cuda.stream(side):
         twice(x, experts)
     torch.cuda.synchronize()
