@@ -207,6 +207,15 @@ def test_kernels_read_what_kernels_store_by_ordinary_loads() -> None:
     assert "ld.global.nc" in (ROOT / "csrc/common/ptx.cuh").read_text().split("load_once16")[1].split("}")[0]
 
 
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("tests/gpu/*.py"), *ROOT.glob("eval/*.py")]), ids=lambda p: p.name)
+def test_other_streams_wait_for_what_they_read(path: Path) -> None:
+    """A stream that does not wait reads inputs that are not there yet: of a list of experts, any number."""
+    for function in ast.parse(path.read_text()).body:
+        source = ast.unparse(function)
+        before, entered, _ = source.partition("with torch.cuda.stream(")
+        assert not entered or re.search(r"\.wait_stream\(|cuda\.synchronize\(", before), source.splitlines()[0]
+
+
 def test_a_wheel_has_every_source_and_every_data_file() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     carried = {

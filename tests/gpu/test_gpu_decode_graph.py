@@ -197,7 +197,9 @@ def test_threads_one_after_the_other_and_at_once() -> None:
     got: list[Any] = [None] * 4
 
     def work(i: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             got[i] = model.generate(**inputs[i], **GREEDY)
             torch.cuda.current_stream().synchronize()
 

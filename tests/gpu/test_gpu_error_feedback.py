@@ -80,6 +80,7 @@ def test_other_threads_may_use_the_gpu_meanwhile() -> None:
 
     def allocate() -> None:
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             size = 1
             while not done.is_set():

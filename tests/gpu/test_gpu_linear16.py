@@ -204,7 +204,7 @@ def test_bad_arguments_are_refused_in_words() -> None:
             linear_16bit(*args)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="each a multiple of 16, got 40 in all"):
         linear_16bit_swiglu(x, w, None, None, EPS)
-    with pytest.raises(RuntimeError, match="positive multiple of 8 columns, got 12"):
+    with pytest.raises(RuntimeError, match="a positive multiple of 8, got 12"):
         rms_norm(x[:, :12], norm[:12], EPS)
 
 
