@@ -87,7 +87,7 @@ struct W4A16GemmArgs {
   float* workspace;  // w4a16_gemm_workspace_floats() floats, 16-byte aligned, or nullptr when that is 0
   int m, n, k;
   int group_size;
-  int variant;  // 0 .. kW4A16GemmVariants - 1, see hf_fastpath/ops/w4a16_gemm.py
+  int variant;           // 0 .. kW4A16GemmVariants - 1, see hf_fastpath/ops/w4a16_gemm.py
   const void* residual;  // (m, n), added to the product; nullptr: none
 };
 constexpr int kW4A16GemmVariants = 18;
