@@ -37,31 +37,35 @@ def draw(rows: list[Row], path: Path) -> list[str]:
 
 
 def _lines(rows: list[Row], column: str, label: str, fixed: str, path: Path) -> None:
-    """Tokens a second over a column, one line a variant and way to choose tokens."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    models = sorted({row["model"] for row in rows})
-    for key in dict.fromkeys((row["model"], row["variant"], row["choice"]) for row in rows):
-        model, variant, choice = key
-        chosen = [row for row in rows if (row["model"], row["variant"], row["choice"]) == key]
+    """Tokens a second over a column, a panel a model, one line a variant and way to choose tokens."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models), squeeze=False, sharey=True, figsize=(5.6 * len(models), 4.4))
+    for axis, model in zip(axes[0], models, strict=True):
+        _panel(axis, [row for row in rows if row["model"] == model], column)
+        axis.set(xlabel=label, title=model)
+    axes[0][0].set(ylabel="tokens/s")
+    first = rows[0]
+    figure.suptitle(f"{first['dtype']}, {fixed}, {first['device']}, torch {first['torch']}", fontsize="small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panel(axis: Any, rows: list[Row], column: str) -> None:
+    for variant, choice in dict.fromkeys((row["variant"], row["choice"]) for row in rows):
+        chosen = [row for row in rows if (row["variant"], row["choice"]) == (variant, choice)]
         line = sorted((int(row[column]), float(row["tok_s"])) for row in chosen)
         name = variant if choice == "greedy" else f"{variant}, {choice}"
-        name = name if len(models) == 1 else f"{model}, {name}"
         style: dict[str, Any] = (
             {"color": "black", "linestyle": "--"} if variant == "stock" and choice == "greedy" else {}
         )
         axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name, **style)
     ticks = sorted({int(row[column]) for row in rows})
-    axis.set(xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
+    axis.set(xscale="log", yscale="log")
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize="small")
-    first = rows[0]
-    title = f"{', '.join(models)}, {first['dtype']}, {fixed}\n{first['device']}, torch {first['torch']}"
-    axis.set_title(title, fontsize="small")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axis.legend(fontsize="x-small", loc="lower right")
