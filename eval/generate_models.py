@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_fastpath.config import WeightFormat
 from hf_fastpath.eval.loading import load, pick_dtype
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -64,12 +63,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 STOCK, COMPILED, LOSSLESS, DEFAULT = "stock", "compiled", "lossless", "w4a16+int8"
-# The lossless mode whose decode step is captured, where this version has it.
-_SAME_WEIGHTS = next((kind.value for kind in WeightFormat if kind.value == "w16a16"), None)
 VARIANTS: dict[str, dict[str, Any] | None] = {  # what patch_model gets; None: nothing is patched
     STOCK: None,
     COMPILED: None,
-    LOSSLESS: {"weights": _SAME_WEIGHTS, "kv_cache": "static"},
+    LOSSLESS: {"weights": "w16a16", "kv_cache": "static"},
     "w4a16+static": {"kv_cache": "static"},
     DEFAULT: {},
     "w4a16+fp8": {"kv_cache": "fp8"},
