@@ -22,11 +22,17 @@ def summary(rows: list[Row]) -> Table:
     left out."""
     first = rows[0]
     title = f"generate() of {first['model']}, {first['dtype']}, on {first['device']}"
-    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     lines = [_cells(row, rows) for row in rows]
     shown = [name for name in lines[0] if any(line[name] for line in lines)]
     for name in shown:
-        out.add_column(name, justify="left" if name in ("variant", "sampling") else "right")
+        if name in (
+            "variant",
+            "sampling",
+        ):  # other columns' names may break; in these a row could not be told by its rest
+            out.add_column(name, min_width=max(len(line[name]) for line in lines))
+        else:
+            out.add_column(name, justify="right")
     for line in lines:
         out.add_row(*(line[name] for name in shown))
     return out
