@@ -13,7 +13,6 @@ bytes, us_p20, us_p50, us_p80, gb_s, limit_us, copy_gb_s, gpu, torch, commit   a
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hf_fastpath.build import load_library
-from hf_fastpath.eval.bench_ops import COLUMNS, Call, Row, bf16, commit_of, copy_rate, result
+from hf_fastpath.eval.bench_ops import COLUMNS, Call, Row, bf16, result, write_rows
 from hf_fastpath.eval.sizes import parse_rows
 from hf_fastpath.ops import linear_16bit, linear_16bit_swiglu, rms_norm
 from hf_fastpath.ops._rms_norm import rms_norm as torchs_rms_norm
@@ -82,29 +80,21 @@ def main() -> None:
     parser.add_argument("--rows", type=parse_rows, default=ROWS, help="rows of x: 1,16 (default: 1,4,8,16)")
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
-    loaded = load_library()
-    if not loaded.loaded:
-        raise SystemExit(f"bench_linear16: {loaded.reason}")
-    torch.manual_seed(0)
-    rate = copy_rate()
-    machine = {
-        "copy_gb_s": round(rate),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": arguments.commit or commit_of(Path(__file__).parent),
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file, torch.inference_mode():
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for op in [arguments.only] if arguments.only else PARTS:
-            for row in rows_of(op, arguments.rows):
-                row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
-                row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
-                writer.writerow(row | machine)
-                size = f"m={row['m']} k={row['k']} n={row['n']}"
-                share = row["gb_s"] / rate
-                print(f"{op:7} {row['impl']:12} {size:28} {row['us_p50']:9.2f} us, {share:4.0%}", flush=True)
+    ops = [arguments.only] if arguments.only else PARTS
+
+    def line(row: Row, rate: float) -> str:
+        size = f"m={row['m']} k={row['k']} n={row['n']}"
+        share = row["gb_s"] / rate
+        return f"{row['op']:7} {row['impl']:12} {size:28} {row['us_p50']:9.2f} us, {share:4.0%}"
+
+    with torch.inference_mode():
+        write_rows(
+            "bench_linear16",
+            arguments,
+            COLUMNS,
+            lambda: (row for op in ops for row in rows_of(op, arguments.rows)),
+            line,
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ bytes    what one call must move: the chosen experts' weights once, x and y
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -28,8 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_fastpath.build import load_library
-from hf_fastpath.eval.bench_ops import ROTATE_BYTES, commit_of, copy_rate, measure, percentiles, time_each
+from hf_fastpath.eval.bench_ops import ROTATE_BYTES, measure, percentiles, time_each, write_rows
 from hf_fastpath.eval.sizes import parse_rows
 from hf_fastpath.heuristics import moe_experts_runs_on, moe_experts_variant
 from hf_fastpath.ops import moe_experts, moe_norm_router, moe_router, w4a16_dequantize
@@ -176,28 +174,15 @@ def main() -> None:
     parser.add_argument("--impls", default="", help="parts of implementations' names: grouped,wgmma (default: all)")
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
-    loaded = load_library()
-    if not loaded.loaded:
-        raise SystemExit(f"bench_moe: {loaded.reason}")
-    torch.manual_seed(0)
-    rate = copy_rate()
-    machine = {
-        "copy_gb_s": round(rate),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": arguments.commit or commit_of(Path(__file__).parent),
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for rows in arguments.rows:
-            for row in rows_of(rows, tuple(part for part in arguments.impls.split(",") if part)):
-                row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
-                row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
-                writer.writerow(row | machine)
-                name = f"{row['part']:8}{row['impl']:28}rows={rows:<6}chosen={row['chosen']:<4}"
-                print(f"{name}{row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
+    impls = tuple(part for part in arguments.impls.split(",") if part)
+
+    def line(row: Row, rate: float) -> str:
+        name = f"{row['part']:8}{row['impl']:28}rows={row['rows']:<6}chosen={row['chosen']:<4}"
+        return f"{name}{row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}"
+
+    write_rows(
+        "bench_moe", arguments, COLUMNS, lambda: (row for rows in arguments.rows for row in rows_of(rows, impls)), line
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ is hf_fastpath, our op, or grouped_mm, what prompts run: torch's products over s
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from hf_fastpath.build import load_library
 from hf_fastpath.eval.bench_moe import COLUMNS, EXPERTS, HIDDEN, INNER, TOP_K, Row, expert_bytes
-from hf_fastpath.eval.bench_ops import ROTATE_BYTES, bf16, commit_of, copy_rate, measure, percentiles
+from hf_fastpath.eval.bench_ops import ROTATE_BYTES, bf16, measure, percentiles, write_rows
 from hf_fastpath.eval.sizes import parse_rows
 from hf_fastpath.modules.experts16 import grouped_experts
 from hf_fastpath.ops import moe_experts_16bit
@@ -45,30 +43,18 @@ def main() -> None:
     parser.add_argument("--rows", type=parse_rows, default=ROWS, help="rows of x: 1,16,512")
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
-    loaded = load_library()
-    if not loaded.loaded:
-        raise SystemExit(f"bench_moe16: {loaded.reason}")
-    torch.manual_seed(0)
-    rate = copy_rate()
-    machine = {
-        "copy_gb_s": round(rate),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": arguments.commit or commit_of(Path(__file__).parent),
-    }
-    count = math.ceil(ROTATE_BYTES / (TOP_K * expert_bytes(16)))
-    layers = [(bf16(EXPERTS, 2 * INNER, HIDDEN) / 45, bf16(EXPERTS, HIDDEN, INNER) / 42) for _ in range(count)]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for rows in arguments.rows:
-            for row in rows_of(rows, layers):
-                row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
-                row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
-                writer.writerow(row | machine)
-                name = f"{row['impl']:12}rows={rows:<6}chosen={row['chosen']:<4}"
-                print(f"{name}{row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}  {row['gb_s']} GB/s", flush=True)
+
+    def rows() -> Iterator[Row]:
+        count = math.ceil(ROTATE_BYTES / (TOP_K * expert_bytes(16)))
+        layers = [(bf16(EXPERTS, 2 * INNER, HIDDEN) / 45, bf16(EXPERTS, HIDDEN, INNER) / 42) for _ in range(count)]
+        for number in arguments.rows:
+            yield from rows_of(number, layers)
+
+    def line(row: Row, rate: float) -> str:
+        name = f"{row['impl']:12}rows={row['rows']:<6}chosen={row['chosen']:<4}"
+        return f"{name}{row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}  {row['gb_s']} GB/s"
+
+    write_rows("bench_moe16", arguments, COLUMNS, rows, line)
 
 
 if __name__ == "__main__":

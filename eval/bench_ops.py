@@ -24,7 +24,7 @@ import dataclasses
 import math
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,43 @@ def commit_of(folder: Path) -> str:
     return done.stdout.strip() or "unknown"
 
 
+def write_rows(
+    name: str,
+    arguments: argparse.Namespace,
+    columns: Sequence[str],
+    rows: Callable[[], Iterable[Row]],
+    line: Callable[[Row, float], str],
+) -> None:
+    """Runs a benchmark and writes its CSV row by row, with rates, limit and machine beside what was measured.
+
+    Args:
+        name: the benchmark's, for messages.
+        arguments: ``out``, the file, and ``commit`` or None.
+        rows: measures, once kernels and random numbers are ready; rows have ``bytes`` and ``us_p50``.
+        line: what is printed of a row, given the rate of a large copy in GB/s.
+    """
+    loaded = load_library()
+    if not loaded.loaded:
+        raise SystemExit(f"{name}: {loaded.reason}")
+    torch.manual_seed(0)
+    rate = copy_rate()
+    machine = {
+        "copy_gb_s": round(rate),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": arguments.commit or commit_of(Path(__file__).parent),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows():
+            row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
+            row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
+            writer.writerow(row | machine)
+            print(line(row, rate), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the GPU ops; see the top of the file for the columns.")
     parser.add_argument("--out", type=Path, required=True, help="the CSV file to write")
@@ -273,29 +310,14 @@ def main() -> None:
     parser.add_argument("--impls", default="", help="parts of implementations' names: prefill,cublas (default: all)")
     parser.add_argument("--commit", help="the commit to name in every row (default: asked of git)")
     arguments = parser.parse_args()
-    loaded = load_library()
-    if not loaded.loaded:
-        raise SystemExit(f"bench_ops: {loaded.reason}")
     wanted = Wanted(arguments.rows, arguments.shapes, tuple(part for part in arguments.impls.split(",") if part))
-    torch.manual_seed(0)
-    rate = copy_rate()
-    machine = {
-        "copy_gb_s": round(rate),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": arguments.commit or commit_of(Path(__file__).parent),
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for rows in [PARTS[arguments.only]] if arguments.only else PARTS.values():
-            for row in rows(wanted):
-                row["gb_s"] = round(row["bytes"] / row["us_p50"] / 1000)
-                row["limit_us"] = round(row["bytes"] / rate / 1000, 2)
-                writer.writerow(row | machine)
-                size = " ".join(f"{name}={row[name]}" for name in COLUMNS[2:5] if name in row)
-                print(f"{row['impl']:40} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}", flush=True)
+    parts = [PARTS[arguments.only]] if arguments.only else PARTS.values()
+
+    def line(row: Row, rate: float) -> str:
+        size = " ".join(f"{name}={row[name]}" for name in COLUMNS[2:5] if name in row)
+        return f"{row['impl']:40} {size:40} {row['us_p50']:9.2f} us  limit {row['limit_us']:7.2f}"
+
+    write_rows("bench_ops", arguments, COLUMNS, lambda: (row for part in parts for row in part(wanted)), line)
 
 
 if __name__ == "__main__":
