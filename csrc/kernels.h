@@ -271,6 +271,7 @@ struct AttnDecodeArgs {
   const float* sinks;  // (heads,): a logit each, which takes part in the softmax and has no value; or nullptr
   void* out;           // (batch, heads, dim)
   float* scratch;      // attn_decode_scratch_floats() floats, 16-byte aligned, or nullptr when that is 0
+  uint32_t* tickets;   // (batch, kv_heads), all 0, as the launch leaves them; nullptr when scratch is
   int batch, heads, kv_heads, dim;
   int capacity;                    // tokens, a multiple of 16; of fp8 and int4 of group_tokens, those in front excepted
   int group_tokens, front_tokens;  // fp8: 64 and 0, int4: 32 or 64 and any number; else 0

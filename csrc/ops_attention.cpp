@@ -57,6 +57,16 @@ struct Decode {
     args.lengths = data<int>(lengths);
     args.length_stride = 1;
   }
+  void take_tickets(const std::optional<Tensor>& tickets) {
+    if (!tickets) return;
+    check.dtype(*tickets, ScalarType::Int, "tickets", "int32");
+    check.shape(*tickets, {-1}, "tickets", "(n,)");
+    check(tickets->size(0) >= batch * kv_heads, "tickets must have at least ", batch * kv_heads, " elements, got ",
+          tickets->size(0));
+    check.contiguous(*tickets, "tickets");
+    check.same_device(query, *tickets, "tickets");
+    args.tickets = static_cast<uint32_t*>(tickets->data_ptr());
+  }
   void take_mask(const std::optional<Tensor>& mask) {
     if (!mask) return;
     check.dtype(*mask, ScalarType::Bool, "mask", "bool");
@@ -86,22 +96,28 @@ struct Decode {
     const Launch launch(query);
     Tensor out = launch.empty({batch, heads, dim}, query.scalar_type());
     if (query.numel() == 0) return out;
-    const Tensor scratch = launch.empty({scratch_floats(args)}, ScalarType::Float);
+    const int64_t floats = scratch_floats(args), own = args.tickets || !floats ? 0 : batch * kv_heads;
+    const Tensor scratch = launch.empty({floats + own}, ScalarType::Float);
     args.out = out.data_ptr();
     args.scratch = static_cast<float*>(scratch.data_ptr());
+    if (own) {
+      args.tickets = reinterpret_cast<uint32_t*>(args.scratch + floats);
+      check.launched(cudaMemsetAsync(args.tickets, 0, own * sizeof(uint32_t), launch.stream()));
+    }
     check.launched(launcher(args, dtype, launch.stream()));
     return out;
   }
 };
 
 Tensor attn_decode_static(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& lengths,
-                          const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
-                          const std::optional<Tensor>& sinks) {
+                          const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling,
+                          int64_t window, double softcap, const std::optional<Tensor>& sinks) {
   Decode d("attn_decode_static", query, k);
   constexpr auto kShape = "(B, H_kv, capacity, D) with query's B and D";
   d.args.keys.data = d.full(k, {d.batch, d.kv_heads, d.capacity, d.dim}, "k", kShape);
   d.args.values.data = d.full(v, {d.batch, d.kv_heads, d.capacity, d.dim}, "v", kShape);
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_static_scratch_floats, launch_attn_decode_static);
@@ -121,12 +137,14 @@ const char* k_names[2] = {"k_data", "k_scale"};
 const char* v_names[2] = {"v_data", "v_scale"};
 
 Tensor attn_decode_int8(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& v_data,
-                        const Tensor& v_scale, const Tensor& lengths, const std::optional<Tensor>& mask, double scaling,
-                        int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+                        const Tensor& v_scale, const Tensor& lengths, const std::optional<Tensor>& tickets,
+                        const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
+                        const std::optional<Tensor>& sinks) {
   Decode d("attn_decode_int8", query, k_data);
   take_bytes(d, d.args.keys, k_data, k_scale, ScalarType::Char, "int8", 1, k_names);
   take_bytes(d, d.args.values, v_data, v_scale, ScalarType::Char, "int8", 1, v_names);
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_int8_scratch_floats, launch_attn_decode_int8);
@@ -134,8 +152,8 @@ Tensor attn_decode_int8(const Tensor& query, const Tensor& k_data, const Tensor&
 
 Tensor attn_decode_fp8(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& k_tail,
                        const Tensor& v_data, const Tensor& v_scale, const Tensor& v_tail, const Tensor& lengths,
-                       const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
-                       const std::optional<Tensor>& sinks) {
+                       const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling,
+                       int64_t window, double softcap, const std::optional<Tensor>& sinks) {
   constexpr int64_t kGroup = 64;
   Decode d("attn_decode_fp8", query, k_data);
   d.check(d.capacity % kGroup == 0, "takes capacities that are multiples of 64, got ", d.capacity);
@@ -145,6 +163,7 @@ Tensor attn_decode_fp8(const Tensor& query, const Tensor& k_data, const Tensor& 
   d.args.values.tail = d.full(v_tail, {d.batch, d.kv_heads, kGroup, d.dim}, "v_tail", "(B, H_kv, 64, D)");
   d.args.group_tokens = kGroup;
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_fp8_scratch_floats, launch_attn_decode_fp8);
@@ -152,8 +171,9 @@ Tensor attn_decode_fp8(const Tensor& query, const Tensor& k_data, const Tensor& 
 
 Tensor attn_decode_int4(const Tensor& query, const Tensor& k_data, const Tensor& k_params, const Tensor& k_tail,
                         const Tensor& k_sinks, const Tensor& v_data, const Tensor& v_params, const Tensor& v_tail,
-                        const Tensor& v_sinks, const Tensor& lengths, const std::optional<Tensor>& mask, double scaling,
-                        int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+                        const Tensor& v_sinks, const Tensor& lengths, const std::optional<Tensor>& tickets,
+                        const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
+                        const std::optional<Tensor>& sinks) {
   Decode d("attn_decode_int4", query, k_data);
   d.check(k_tail.dim() == 4 && (k_tail.size(2) == 32 || k_tail.size(2) == 64),
           "k_tail must have shape (B, H_kv, 32 or 64, D), got ", k_tail);
@@ -180,6 +200,7 @@ Tensor attn_decode_int4(const Tensor& query, const Tensor& k_data, const Tensor&
   d.args.group_tokens = static_cast<int>(group);
   d.args.front_tokens = static_cast<int>(front);
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_int4_scratch_floats, launch_attn_decode_int4);
@@ -187,7 +208,7 @@ Tensor attn_decode_int4(const Tensor& query, const Tensor& k_data, const Tensor&
 
 Tensor attn_decode_h2o(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& v_data,
                        const Tensor& v_scale, const Tensor& scores, const Tensor& positions, const Tensor& counts,
-                       const std::optional<Tensor>& mask, double scaling) {
+                       const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling) {
   Decode d("attn_decode_h2o", query, k_data);
   take_bytes(d, d.args.keys, k_data, k_scale, ScalarType::Float8_e4m3fn, "float8_e4m3fn", 1, k_names);
   take_bytes(d, d.args.values, v_data, v_scale, ScalarType::Float8_e4m3fn, "float8_e4m3fn", 1, v_names);
@@ -201,6 +222,7 @@ Tensor attn_decode_h2o(const Tensor& query, const Tensor& k_data, const Tensor& 
   d.check.same_device(query, counts, "counts");
   d.args.lengths = data<int>(counts);
   d.args.length_stride = 2;
+  d.take_tickets(tickets);
   d.take_mask(mask);
   if (query.numel() == 0) return d.run(scaling, attn_decode_h2o_scratch_floats, launch_attn_decode_h2o);
 

@@ -433,6 +433,10 @@ class EmulatedOps:
         """What kernels read early (load_early()) is so much less than what they read in the end."""
         self._library.entry("emulator_set_written_since")(amount)
 
+    def run_ctas_in_order(self, order: int) -> None:
+        """0: as they are numbered, 1: the last one first, other numbers: by chance."""
+        self._library.entry("emulator_set_cluster_order")(order)
+
     def attn_decode_static(
         self,
         query: torch.Tensor,
@@ -475,7 +479,12 @@ class EmulatedOps:
         return self._attn_decode(3, query, storage[:4], storage[4:8], storage[8], mask, scaling, **how)
 
     def attn_decode_h2o(
-        self, query: torch.Tensor, storage: Sequence[torch.Tensor], mask: torch.Tensor | None, scaling: float
+        self,
+        query: torch.Tensor,
+        storage: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        scaling: float,
+        **how: Any,
     ) -> torch.Tensor:
         scores, positions, counts = storage[4:]
         batch, heads = query.shape[:2]
@@ -484,7 +493,7 @@ class EmulatedOps:
         written = {"slot_scores": (slot_scores, OUTPUT), "totals": (totals, OUTPUT)}
         extra = (positions, slot_scores, totals)
         out = self._attn_decode(
-            4, query, storage[:2], storage[2:4], counts, mask, scaling, extra=extra, buffers=written
+            4, query, storage[:2], storage[2:4], counts, mask, scaling, extra=extra, buffers=written, **how
         )
         self._library.call(
             "emulated_h2o_count",
@@ -508,12 +517,15 @@ class EmulatedOps:
         window: int = 0,
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
+        tickets: torch.Tensor | None = None,
         extra: tuple[torch.Tensor | None, ...] = (None, None, None),
         buffers: dict[str, tuple[torch.Tensor, int]] | None = None,
     ) -> torch.Tensor:
         batch, heads, dim = query.shape
         kv_heads, capacity = keys[0].shape[1:3]
         out = torch.empty_like(query)
+        if tickets is None:
+            tickets = torch.zeros(batch * kv_heads, dtype=torch.int32)
         group = keys[2].shape[2] if len(keys) > 2 else 0
         front = keys[3].shape[2] if len(keys) > 3 else 0
         sides = [[*side, *[None] * (4 - len(side))] for side in (keys, values)]
@@ -534,6 +546,7 @@ class EmulatedOps:
                     sinks,
                     out,
                     scratch,
+                    tickets,
                 ),
                 *(batch, heads, kv_heads, dim, capacity, group, front, window, float(scaling), float(softcap)),
                 *(*extra, query.dtype is torch.bfloat16, floats),
@@ -541,6 +554,7 @@ class EmulatedOps:
                 **(buffers or {}),
                 out=(out, OUTPUT),
                 scratch=(scratch, OUTPUT),
+                tickets=(tickets, IN_OUT),
             )
 
         floats = torch.zeros(1, dtype=torch.int64)

@@ -7,9 +7,8 @@
 // long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles
 // in shared memory of its own, which it fills and empties without meeting the other warps.
 //
-// The CTAs' parts go through the scratch, and a second kernel adds them. From compute capability 9.0 on it is there
-// when they are done (programmatic dependent launch); clusters that add their parts themselves were no faster, and much
-// slower in batches: CTAs that wait for each other take room.
+// The CTAs' parts go through the scratch, and the CTA that is the last to be done adds them: a second kernel would cost
+// a launch, clusters were no faster than that, and much slower in batches: CTAs that wait for each other take room.
 //
 // A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it
 // to the L2, scores(), add_values().
@@ -26,12 +25,13 @@ namespace hf_fastpath::attn {
 
 // The CTA's place: which heads of which row.
 struct Place {
-  int kv_head, head_count;
-  int64_t batch, pair, first_head,
-      parts;  // pair: row and KV head; first_head: of the whole batch; parts: the first one
+  int kv_head, group, head_count;
+  // pair: row and KV head; first_head: of the whole batch; parts: the first one
+  int64_t batch, pair, first_head, parts;
 
   __device__ __forceinline__ explicit Place(const Params& p) {
-    const int group = static_cast<int>(blockIdx.y) % p.groups, ratio = p.a.heads / p.a.kv_heads;
+    const int ratio = p.a.heads / p.a.kv_heads;
+    group = static_cast<int>(blockIdx.y) % p.groups;
     kv_head = static_cast<int>(blockIdx.y) / p.groups;
     batch = blockIdx.z;
     pair = batch * p.a.kv_heads + kv_head;
@@ -246,6 +246,19 @@ __device__ __forceinline__ void prefetch(const F& format, const Params& p, const
   }
 }
 
+// Adds the parts of all CTAs of a row and KV head, those of every group of query heads. All threads of a CTA do it.
+template <typename F>
+__device__ __forceinline__ void add_parts_of_pair(const Params& p, const Place& place, const Work& w) {
+  const auto* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
+  const int ratio = p.a.heads / p.a.kv_heads;
+  for (int group = 0; group < p.groups; ++group) {
+    if (group) __syncthreads();  // all have read the statistics of the group before
+    const int head = group * kHeadsPerCta;
+    add_cta_parts<F>(p, place.pair * ratio + head, min(kHeadsPerCta, ratio - head),
+                     parts + place.parts + (group - place.group) * p.splits, w.splits);
+  }
+}
+
 // The length is read twice: before the kernel before this one is done, when it may still be that without the token
 // which that one appends, and after. What is asked for by the first is checked against the second, so that the memory
 // is at work before the second is there.
@@ -274,19 +287,8 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   share_warp_part<F>(state, format, place.head_count, warp, lane);
   __syncthreads();
   CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
-  add_warp_parts<F>(p, place.first_head, place.head_count, p.splits == 1 ? nullptr : parts + place.parts + split);
-}
-
-// Adds the parts, kQuadsPerCombineCta quads of channels a CTA, with the same grid but for its x. The lengths are what
-// they were for attn_decode_kernel, which let this kernel begin when the one before it was done.
-template <typename F>
-__global__ void __launch_bounds__(kCombineThreads) attn_combine_kernel(const Params p) {
-  const Place place(p);
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
-  wait_for_previous_kernel();
-  let_next_kernel_begin();
-  const CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
-  add_cta_parts<F>(p, place.first_head, place.head_count, parts + place.parts, w.splits);
+  add_warp_parts<F>(p, place.first_head, place.head_count, w.splits == 1 ? nullptr : parts + place.parts + split);
+  if (w.splits > 1 && is_last_cta<F>(p.a.tickets + place.pair, w.splits * p.groups)) add_parts_of_pair<F>(p, place, w);
 }
 
 // What has_sm90_code() has found out: of a kernel on a GPU.
@@ -332,14 +334,9 @@ cudaError_t launch(const AttnDecodeArgs& a, cudaStream_t stream) {
   const Params p = make_params<F>(a);
   const dim3 grid(p.splits, a.kv_heads * p.groups, a.batch);
   constexpr int kThreads = 32 * F::Tuning::kWarps, kBytes = Shared<F>::kBytes;
-  const bool early = has_sm90_code<F>();
-  const cudaError_t error = early ? launch_kernel_early(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p)
-                                  : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
-  if (error != cudaSuccess || p.splits == 1) return error;
-  const int quads = std::min(a.heads / a.kv_heads, kHeadsPerCta) * a.dim / 4;
-  const dim3 combine_grid((quads + kQuadsPerCombineCta - 1) / kQuadsPerCombineCta, grid.y, grid.z);
-  if (early) return launch_kernel_early(attn_combine_kernel<F>, combine_grid, kCombineThreads, 0, stream, p);
-  return launch_kernel(attn_combine_kernel<F>, combine_grid, kCombineThreads, stream, p);
+  const auto kernel = attn_decode_kernel<F>;
+  if (has_sm90_code<F>()) return launch_kernel_early(kernel, grid, kThreads, kBytes, stream, p);
+  return launch_kernel_with_shared(kernel, grid, kThreads, kBytes, stream, p);
 }
 
 // launch() of the format Of<T, padded head dimension, whether that is the head dimension>::Format.

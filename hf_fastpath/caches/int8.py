@@ -37,7 +37,7 @@ class Int8KVLayer(CompressedLayer):
         return kv_int8_append(key, value, self.storage, transform, query, reference=self.reference)
 
     def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        return attn_decode_int8(query, self.storage, mask, scaling, reference=self.reference)
+        return attn_decode_int8(query, self.storage, mask, scaling, tickets=self.tickets, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 2)

@@ -64,7 +64,9 @@ class StaticKVLayer(FastLayer):
         self._admit(key, value)
         ready = kv_static_append(key, value, self.storage, transform, query, reference=not self.in_kernel)
         assert ready is not None
-        return attn_decode_static(ready.squeeze(2), self.storage, mask, scaling, reference=not self.in_kernel)
+        return attn_decode_static(
+            *(ready.squeeze(2), self.storage, mask, scaling), tickets=self.tickets, reference=not self.in_kernel
+        )
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if key.shape[2] == self.length:
@@ -79,7 +81,7 @@ class StaticKVLayer(FastLayer):
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """Attention of one new token a row, query ``(B, H, D)`` and result alike; mask: bool ``(B, length)``."""
-        return attn_decode_static(query.contiguous(), self.storage, mask, scaling)
+        return attn_decode_static(query.contiguous(), self.storage, mask, scaling, tickets=self.tickets)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * head_dim * dtype.itemsize
