@@ -293,6 +293,14 @@ cudaError_t launch_attn_decode_int4(const AttnDecodeArgs& args, Dtype dtype, cud
 int64_t attn_decode_h2o_scratch_floats(const AttnDecodeArgs& args);
 cudaError_t launch_attn_decode_h2o(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
 
+// Attention of the row's new token, which is appended first: `tokens` has one a row, their queries, and the storage and
+// lengths of `args`. tokens.query_out is args.query: the transformed queries go there if that takes a kernel of its
+// own.
+cudaError_t launch_attn_step_static(const AttnDecodeArgs& args, const KvNewTokens& tokens,
+                                    const KvStaticStorage& storage, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_attn_step_int8(const AttnDecodeArgs& args, const KvNewTokens& tokens, const KvInt8Storage& storage,
+                                  Dtype dtype, cudaStream_t stream);
+
 // What launch_attn_decode_h2o() leaves to count: every slot's weights, summed over the query heads that read its KV
 // head, and leading padding.
 struct H2OCountArgs {

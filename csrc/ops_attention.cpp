@@ -90,8 +90,9 @@ struct Decode {
     args.sinks = data<float>(sinks);
   }
 
-  Tensor run(double scaling, int64_t (*scratch_floats)(const AttnDecodeArgs&),
-             cudaError_t (*launcher)(const AttnDecodeArgs&, Dtype, cudaStream_t)) {
+  // launcher(args, dtype, stream)
+  template <typename Launcher>
+  Tensor run(double scaling, int64_t (*scratch_floats)(const AttnDecodeArgs&), const Launcher& launcher) {
     args.scaling = static_cast<float>(scaling);
     const Launch launch(query);
     Tensor out = launch.empty({batch, heads, dim}, query.scalar_type());
@@ -109,13 +110,17 @@ struct Decode {
   }
 };
 
+void take_static(Decode& d, const Tensor& k, const Tensor& v, const char* k_name, const char* v_name) {
+  constexpr auto kShape = "(B, H_kv, capacity, D) with query's B and D";
+  d.args.keys.data = d.full(k, {d.batch, d.kv_heads, d.capacity, d.dim}, k_name, kShape);
+  d.args.values.data = d.full(v, {d.batch, d.kv_heads, d.capacity, d.dim}, v_name, kShape);
+}
+
 Tensor attn_decode_static(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& lengths,
                           const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling,
                           int64_t window, double softcap, const std::optional<Tensor>& sinks) {
   Decode d("attn_decode_static", query, k);
-  constexpr auto kShape = "(B, H_kv, capacity, D) with query's B and D";
-  d.args.keys.data = d.full(k, {d.batch, d.kv_heads, d.capacity, d.dim}, "k", kShape);
-  d.args.values.data = d.full(v, {d.batch, d.kv_heads, d.capacity, d.dim}, "v", kShape);
+  take_static(d, k, v, "k", "v");
   d.take_lengths(lengths);
   d.take_tickets(tickets);
   d.take_mask(mask);
@@ -148,6 +153,66 @@ Tensor attn_decode_int8(const Tensor& query, const Tensor& k_data, const Tensor&
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_int8_scratch_floats, launch_attn_decode_int8);
+}
+
+// One call of attn_step_*: the new tokens, and Decode over the storage that they go to.
+struct Step {
+  NewTokens tokens;
+  Tensor ready;  // (B, H, D), where the transformed queries go if they are stored at all
+  Decode decode;
+
+  Step(const NewTokens& n, const std::optional<Tensor>& query, const Tensor& k_data)
+      : tokens(n), ready(checked_queries(n, *query)), decode(n.check.op, ready, k_data) {
+    n.check(decode.kv_heads == n.kv_heads(), "the cache must have key's H_kv ", n.kv_heads(), ", got ",
+            decode.kv_heads);
+  }
+  static Tensor checked_queries(const NewTokens& n, const Tensor& query) {
+    n.checked_inputs();
+    n.check(n.tokens() == 1, "takes one new token a row, got ", n.tokens());
+    return Launch(query).empty({query.size(0), query.size(1), query.size(3)}, query.scalar_type());
+  }
+
+  template <typename Storage>
+  Tensor run(double scaling, const Tensor& lengths, const Storage& storage,
+             int64_t (*scratch_floats)(const AttnDecodeArgs&),
+             cudaError_t (*launcher)(const AttnDecodeArgs&, const KvNewTokens&, const Storage&, Dtype, cudaStream_t)) {
+    return decode.run(scaling, scratch_floats, [&](const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream) {
+      KvNewTokens n = tokens.args(decode.capacity, lengths);
+      n.query_out = ready.data_ptr();
+      return launcher(args, n, storage, dtype, stream);
+    });
+  }
+};
+
+Tensor attn_step_static(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
+                        const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool rotate,
+                        const Tensor& keys, const Tensor& values, const Tensor& lengths,
+                        const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling) {
+  const std::optional<Tensor> queries(query), nothing;
+  Step s({{"attn_step_static"}, queries, key, value, q_norm, k_norm, eps, cos, sin, rotate, nothing}, queries, keys);
+  take_static(s.decode, keys, values, "keys", "values");
+  s.decode.take_lengths(lengths);
+  s.decode.take_tickets(tickets);
+  s.decode.take_mask(mask);
+  const KvStaticStorage storage{keys.data_ptr(), values.data_ptr()};
+  return s.run(scaling, lengths, storage, attn_decode_static_scratch_floats, launch_attn_step_static);
+}
+
+Tensor attn_step_int8(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& q_norm,
+                      const std::optional<Tensor>& k_norm, double eps, const std::optional<Tensor>& cos,
+                      const std::optional<Tensor>& sin, bool rotate, const Tensor& k_data, const Tensor& k_scale,
+                      const Tensor& v_data, const Tensor& v_scale, const Tensor& lengths,
+                      const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling) {
+  const std::optional<Tensor> queries(query), nothing;
+  Step s({{"attn_step_int8"}, queries, key, value, q_norm, k_norm, eps, cos, sin, rotate, nothing}, queries, k_data);
+  take_bytes(s.decode, s.decode.args.keys, k_data, k_scale, ScalarType::Char, "int8", 1, k_names);
+  take_bytes(s.decode, s.decode.args.values, v_data, v_scale, ScalarType::Char, "int8", 1, v_names);
+  s.decode.take_lengths(lengths);
+  s.decode.take_tickets(tickets);
+  s.decode.take_mask(mask);
+  const KvInt8Storage storage{{k_data.data_ptr(), k_scale.data_ptr()}, {v_data.data_ptr(), v_scale.data_ptr()}};
+  return s.run(scaling, lengths, storage, attn_decode_int8_scratch_floats, launch_attn_step_int8);
 }
 
 Tensor attn_decode_fp8(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& k_tail,
@@ -318,5 +383,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("attn_decode_int8", TORCH_BOX(&hf_fastpath::attn_decode_int8));
   m.impl("attn_decode_fp8", TORCH_BOX(&hf_fastpath::attn_decode_fp8));
   m.impl("attn_decode_int4", TORCH_BOX(&hf_fastpath::attn_decode_int4));
+  m.impl("attn_step_static", TORCH_BOX(&hf_fastpath::attn_step_static));
+  m.impl("attn_step_int8", TORCH_BOX(&hf_fastpath::attn_step_int8));
   m.impl("attn_decode_h2o", TORCH_BOX(&hf_fastpath::attn_decode_h2o));
 }

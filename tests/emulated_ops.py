@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from emulator import IN_OUT, INPUT, OUTPUT, library
 
-from hf_fastpath.ops import TokenState
+from hf_fastpath.ops import QKTransform, TokenState
 
 
 class EmulatedOps:
@@ -336,24 +336,12 @@ class EmulatedOps:
     def _append(self, entry: str, new: Sequence[Any], storage: dict[str, torch.Tensor], *options: int) -> None:
         """new: the arguments that the schemas of all appending ops begin with; storage: in the launcher's order, the
         count last, whatever its name."""
-        query, key, value, q_norm, k_norm, eps, cos, sin, rotate, query_out = new
         *tensors, lengths = storage.values()
-        batch, kv_heads, tokens, dim = key.shape
-        heads = kv_heads if query is None else query.shape[1]
-        turned = () if cos is None else (cos, sin)
-        angles = [
-            arg
-            for angle in turned or (None, None)
-            for arg in ((None, 0, 0) if angle is None else (angle, angle.stride(0) * (len(angle) > 1), angle.stride(1)))
-        ]
         self._library.call(
             entry,
-            *(None if query is None else query, *((0, 0, 0) if query is None else query.stride()[:3])),
-            *(key, *key.stride()[:3], value, *value.stride()[:3], query_out, q_norm, k_norm, float(eps), *angles),
-            *(cos.shape[-1] if turned else 0, rotate, batch, heads, kv_heads, tokens, dim, tensors[0].shape[2]),
-            *(lengths, *tensors, *options, key.dtype is torch.bfloat16),
-            **_inputs(query=query, key=key, value=value, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin),
-            query_out=(query_out, OUTPUT),
+            *(*_new_tokens(new, tensors[0].shape[2], lengths), *tensors, *options, new[1].dtype is torch.bfloat16),
+            **_new_inputs(new),
+            query_out=(new[9], OUTPUT),
             **{name: (tensor, IN_OUT) for name, tensor in storage.items()},
         )
 
@@ -501,6 +489,47 @@ class EmulatedOps:
             **_inputs(slot_scores=slot_scores, totals=totals, mask=mask),
             scores=(scores, IN_OUT),
             counts=(counts, IN_OUT),
+        )
+        return out
+
+    def attn_step_static(self, *new: Any, **how: Any) -> torch.Tensor:
+        return self._attn_step(0, ("k_data", "v_data", "lengths"), *new, **how)
+
+    def attn_step_int8(self, *new: Any, **how: Any) -> torch.Tensor:
+        return self._attn_step(1, ("k_data", "k_scale", "v_data", "v_scale", "lengths"), *new, **how)
+
+    def _attn_step(
+        self,
+        form: int,
+        names: Sequence[str],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        storage: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        scaling: float,
+        *,
+        transform: QKTransform,
+        tickets: torch.Tensor,
+    ) -> torch.Tensor:
+        stored = dict(zip(names, storage, strict=True))
+        (batch, heads, _, dim), t = query.shape, transform
+        ready, out = query.new_empty(query.shape), query.new_empty(batch, heads, dim)
+        splits = 64  # the most there can be
+        scratch = torch.empty(batch * heads * 8 * splits * (256 + 2))
+        new = (query, key, value, t.q_norm, t.k_norm, t.eps, t.cos, t.sin, t.rotate, ready)
+        self._library.call(
+            "emulated_attn_step",
+            *(form, *_new_tokens(new, storage[0].shape[2], storage[-1])),
+            *(stored.get(name) for name in ("k_data", "k_scale", "v_data", "v_scale")),
+            *(*_mask_args(mask), out, scratch, tickets, float(scaling), query.dtype is torch.bfloat16),
+            **_new_inputs(new),
+            **_inputs(mask=mask),
+            query_out=(ready, OUTPUT),
+            **{name: (tensor, IN_OUT) for name, tensor in stored.items()},
+            scratch=(scratch, OUTPUT),
+            tickets=(tickets, IN_OUT),
+            out=(out, OUTPUT),
         )
         return out
 
@@ -717,6 +746,29 @@ class EmulatedOps:
         entry = self._library.entry(entry_name)
         entry.restype = ctypes.c_int64
         return int(entry(*map(ctypes.c_int64, sizes)))
+
+
+def _new_tokens(new: Sequence[Any], capacity: int, lengths: torch.Tensor) -> list[Any]:
+    """The arguments of an entry that are NEW_TOKENS, of what an appending op begins with."""
+    query, key, value, q_norm, k_norm, eps, cos, sin, rotate, query_out = new
+    batch, kv_heads, tokens, dim = key.shape
+    heads = kv_heads if query is None else query.shape[1]
+    turned = () if cos is None else (cos, sin)
+    angles = [
+        arg
+        for angle in turned or (None, None)
+        for arg in ((None, 0, 0) if angle is None else (angle, angle.stride(0) * (len(angle) > 1), angle.stride(1)))
+    ]
+    return [
+        *(None if query is None else query, *((0, 0, 0) if query is None else query.stride()[:3])),
+        *(key, *key.stride()[:3], value, *value.stride()[:3], query_out, q_norm, k_norm, float(eps), *angles),
+        *(cos.shape[-1] if turned else 0, rotate, batch, heads, kv_heads, tokens, dim, capacity, lengths),
+    ]
+
+
+def _new_inputs(new: Sequence[Any]) -> dict[str, tuple[torch.Tensor | None, int]]:
+    query, key, value, q_norm, k_norm, _, cos, sin, *_ = new
+    return _inputs(query=query, key=key, value=value, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin)
 
 
 def _mask_args(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:

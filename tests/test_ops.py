@@ -326,6 +326,8 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("w4a16_gemm", (torch.randn(30, 64).bfloat16(), qweight, scales, zero, None, 20, 32, 0, None)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
         ("kv_int8_append", (*appended(3), *cache, lengths)),
+        ("attn_step_int8", (*appended(1)[:-1], *cache, lengths, tickets, None, 0.2)),
+        ("attn_step_static", (*appended(1)[:-1], *torch.zeros(2, 2, 2, 16, 32), lengths, None, None, 0.2)),
         ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),
         ("kv_int8_dequantize", (*cache[:2], 3, torch.empty(2, 2, 10, 32))),
         ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), tickets, None, 0.2, 9, 2.0, torch.randn(4))),

@@ -145,15 +145,15 @@ __device__ __forceinline__ void store_scores(const float (&scores)[F::kTiles][4]
   }
 }
 
-// Asks for the first tiles of a warp.
+// Asks for the first tiles of a warp, of which the last `missing` tokens are not stored yet.
 template <typename F>
-__device__ __forceinline__ void fill_ring(const F& format, const Work& w, int warp, int lane) {
+__device__ __forceinline__ void fill_ring(const F& format, const Work& w, int missing, int warp, int lane) {
   const int split = blockIdx.x;
 #pragma unroll
   for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
     const int i = (s * F::Tuning::kWarps + warp) * w.splits + split;
     if (split < w.splits && i < w.tiles) {
-      format.copy(Shared<F>::ring(warp) + s * F::kStageBytes, w.first_tile + i, w.coded, lane);
+      format.copy(Shared<F>::ring(warp) + s * F::kStageBytes, w.first_tile + i, w.coded - missing, lane);
     }
     cp_async_commit();
   }
@@ -161,23 +161,25 @@ __device__ __forceinline__ void fill_ring(const F& format, const Work& w, int wa
 
 // Whether the tiles that a warp asked for when the row was as `before` are those that it needs.
 template <typename F>
-__device__ __forceinline__ bool is_ring_right(const Work& before, const Work& w, int warp) {
+__device__ __forceinline__ bool is_ring_right(const Work& before, const Work& w, int missing, int warp) {
   if (before.length == w.length) return true;
   if (before.splits != w.splits || before.first_tile != w.first_tile) return false;
   bool right = true;
 #pragma unroll
   for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
     const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
-    const bool whole = (w.first_tile + i + 1) * F::kTile <= min(before.coded, w.coded);
+    const bool whole = (w.first_tile + i + 1) * F::kTile <= min(before.coded, w.coded) - missing;
     right &= whole || i >= max(before.tiles, w.tiles);
   }
   return right;
 }
 
-// Attends to a warp's items. Its ring is filled.
-template <typename F>
+// Attends to a warp's items. Its ring is filled. `heads`: the CTA's first query head; complete(stage, i): puts into
+// tile i, which is there, what is missing of it.
+template <typename F, typename Complete>
 __device__ __forceinline__ void attend(typename F::State& r, const F& format, const Params& p, const Place& place,
-                                       const Work& w, int warp, int lane) {
+                                       const Work& w, const typename F::T* heads, int missing, const Complete& complete,
+                                       int warp, int lane) {
   constexpr int kStages = F::Tuning::kStages;
   unsigned char* const ring = Shared<F>::ring(warp);
   const int split = blockIdx.x, step = w.splits * F::Tuning::kWarps;
@@ -185,9 +187,8 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   const Mask<F> mask(p.a, place);
   // Natural units over softcap, or log2 units.
   const float to_score = p.a.softcap > 0.0f ? p.a.scaling / p.a.softcap : p.a.scaling * kLog2E;
-  store_query<typename F::Order>(*Shared<F>::query(), Shared<F>::raw_query(),
-                                 static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim,
-                                 place.head_count, p.a.dim, warp, F::Tuning::kWarps, lane);
+  store_query<typename F::Order>(*Shared<F>::query(), Shared<F>::raw_query(), heads, place.head_count, p.a.dim, warp,
+                                 F::Tuning::kWarps, lane);
   __syncthreads();
   typename F::Query query;
   query.load(*Shared<F>::query(), to_score, lane);
@@ -206,10 +207,12 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
     const int ahead = i + (kStages - 1) * step;
     unsigned char* const now = ring + stage * F::kStageBytes;
     if (ahead < w.tiles) {
-      format.copy(ring + (stage ? stage - 1 : kStages - 1) * F::kStageBytes, w.first_tile + ahead, w.coded, lane);
+      format.copy(ring + (stage ? stage - 1 : kStages - 1) * F::kStageBytes, w.first_tile + ahead, w.coded - missing,
+                  lane);
     }
     cp_async_commit();
     stage = stage == kStages - 1 ? 0 : stage + 1;
+    complete(now, i);
     const uint32_t present = present_tokens(first_token(i), w.front + w.coded, w, mask, visible, lane) & F::kAllPresent;
     if (i + step < w.tiles) visible = mask.at(first_token(i + step) + lane);
     float scores[F::kTiles][4], rescale[2];
@@ -246,6 +249,16 @@ __device__ __forceinline__ void prefetch(const F& format, const Params& p, const
   }
 }
 
+// Adds the parts of a CTA's warps: the result when it is the row's only one, else the CTA's part, for others to add.
+template <typename F>
+__device__ __forceinline__ void share_part(typename F::State& state, const F& format, const Params& p,
+                                           const Place& place, const Work& w, int warp, int lane) {
+  share_warp_part<F>(state, format, place.head_count, warp, lane);
+  __syncthreads();
+  auto* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch)) + place.parts;
+  add_warp_parts<F>(p, place.first_head, place.head_count, w.splits == 1 ? nullptr : parts + blockIdx.x);
+}
+
 // Adds the parts of all CTAs of a row and KV head, those of every group of query heads. All threads of a CTA do it.
 template <typename F>
 __device__ __forceinline__ void add_parts_of_pair(const Params& p, const Place& place, const Work& w) {
@@ -272,22 +285,21 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   prefetch(format, p, place, before, warp, lane);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  fill_ring(format, before, warp, lane);
+  fill_ring(format, before, 0, warp, lane);
   const Work w = Work::of<F>(load_now(length), p.a);
-  if (!is_ring_right<F>(before, w, warp)) {
+  if (!is_ring_right<F>(before, w, 0, warp)) {
     cp_async_wait<0>();
-    fill_ring(format, w, warp, lane);
+    fill_ring(format, w, 0, warp, lane);
   }
   if (split >= w.splits) {
     cp_async_wait<0>();
     return;
   }
   typename F::State state;
-  attend(state, format, p, place, w, warp, lane);
-  share_warp_part<F>(state, format, place.head_count, warp, lane);
-  __syncthreads();
-  CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
-  add_warp_parts<F>(p, place.first_head, place.head_count, w.splits == 1 ? nullptr : parts + place.parts + split);
+  attend(
+      state, format, p, place, w, static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim, 0,
+      [](unsigned char*, int) {}, warp, lane);
+  share_part(state, format, p, place, w, warp, lane);
   if (w.splits > 1 && is_last_cta<F>(p.a.tickets + place.pair, w.splits * p.groups)) add_parts_of_pair<F>(p, place, w);
 }
 

@@ -180,6 +180,23 @@ EXPORT int emulated_h2o_count(const float* slot_scores, const float2* totals, co
       nullptr);
 }
 
+// 0 static, 1 int8.
+EXPORT int emulated_attn_step(int format, NEW_TOKENS, void* k_data, void* k_scale, void* v_data, void* v_scale,
+                              const uint8_t* mask, int64_t mask_row_stride, int64_t mask_columns, void* out,
+                              float* scratch, uint32_t* tickets, float scaling, int bfloat16) {
+  AttnDecodeArgs args{};
+  args.query = query_out;
+  args.keys = {k_data, k_scale, nullptr, nullptr}, args.values = {v_data, v_scale, nullptr, nullptr};
+  args.lengths = lengths, args.length_stride = 1;
+  args.mask = mask, args.mask_row_stride = mask_row_stride, args.mask_columns = mask_columns;
+  args.out = out, args.scratch = scratch, args.tickets = tickets;
+  args.batch = batch, args.heads = heads, args.kv_heads = kv_heads, args.dim = dim;
+  args.capacity = static_cast<int>(capacity), args.scaling = scaling;
+  const Dtype dtype = dtype_of(bfloat16);
+  if (format == 0) return launch_attn_step_static(args, NEW_TOKENS_ARGS, {k_data, v_data}, dtype, nullptr);
+  return launch_attn_step_int8(args, NEW_TOKENS_ARGS, {{k_data, k_scale}, {v_data, v_scale}}, dtype, nullptr);
+}
+
 EXPORT int emulated_attn_received(const void* query, const void* key, const float* lse, int64_t lse_stride,
                                   const int32_t* positions, int64_t position_stride, const uint8_t* mask,
                                   int64_t mask_stride_batch, int64_t mask_stride_query, int64_t first, float* out,

@@ -57,6 +57,7 @@ struct Draw {
   int64_t cta;
   int32_t thread;
   uint32_t barriers;
+  bool last;
 };
 std::unordered_map<uintptr_t, std::vector<Draw>> draws;  // of the grid, of each counter
 struct Seen {
@@ -64,20 +65,21 @@ struct Seen {
 };
 std::vector<Seen> seen_draws;  // by the cluster that runs
 
+// Of several CTAs it is not known any more when each of them drew: who drew last is taken to come after all.
 bool ordered_by_tickets(const Access& before, const Access& now) {
   return std::any_of(seen_draws.begin(), seen_draws.end(), [&](const Seen& seen) {
     const auto& [earlier, own] = seen;
-    return earlier.cta == before.cta && (earlier.thread == before.thread || before.barriers < earlier.barriers) &&
-           own.cta == now.cta && (own.thread == now.thread || own.barriers < now.barriers);
+    if (own.cta != now.cta || (own.thread != now.thread && own.barriers >= now.barriers)) return false;
+    if (before.cta == kSeveral) return own.last;
+    return earlier.cta == before.cta && (earlier.thread == before.thread || before.barriers < earlier.barriers);
   });
 }
 
 bool ordered(const Access& before, const Access& now) {
   if (before.cta == kNone) return true;
   if (before.cta != now.cta) {
-    if (before.cta == kSeveral) return false;
-    if (before.cluster == now.cluster && before.cluster_barriers < now.cluster_barriers) return true;
-    return ordered_by_tickets(before, now);
+    const bool together = before.cta != kSeveral && before.cluster == now.cluster;
+    return (together && before.cluster_barriers < now.cluster_barriers) || ordered_by_tickets(before, now);
   }
   if (before.thread == now.thread || before.barriers < now.barriers) return true;
   if (before.warp == now.warp && before.warp_barriers < now.warp_barriers) return true;
@@ -244,7 +246,7 @@ uint32_t atomic_add(uint32_t* pointer, uint32_t value, const void* code) {
 
 uint32_t draw_ticket(uint32_t* counter, uint32_t last, const void* code) {
   check_atomic(counter, code);
-  const Draw own{current().cta, current().thread, current().barriers};
+  const Draw own{current().cta, current().thread, current().barriers, *counter >= last};
   std::vector<Draw>& all = draws[reinterpret_cast<uintptr_t>(counter)];
   for (const Draw& earlier : all) seen_draws.push_back({earlier, own});
   all.push_back(own);
