@@ -285,8 +285,9 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   prefetch(format, p, place, before, warp, lane);
   wait_for_previous_kernel();
   let_next_kernel_begin();
+  const int now = load_now(length);
   fill_ring(format, before, 0, warp, lane);
-  const Work w = Work::of<F>(load_now(length), p.a);
+  const Work w = Work::of<F>(now, p.a);
   if (!is_ring_right<F>(before, w, 0, warp)) {
     cp_async_wait<0>();
     fill_ring(format, w, 0, warp, lane);

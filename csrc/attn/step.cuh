@@ -26,27 +26,31 @@ struct NewRows {
   }
 };
 
-// A row that a group of lanes transforms: one of the CTA's queries, the key, or the value.
+// A row that a group of lanes transforms: one of the CTA's queries, the key, or the value; and what a lane reads of it.
+template <typename T>
 struct NewRow {
   kv::Side side;
-  int number;  // of the query, 0 the CTA's first; of the side
+  int number;                     // of the query, 0 the CTA's first; of the side
+  const T *x, *norm, *cos, *sin;  // nullptr: nothing there
 
-  __device__ __forceinline__ NewRow(int row, int queries)
-      : side(row < queries    ? kv::Side::kQuery
-             : row == queries ? kv::Side::kKey
-                              : kv::Side::kValue),
-        number(row < queries ? row : row - queries) {}
-
-  template <typename T>
-  __device__ __forceinline__ kv::RowBits load(const KvNewTokens& n, const Place& place, int lane) const {
+  __device__ __forceinline__ NewRow(int row, const KvNewTokens& n, const Place& place, int lane) {
     using kv::Side;
-    const KvRows& source = side == Side::kKey ? n.key : side == Side::kValue ? n.value : n.query;
-    const int64_t head =
-        side == Side::kQuery ? place.first_head - place.batch * n.heads + number : int64_t{place.kv_head};
-    kv::RowBits bits;
-    bits.x = kv::load_row<T, true>(source, place.batch, head, 0, lane, n.dim);
-    kv::load_transform<T, true>(bits, n, side == Side::kQuery ? n.q_norm : n.k_norm, place.batch, 0, lane);
-    return bits;
+    const int queries = place.head_count, channel = kv::kPerLane * lane;
+    side = row < queries ? Side::kQuery : row == queries ? Side::kKey : Side::kValue;
+    number = row < queries ? row : row - queries;
+    const KvRows& rows = side == Side::kKey ? n.key : side == Side::kValue ? n.value : n.query;
+    const int64_t head = side == Side::kQuery ? place.first_head - place.batch * n.heads + number : place.kv_head;
+    const void* weight = side == Side::kQuery ? n.q_norm : n.k_norm;
+    const bool there = channel < n.dim, turned = channel < n.rotary_dim;
+    x = there ? kv::row_begin<T>(rows, place.batch, head, 0) + channel : nullptr;
+    norm = there && weight ? static_cast<const T*>(weight) + channel : nullptr;
+    cos = turned ? static_cast<const T*>(n.cos.data) + place.batch * n.cos.stride_batch + channel : nullptr;
+    sin = turned ? static_cast<const T*>(n.sin.data) + place.batch * n.sin.stride_batch + channel : nullptr;
+  }
+
+  __device__ __forceinline__ kv::RowBits load() const {
+    const auto read = [](const T* from) { return from ? kv::load_8<true>(from) : make_uint4(0, 0, 0, 0); };
+    return {read(x), read(norm), read(cos), read(sin)};
   }
 };
 
@@ -59,8 +63,8 @@ __device__ __forceinline__ void transform_rows(NewRows<F, A>& rows, kv::RowBits 
   const int slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, queries = place.head_count;
   const int count = queries + (stores ? 2 : 0);
   for (int first = 0; first < count; first += kSlots) {
-    const NewRow row(min(first + slot, queries + 1), queries);
-    if (first) bits = row.load<T>(n, place, lane);
+    const NewRow<T> row(min(first + slot, queries + 1), n, place, lane);
+    if (first) bits = row.load();
     const uint4 transformed = kv::transform<T, kLanes>(bits, n, n.k_norm != nullptr, lane);
     const uint4 x = row.side == kv::Side::kValue ? bits.x : transformed;
     typename A::Row stored;
@@ -98,19 +102,20 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
                      const __grid_constant__ typename A::Storage s) {
   static_assert(!F::kHasFull && !F::kSlots);
   using Rows = NewRows<F, A>;
+  using T = typename F::T;
   const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = lane_number(), split = blockIdx.x;
   const Place place(p);
   const F format(p.a, place.pair, lane);
   const int* const length = p.a.lengths + place.pair;
   const Work before = Work::of<F>(load_early(length) + 1, p.a);
   prefetch(format, p, place, before, warp, lane);
+  const int slot = threadIdx.x / Rows::kLanes;
+  const NewRow<T> row(min(slot, place.head_count + 1), n, place, threadIdx.x % Rows::kLanes);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  const int slot = threadIdx.x / Rows::kLanes;
-  const kv::RowBits bits = NewRow(min(slot, place.head_count + 1), place.head_count)
-                               .load<typename F::T>(n, place, threadIdx.x % Rows::kLanes);
-  fill_ring(format, before, 1, warp, lane);
   const int stored = load_now(length);
+  const kv::RowBits bits = row.load();
+  fill_ring(format, before, 1, warp, lane);
   const Work w = Work::of<F>(stored + 1, p.a);
   if (!is_ring_right<F>(before, w, 1, warp)) {
     cp_async_wait<0>();
@@ -127,7 +132,7 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
       }
     };
     typename F::State state;
-    attend(state, format, p, place, w, reinterpret_cast<const typename F::T*>(rows.query), 1, complete, warp, lane);
+    attend(state, format, p, place, w, reinterpret_cast<const T*>(rows.query), 1, complete, warp, lane);
     share_part(state, format, p, place, w, warp, lane);
   } else {
     cp_async_wait<0>();
