@@ -30,11 +30,18 @@ class DecodeHead(nn.Linear):
         return linear_16bit(x, self.weight, self.bias, None, 0.0, None).view(*input.shape[:-1], self.out_features)
 
     def _supports(self, input: torch.Tensor) -> bool:
-        rows, kind, capability = input.shape[:-1].numel(), input.device.type, (0, 0)
+        return self._supports_rows(input.shape[:-1].numel(), input)
+
+    def _supports_rows(self, rows: int, like: torch.Tensor) -> bool:
+        kind, capability = like.device.type, (0, 0)
         if kind == "cuda":
-            gpu = gpu_properties(input.device)
+            gpu = gpu_properties(like.device)
             capability = gpu.major, gpu.minor
-        return heuristics.linear_16bit_supports(kind, input.dtype, rows, self.in_features, capability)
+        return heuristics.linear_16bit_supports(kind, like.dtype, rows, self.in_features, capability)
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether up to ``rows`` rows run on our op: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        return _takes(self.weight, self.weight, self.bias) and self._supports_rows(rows, self.weight)
 
 
 class DecodeNorm(nn.Module):
@@ -54,12 +61,22 @@ class DecodeNorm(nn.Module):
         require_device(x.device)
         return rms_norm(_aligned(x.reshape(-1, size)), self.weight, self.variance_epsilon).view(x.shape)
 
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether new tokens run on our op: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        w = self.weight
+        return _takes(w, w) and heuristics.rms_norm_supports(w.device.type, w.dtype, w.numel())
+
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether an op may take x and a module's tensors: nobody wants gradients, and they are what they seem. A compiler
     cannot look at addresses, and gets what it knows."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
+    return _takes(x, weight, bias)
+
+
+def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """The same of the tensors alone, of x its dtype and device."""
     if weight.data_ptr() % 16:
         return False
     return all(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hf_fastpath.modules.merged import Norm, merge, places, separate, why_not_merged
+from hf_fastpath.modules.merged import MergedWeight, Norm, merge, places, separate, why_not_merged
 from hf_fastpath.modules.w4a16_linear import W4A16Linear
 from hf_fastpath.ops import QKTransform, add_rms_norm, kv_static_append, swiglu
 
@@ -128,6 +128,11 @@ class LayerStep:
     def moved(self) -> bool:
         """Whether weights in 16 bits are no longer where they were merged."""
         return any(parameter.data_ptr() != place for parameter, place in self._places)
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether all products of up to ``rows`` rows are our kernels', as everything else of a step is: see
+        :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        return all(weight.fuses(rows) for weight in vars(self).values() if isinstance(weight, MergedWeight))
 
     def release(self) -> None:
         """Gives plain layers memory of their own again; packed ones stay views of what they were merged into."""
