@@ -3,7 +3,8 @@
 A graph replays fixed addresses. So what changes from token to token is in device memory that stays where it is: the new
 tokens, their positions and the padding mask in a :class:`Slot`, and what the caches hold in the tensors that the slot
 lends them. A slot serves batches up to its rows and any length up to its capacity, one cache at a time; its graphs
-outlive the cache.
+outlive the cache. A step's graph is of all rows, where a row's bits do not hang on how many there are
+(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size, as the graphs are that choose tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hf_fastpath.spare_rows import SpareRows, empty_rows, repeat_rows, spare_row
 CAPACITY_TOKENS = 2048
 LEAST_CAPACITY_TOKENS = 256
 
-# Of a slot: batch sizes and ways to choose tokens. Capturing again takes a tenth of a second.
+# Of a slot: steps, and ways to choose tokens for each batch size. Capturing again takes a tenth of a second.
 MAX_GRAPHS = 32
 
 # Slots that no cache uses are kept while they take at most this part of the GPU's memory.
@@ -182,6 +183,7 @@ class Slot:
             positions: int64 ``(B, 1)``, of the next tokens. mask: ``(B, T)`` of 0 and 1, of all tokens so far, for
                 which the host waits; None: no padding.
         """
+        self._order_streams()
         batch = self.batch = positions.shape[0]
         cache = self._cache()
         if cache.padding is not None:
@@ -205,14 +207,12 @@ class Slot:
         """They get a token at each step, as the others do, so they must not have more of them than those, ``length``:
         kernels trap where there is no room."""
         rows = slice(self.batch, self.rows)
-        if self.spare is SpareRows.NONE:
+        if self.batch == self.step_rows:
             return
-        if self.cache.padding is not None:
-            self.cache.padding.end()
-        if self.spare is SpareRows.EMPTY and self.batch < self.rows:
+        if self.spare is SpareRows.EMPTY:
             self._inputs[:, rows].zero_()
             empty_rows(self.cache.layers, rows)
-        elif self.batch < self.rows:
+        else:
             self.mask[rows] = self.mask[: self.rows - self.batch]
             repeat_rows(self.cache.layers, rows, length)
             self.put_spare()
