@@ -7,6 +7,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 from hf_fastpath.patches.decoder_layers import FUSED_LAYERS
 from hf_fastpath.patches.heads import HEAD, LAST_NORM
 from hf_fastpath.patches.recipe import Block, Recipe
+from hf_fastpath.patches.rotary import ROTARY
 
 RECIPE = Recipe(
     family="llama",
@@ -21,7 +22,7 @@ RECIPE = Recipe(
         "mlp.down_proj",
     ),
     modules=FUSED_LAYERS,
-    single_modules={"model.norm": LAST_NORM, "lm_head": HEAD},
+    single_modules={"model.rotary_emb": ROTARY, "model.norm": LAST_NORM, "lm_head": HEAD},
     capturable=True,
     block=Block(
         norms=("input_layernorm", "post_attention_layernorm"), head_norms=("self_attn.q_norm", "self_attn.k_norm")

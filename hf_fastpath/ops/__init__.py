@@ -25,6 +25,7 @@ from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
 from hf_fastpath.ops.moe_router import moe_norm_router, moe_router
 from hf_fastpath.ops.rms_norm import rms_norm
+from hf_fastpath.ops.rope_angles import rope_angles
 from hf_fastpath.ops.sampling_weights import sampling_weights
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
@@ -68,6 +69,7 @@ __all__ = [
     "moe_norm_router",
     "moe_router",
     "rms_norm",
+    "rope_angles",
     "sampling_weights",
     "short_conv_prefill",
     "short_conv_step",
