@@ -1,5 +1,6 @@
 """Modules that replace a model's own."""
 
+from hf_fastpath.modules.decode_embedding import DecodeEmbedding
 from hf_fastpath.modules.decode_head import DecodeHead, DecodeNorm
 from hf_fastpath.modules.experts16 import Experts16
 from hf_fastpath.modules.moe_router import MoERouter
@@ -11,6 +12,7 @@ from hf_fastpath.modules.w4a16_linear import W4A16Linear
 from hf_fastpath.modules.w8a16_linear import W8A16Linear
 
 __all__ = [
+    "DecodeEmbedding",
     "DecodeHead",
     "DecodeNorm",
     "Experts16",
