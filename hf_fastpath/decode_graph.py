@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.modules import module as torch_module
 
+from hf_fastpath.modules.logits_target import logits_go_to
 from hf_fastpath.ops import TokenState
 from hf_fastpath.packing import ceil_div
 
@@ -261,15 +262,16 @@ class Slot:
         batch, cache = self.batch, self._cache()
         for layer in cache.layers:  # a capture that failed has counted
             layer.advance_to(length)
-        out = forward(
-            input_ids=self.ids[:batch],
-            position_ids=self.positions[:batch],
-            attention_mask=self.mask[:batch] if self.masked else None,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        )
+        with logits_go_to(None if self.logits is None else self.logits[:batch]):
+            out = forward(
+                input_ids=self.ids[:batch],
+                position_ids=self.positions[:batch],
+                attention_mask=self.mask[:batch] if self.masked else None,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                return_dict=True,
+            )
         self.take(out.logits)
 
     @torch.inference_mode(False)
@@ -277,6 +279,8 @@ class Slot:
         """Puts ``(B, T, V)`` logits of the last token into :attr:`logits`."""
         if self.logits is None:
             self.logits = logits.new_empty((self.rows, logits.shape[2]))
+        elif logits.data_ptr() == self.logits.data_ptr():
+            return  # the head has put them there
         self.logits[: logits.shape[0]].copy_(logits[:, -1].detach())
 
     def _order_streams(self) -> None:

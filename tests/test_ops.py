@@ -318,6 +318,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("linear_16bit", (x, plain, plain[:, 0], norm_weight, 1e-5, None, False)),
         ("linear_16bit", (x, plain, None, None, 0.0, torch.randn(3, 32).bfloat16(), False)),
         ("linear_16bit", (x, plain, None, norm_weight, 1e-5, None, True)),
+        ("linear_16bit_into", (x, plain, plain[:, 0], torch.empty(3, 32).bfloat16())),
         ("linear_16bit_swiglu", (x, plain, None, norm_weight, 1e-5)),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),

@@ -19,7 +19,7 @@ from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
-from hf_fastpath.ops.linear_16bit import linear_16bit
+from hf_fastpath.ops.linear_16bit import linear_16bit, linear_16bit_into
 from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
@@ -63,6 +63,7 @@ __all__ = [
     "kv_int8_dequantize",
     "kv_static_append",
     "linear_16bit",
+    "linear_16bit_into",
     "linear_16bit_swiglu",
     "moe_experts",
     "moe_experts_16bit",
