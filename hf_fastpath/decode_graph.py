@@ -241,6 +241,7 @@ class Slot:
 
     def step(self, forward: Callable[..., Any]) -> None:
         """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times."""
+        forward = self._offering_logits(forward)
         cache = self._cache()
         length = cache.get_seq_length()
         self.run(("step", self.batch, self.masked), lambda: self._forward(forward, length))
@@ -262,17 +263,26 @@ class Slot:
         batch, cache = self.batch, self._cache()
         for layer in cache.layers:  # a capture that failed has counted
             layer.advance_to(length)
-        with logits_go_to(None if self.logits is None else self.logits[:batch]):
-            out = forward(
-                input_ids=self.ids[:batch],
-                position_ids=self.positions[:batch],
-                attention_mask=self.mask[:batch] if self.masked else None,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                return_dict=True,
-            )
+        out = forward(
+            input_ids=self.ids[:batch],
+            position_ids=self.positions[:batch],
+            attention_mask=self.mask[:batch] if self.masked else None,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
         self.take(out.logits)
+
+    def _offering_logits(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A model's ``forward``, whose head may write into :attr:`logits`: :meth:`take` then has nothing to do."""
+
+        def offering(**inputs: Any) -> Any:
+            rows = inputs["input_ids"].shape[0]
+            with logits_go_to(None if self.logits is None else self.logits[:rows]):
+                return forward(**inputs)
+
+        return offering
 
     @torch.inference_mode(False)
     def take(self, logits: torch.Tensor) -> None:
