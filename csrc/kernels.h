@@ -10,7 +10,7 @@
 
 namespace hf_fastpath {
 
-enum class Dtype { kFloat16, kBFloat16, kFloat32 };  // kFloat32: of short_conv.cu only
+enum class Dtype { kFloat16, kBFloat16, kFloat32 };  // kFloat32: of some kernels only
 
 // ---- w4a16_linear.cu, w4a16_linear_fused.cu, w4a16_swiglu.cu --------------------------------------------------------
 struct W4A16LinearArgs {
@@ -74,6 +74,11 @@ cudaError_t launch_add_rms_norm(const RmsNormArgs& args, const void* residual, v
 // x (rows, 2 * columns): gates, then ups; y (rows, columns). Both contiguous and 16-byte aligned, columns a multiple of
 // 8.
 cudaError_t launch_swiglu(const void* x, void* y, int rows, int columns, Dtype dtype, cudaStream_t stream);
+
+// ---- rope_angles.cu -------------------------------------------------------------------------------------------------
+// positions (rows,), inv_freq (half,), cos and sin (rows, 2 * half), rows and half at least 1; all contiguous.
+cudaError_t launch_rope_angles(const int64_t* positions, const float* inv_freq, float scaling, void* cos, void* sin,
+                               int rows, int half, Dtype dtype, cudaStream_t stream);
 
 // ---- w4a16_gemm.cu --------------------------------------------------------------------------------------------------
 struct W4A16GemmArgs {

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.modules import module as torch_module
 
+from hf_fastpath.modules.logits_target import logits_go_to
 from hf_fastpath.ops import TokenState
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
@@ -274,6 +275,7 @@ class Slot:
 
     def step(self, forward: Callable[..., Any]) -> None:
         """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times."""
+        forward = self._offering_logits(forward)
         cache = self._cache()
         length = cache.get_seq_length()
         self.run(("step", self.step_rows, self.masked), lambda: self._forward(forward, length))
@@ -306,11 +308,23 @@ class Slot:
         )
         self.take(out.logits)
 
+    def _offering_logits(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A model's ``forward``, whose head may write into :attr:`logits`: :meth:`take` then has nothing to do."""
+
+        def offering(**inputs: Any) -> Any:
+            rows = inputs["input_ids"].shape[0]
+            with logits_go_to(None if self.logits is None else self.logits[:rows]):
+                return forward(**inputs)
+
+        return offering
+
     @torch.inference_mode(False)
     def take(self, logits: torch.Tensor) -> None:
         """Puts ``(B, T, V)`` logits of the last token into :attr:`logits`."""
         if self.logits is None:
             self.logits = logits.new_empty((self.rows, logits.shape[2]))
+        elif logits.data_ptr() == self.logits.data_ptr():
+            return  # the head has put them there
         self.logits[: logits.shape[0]].copy_(logits[:, -1].detach())
 
     def _order_streams(self) -> None:

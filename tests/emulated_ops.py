@@ -58,6 +58,20 @@ class EmulatedOps:
         self._library.call("emulated_swiglu", x, y, *y.shape, x.dtype is torch.bfloat16, **_inputs(x=x), y=(y, OUTPUT))
         return y
 
+    def rope_angles(
+        self, positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (like.new_empty(*positions.shape, 2 * inv_freq.shape[0]) for _ in range(2))
+        self._library.call(
+            "emulated_rope_angles",
+            *(positions, inv_freq, scaling, cos, sin, positions.numel(), inv_freq.shape[0]),
+            *(like.element_size(), like.dtype is torch.bfloat16),
+            **_inputs(positions=positions, inv_freq=inv_freq),
+            cos=(cos, OUTPUT),
+            sin=(sin, OUTPUT),
+        )
+        return cos, sin
+
     def w4a16_linear_fused(
         self,
         x: torch.Tensor,

@@ -25,10 +25,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from hf_fastpath import Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported, patch_model, unpatch_model
+from hf_fastpath import Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported, heuristics, patch_model, unpatch_model
 from hf_fastpath.caches import attention
 from hf_fastpath.decode_graph import DecodeGraphs, batch_bucket, capacity_for
 from hf_fastpath.generation import filters_of
+from hf_fastpath.modules import decode_head
 from hf_fastpath.ops import sampling_weights
 from hf_fastpath.token_choice import Filters
 
@@ -49,6 +50,23 @@ def test_the_same_tokens(kv_cache: str, padding: tuple[int, ...], how: dict[str,
     # 12 tokens and 11 steps; the first of each is the warm-up.
     assert log_of(patched).count("capture") == 2
     assert log_of(patched).count("replay") == 11 + 10
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+def test_the_head_writes_the_logits_of_steps_where_they_are_chosen_from(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str], list[tuple[Any, ...]]]
+) -> None:
+    monkeypatch.setattr(heuristics, "linear_16bit_supports", lambda *args: True)
+    written = count_calls(decode_head, "linear_16bit_into")
+    model = with_graphs(patch_model(make_llama(), scale_search="absmax", progress=False))
+    wanted = {"output_logits": True, "return_dict_in_generate": True}
+    for padding, options in (((0, 0, 0), wanted), ((0, 7, 30), {}), ((0, 0), {}), ((0, 0, 0, 5), {})):
+        written.clear()
+        check_alike(model, **long_batch(padding), **how, **options)
+        (slot,) = [slot for slot in model._fastpath.graphs.slots if slot.batch == len(padding)]
+        assert [tuple(call[3].shape) for call in written] == [slot.logits[: len(padding)].shape] * 11
+        assert {call[3].data_ptr() for call in written} == {slot.logits.data_ptr()}
+        gc.collect()
 
 
 def test_one_capture_serves_other_lengths(patched: Any) -> None:
