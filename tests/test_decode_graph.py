@@ -181,6 +181,8 @@ def test_a_cache_that_is_kept_keeps_its_slot(patched: Any) -> None:
     assert len(patched._fastpath.graphs.slots) == 2
     for mine, theirs in zip(first.past_key_values.layers, kept.layers, strict=True):
         assert theirs.lender is None
+        assert mine.tickets is mine.lender.tickets
+        assert theirs.tickets is not mine.tickets
         assert torch.equal(mine.keys, theirs.keys)
     more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
     replays = log_of(patched).count("replay")

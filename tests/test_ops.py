@@ -224,7 +224,7 @@ def test_decode_attention_never_expands_more_than_a_tile(monkeypatch: pytest.Mon
             return out
 
     with Watch():
-        attn_decode_int8_reference(torch.randn(1, 2, 32), *counted(storage, 64), None, 0.2, 0, 0.0, None)
+        attn_decode_int8_reference(torch.randn(1, 2, 32), *counted(storage, 64), None, None, 0.2, 0, 0.0, None)
     assert largest == 16 * 32
 
 
@@ -273,6 +273,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     plain = torch.randn(32, 64).bfloat16()
     sent = x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()
     padding = torch.tensor([[False, True, True, True], [True] * 4])
+    tickets = torch.zeros(4, dtype=torch.int32)
     return [
         ("short_conv_prefill", (*conv, padding)),
         ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0, None, 0.0)),
@@ -285,16 +286,16 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("sampling_weights", (torch.randn(2, 9).bfloat16(), 0.7, 5, 0.9, 0.1)),
         ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),
         ("kv_h2o_append", (*appended(1), *h2o, 5, 2)),
-        ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
+        ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, None, torch.ones(2, 20, dtype=torch.bool), 0.2)),
         ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 20, 0.2, 5, 2)),
         ("attn_received", (*torch.randn(2, 2, 2, 3, 32), torch.zeros(2, 2, 3), h2o[5], None, 20, 0.2)),
         ("kv_int4_append", (*appended(3), *int4)),
         ("kv_int4_dequantize", (*int4[:4], int4[8], False, 3, torch.empty(2, 2, 90, 32))),
         ("kv_int4_dequantize", (*int4[4:], True, 3, torch.empty(2, 2, 90, 32))),
-        ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, 0.2, 0, 0.0, None)),
+        ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, None, 0.2, 0, 0.0, None)),
         ("kv_fp8_append", (*appended(3), *fp8)),
         ("kv_fp8_dequantize", (*fp8[:3], fp8[6], 3, torch.empty(2, 2, 90, 32))),
-        ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, 0.2, 0, 0.0, None)),
+        ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, None, 0.2, 0, 0.0, None)),
         ("w4a16_linear_fused", (x, qweight, scales, zero, None, norm_weight, 1e-5, x[:, :20].contiguous(), 20, 32)),
         (
             "w4a16_short_conv",
@@ -327,10 +328,12 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("w4a16_gemm", (torch.randn(30, 64).bfloat16(), qweight, scales, zero, None, 20, 32, 0, None)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
         ("kv_int8_append", (*appended(3), *cache, lengths)),
+        ("attn_step_int8", (*appended(1)[:-1], *cache, lengths, tickets, None, 0.2)),
+        ("attn_step_static", (*appended(1)[:-1], *torch.zeros(2, 2, 2, 16, 32), lengths, None, None, 0.2)),
         ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),
         ("kv_int8_dequantize", (*cache[:2], 3, torch.empty(2, 2, 10, 32))),
-        ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), None, 0.2, 9, 2.0, torch.randn(4))),
-        ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, 0.2, 0, 0.0, None)),
+        ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), tickets, None, 0.2, 9, 2.0, torch.randn(4))),
+        ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, None, 0.2, 0, 0.0, None)),
     ]
 
 

@@ -31,6 +31,7 @@ COPY = "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_ker
         (OURS + "w4a16_gemm_sm90_kernel<__nv_bfloat16, 128, 8, 4, 1>(Sm90Params<__nv_bfloat16>)", "product"),
         (OURS + "(anonymous namespace)::rms_norm_kernel<__half>(hf_fastpath::RmsNormArgs)", "norm"),
         (OURS + "attn::attn_decode_kernel<hf_fastpath::attn::Format<X> >(Params)", "attention"),
+        (OURS + "attn::attn_step_kernel<hf_fastpath::attn::Format<X>, hf_fastpath::kv::Int8>(Params)", "attention"),
         (OURS + "attn::attn_combine_kernel<X>(hf_fastpath::attn::Params)", "attention"),
         (OURS + "kv::append_few_kernel<hf_fastpath::Int8, __half, 8, 2>(hf_fastpath::KvNewTokens)", "append"),
         (OURS + "(anonymous namespace)::finish_chunk_kernel<__half, 8, 2>(hf_fastpath::KvNewTokens, int)", "append"),

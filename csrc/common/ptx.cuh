@@ -93,6 +93,27 @@ __device__ __forceinline__ int load_now(const int* p) {
 __device__ __forceinline__ int load_early(const int* p) {
   return load_now(p);
 }
+// The same for what other CTAs of this kernel stored, once draw_ticket() and a barrier have made it visible.
+__device__ __forceinline__ float2 load_now(const float2* p) {
+  float2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_now(const float4* p) {
+  float4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+// The counter's number, which becomes one more, and 0 behind `last`. What this thread did before, and its CTA before a
+// barrier, is visible to every thread that draws later, and behind a barrier to its CTA.
+__device__ __forceinline__ uint32_t draw_ticket(uint32_t* counter, uint32_t last) {
+  uint32_t number;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(number) : "l"(counter), "r"(last) : "memory");
+  return number;
+}
 // Asks for 128 bytes to come to the L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

@@ -1,11 +1,12 @@
-"""A decoder layer of Llama's kind in few operations. For one new token in each of up to 16 rows, on int4 weights, six:
+"""A decoder layer of Llama's kind in few operations. For one new token in each of up to 16 rows, on int4 weights, five:
 
-norm, query, key and value | the heads' norms, RoPE, rotation, quantization, append | attention over the cache |
+norm, query, key and value | the heads' norms, RoPE, rotation, quantization, append, attention over the cache |
 output and residual | norm, gate, up and SwiGLU | down and residual.
 
-Each is a kernel; with more than four rows a norm is one of its own, and attention over a long cache is two. For more
-rows, and for weights in 16 bits, norms, SwiGLU and residuals are apart from the products, the first residual being one
-with the second norm. Prompts run so too, but for attention, which is what the cache and transformers make of it.
+Over the caches fp8, int4 and h2o attention is apart from what is before it. Each is a kernel; with more than four rows
+a norm is one of its own. For more rows, and for weights in 16 bits, norms, SwiGLU and residuals are apart from the
+products, the first residual being one with the second norm. Prompts run so too, but for attention, which is what the
+cache and transformers make of it.
 """
 
 from __future__ import annotations

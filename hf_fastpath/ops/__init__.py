@@ -10,6 +10,8 @@ from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
 from hf_fastpath.ops.attn_decode_static import attn_decode_static
 from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
 from hf_fastpath.ops.attn_received import attn_received
+from hf_fastpath.ops.attn_step_int8 import attn_step_int8
+from hf_fastpath.ops.attn_step_static import attn_step_static
 from hf_fastpath.ops.choose_tokens import TokenState, choose_tokens
 from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
 from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
@@ -53,6 +55,8 @@ __all__ = [
     "attn_decode_static",
     "attn_prefill_h2o",
     "attn_received",
+    "attn_step_int8",
+    "attn_step_static",
     "choose_tokens",
     "kv_fp8_append",
     "kv_fp8_dequantize",

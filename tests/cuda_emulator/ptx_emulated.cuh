@@ -75,6 +75,15 @@ inline int load_now(const int* p) {
 inline int load_early(const int* p) {
   return *p - cuda_emulator::written_since;
 }
+inline float2 load_now(const float2* p) {
+  return *p;
+}
+inline float4 load_now(const float4* p) {
+  return *p;
+}
+inline uint32_t draw_ticket(uint32_t* counter, uint32_t last) {
+  return cuda_emulator::draw_ticket(counter, last, __builtin_return_address(0));
+}
 inline void prefetch_l2(const void* p) {
   cuda_emulator::check(p, 1, false, 1, __builtin_return_address(0));
 }
