@@ -4,8 +4,9 @@ norm, query, key and value | the heads' norms, RoPE, rotation, quantization, app
 output and residual | norm, gate, up and SwiGLU | down and residual.
 
 Each is a kernel; with more than four rows a norm is one of its own, and attention over a long cache is two. For more
-rows, and for weights in 16 bits, norms, SwiGLU and residuals are apart from the products, the first residual being one
-with the second norm. Prompts run so too, but for attention, which is what the cache and transformers make of it.
+rows, and for weights in 16 bits, norms and residuals are apart from the products, the first residual being one with the
+second norm, and so is SwiGLU but for int4 products of up to 64 rows on compute capability 9.0. Prompts run so too, but
+for attention, which is what the cache and transformers make of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from hf_fastpath.modules.merged import Norm, merge, places, separate, why_not_merged
 from hf_fastpath.modules.w4a16_linear import W4A16Linear
-from hf_fastpath.ops import QKTransform, add_rms_norm, kv_static_append, swiglu
+from hf_fastpath.ops import QKTransform, add_rms_norm, kv_static_append
 
 
 class StepCache(Protocol):
@@ -148,7 +149,7 @@ class LayerStep:
         if self.norm is None:
             return x + first_half
         x, normalized = add_rms_norm(first_half, x, *self.norm)
-        return self.down.add_to(x, swiglu(self.gate_up.multiply(normalized)))
+        return self.down.add_to(x, self.gate_up.swiglu(normalized, None))
 
 
 class DecoderStep(LayerStep):
