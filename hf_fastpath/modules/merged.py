@@ -94,7 +94,8 @@ class Int4Weight(MergedWeight):
     def swiglu(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         intermediate = self.out_features // 2
         if self.fuses(x.shape[0]):
-            return w4a16_swiglu(x, *self.packed, *(norm or (None, 0.0)), intermediate, self.group_size)
+            weight, eps = norm or (None, 0.0)
+            return w4a16_swiglu(x, *self.packed, weight, eps, intermediate, self.group_size)
         if variant_for(x) is W4A16Variant.CUDA_GEMM:
             form = gemm_form(x, self.out_features)
             if heuristics.w4a16_gemm_swiglu_has(form):
@@ -142,7 +143,8 @@ class PlainWeight(MergedWeight):
     def swiglu(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if not self.fuses(x.shape[0]):
             return super().swiglu(x, norm)
-        return linear_16bit_swiglu(x, self.weight, self.bias, *(norm or (None, 0.0)))
+        weight, eps = norm or (None, 0.0)
+        return linear_16bit_swiglu(x, self.weight, self.bias, weight, eps)
 
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.fuses(x.shape[0]):
