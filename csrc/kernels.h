@@ -102,6 +102,11 @@ cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_cou
 // w4a16_gemm_sm90.cu: the variants with wgmma, which launch_w4a16_gemm() passes on.
 cudaError_t launch_w4a16_gemm_sm90(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
+// ---- w4a16_gemm_swiglu.cu: SwiGLU of the product with a merged gate and up weight -----------------------------------
+// n: the weight's rows, a multiple of 32, gates first; y (m, n / 2); no workspace, no residual. Only of some variants.
+bool w4a16_gemm_swiglu_has(int variant);
+cudaError_t launch_w4a16_gemm_swiglu(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
 // ---- w4a16_dequantize.cu --------------------------------------------------------------------------------------------
 struct W4A16DequantizeArgs {
   const void* qweight;

@@ -190,6 +190,12 @@ def w4a16_gemm_variant(
     return max(worth, key=lambda i: VARIANTS[i].splits, default=fitting[0])
 
 
+def w4a16_gemm_swiglu_has(variant: int) -> bool:
+    """Whether w4a16_gemm_swiglu has a kernel of this variant of w4a16_gemm: those with wgmma that decoding takes."""
+    form = VARIANTS[variant]
+    return form.instruction == "wgmma" and form.tokens <= 64
+
+
 def _busiest_work(tiles: int, units: int, splits: int, sm_count: int) -> int:
     """Units of 128 columns of K that the busiest multiprocessor multiplies, of tiles of up to 64 rows of x.
 

@@ -261,6 +261,28 @@ class EmulatedOps:
         )
         return y
 
+    def w4a16_gemm_swiglu(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        intermediate_size: int,
+        group_size: int,
+        variant: int,
+    ) -> torch.Tensor:
+        m, k = x.shape
+        y = x.new_empty(m, intermediate_size)
+        self._library.call(
+            "emulated_w4a16_gemm_swiglu",
+            *(x, x.stride(0), qweight, scales, zeros, bias, y),
+            *(m, 2 * intermediate_size, k, group_size, variant, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
+            y=(y, OUTPUT),
+        )
+        return y
+
     def w4a16_dequantize(
         self,
         qweight: torch.Tensor,

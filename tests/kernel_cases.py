@@ -67,6 +67,10 @@ class Weight:
             x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group, variant, residual
         )
 
+    def gemm_swiglu(self, x: torch.Tensor, variant: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed, half = (self.qweight, self.scales, self.zeros, bias), self.exact.shape[0] // 2
+        return self.target.ops.w4a16_gemm_swiglu(x, *packed, half, self.group, variant)
+
     def dequantize(self) -> torch.Tensor:
         n, k = self.exact.shape
         return self.target.ops.w4a16_dequantize(self.qweight, self.scales, self.zeros, k, n, self.group)

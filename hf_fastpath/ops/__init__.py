@@ -34,6 +34,7 @@ from hf_fastpath.ops.short_conv_step import short_conv_step
 from hf_fastpath.ops.swiglu import swiglu
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
+from hf_fastpath.ops.w4a16_gemm_swiglu import w4a16_gemm_swiglu
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
 from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
 from hf_fastpath.ops.w4a16_short_conv import w4a16_short_conv
@@ -81,6 +82,7 @@ __all__ = [
     "swiglu",
     "w4a16_dequantize",
     "w4a16_gemm",
+    "w4a16_gemm_swiglu",
     "w4a16_linear",
     "w4a16_linear_fused",
     "w4a16_short_conv",

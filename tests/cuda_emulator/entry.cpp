@@ -66,6 +66,14 @@ EXPORT int emulated_w4a16_gemm(const void* x, int64_t x_row_stride, const void* 
   return launch_w4a16_gemm(args, dtype_of(bfloat16), sm_count, nullptr);
 }
 
+EXPORT int emulated_w4a16_gemm_swiglu(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
+                                      const uint8_t* zeros, const void* bias, void* y, int m, int n, int k,
+                                      int group_size, int variant, int bfloat16, int sm_count) {
+  const W4A16GemmArgs args{x, x_row_stride, qweight, scales, zeros, bias, y, nullptr, m, n,
+                           k, group_size,   variant, nullptr};
+  return launch_w4a16_gemm_swiglu(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
 EXPORT int emulated_w4a16_dequantize(const void* qweight, const void* scales, const uint8_t* zeros, void* out, int n,
                                      int k, int group_size, int bfloat16) {
   return launch_w4a16_dequantize({qweight, scales, zeros, out, n, k, group_size}, dtype_of(bfloat16), nullptr);
