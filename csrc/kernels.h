@@ -10,7 +10,7 @@
 
 namespace hf_fastpath {
 
-enum class Dtype { kFloat16, kBFloat16, kFloat32 };  // kFloat32: of short_conv.cu only
+enum class Dtype { kFloat16, kBFloat16, kFloat32 };  // kFloat32: of some kernels only
 
 // ---- w4a16_linear.cu, w4a16_linear_fused.cu, w4a16_swiglu.cu --------------------------------------------------------
 struct W4A16LinearArgs {
@@ -75,6 +75,11 @@ cudaError_t launch_add_rms_norm(const RmsNormArgs& args, const void* residual, v
 // 8.
 cudaError_t launch_swiglu(const void* x, void* y, int rows, int columns, Dtype dtype, cudaStream_t stream);
 
+// ---- rope_angles.cu -------------------------------------------------------------------------------------------------
+// positions (rows,), inv_freq (half,), cos and sin (rows, 2 * half), rows and half at least 1; all contiguous.
+cudaError_t launch_rope_angles(const int64_t* positions, const float* inv_freq, float scaling, void* cos, void* sin,
+                               int rows, int half, Dtype dtype, cudaStream_t stream);
+
 // ---- w4a16_gemm.cu --------------------------------------------------------------------------------------------------
 struct W4A16GemmArgs {
   const void* x;  // as in W4A16LinearArgs, with any number of rows
@@ -96,6 +101,11 @@ int64_t w4a16_gemm_workspace_floats(int m, int n, int k, int variant, int sm_cou
 cudaError_t launch_w4a16_gemm(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 // w4a16_gemm_sm90.cu: the variants with wgmma, which launch_w4a16_gemm() passes on.
 cudaError_t launch_w4a16_gemm_sm90(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
+
+// ---- w4a16_gemm_swiglu.cu: SwiGLU of the product with a merged gate and up weight -----------------------------------
+// n: the weight's rows, a multiple of 32, gates first; y (m, n / 2); no workspace, no residual. Only of some variants.
+bool w4a16_gemm_swiglu_has(int variant);
+cudaError_t launch_w4a16_gemm_swiglu(const W4A16GemmArgs& args, Dtype dtype, int sm_count, cudaStream_t stream);
 
 // ---- w4a16_dequantize.cu --------------------------------------------------------------------------------------------
 struct W4A16DequantizeArgs {

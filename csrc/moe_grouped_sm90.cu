@@ -4,8 +4,8 @@
 // products are those of w4a16_gemm_sm90.cu, with tiles that are counted on the GPU: nothing in the launches depends on
 // data. The first product's results are rounded to 16 bits, and so is silu(gate) * up; those of the second stay in
 // float32 until a row's sum is taken, in the order of its experts.
-#include "common/decode_epilogue.cuh"
 #include "common/launch.cuh"
+#include "common/swiglu.cuh"
 #include "moe/grouped_schedule.cuh"
 #include "moe/sort.cuh"
 #include "w4a16/sm90_consume.cuh"
@@ -101,16 +101,7 @@ __global__ void __launch_bounds__(moe::kThreads)
   let_next_kernel_begin();
   if (i >= count) return;
   const int64_t row = i / half, unit = i % half;
-  const uint4 gate = both[row * 2 * half + unit], up = both[row * 2 * half + half + unit];
-  const uint32_t gates[4] = {gate.x, gate.y, gate.z, gate.w}, ups[4] = {up.x, up.y, up.z, up.w};
-  uint32_t results[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const T low = linear::swiglu<T>(bits_to_float<T>(gates[j]), bits_to_float<T>(ups[j]));
-    const T high = linear::swiglu<T>(bits_to_float<T>(gates[j] >> 16), bits_to_float<T>(ups[j] >> 16));
-    results[j] = pack_floats(to_float(low), to_float(high), T());
-  }
-  inner[i] = make_uint4(results[0], results[1], results[2], results[3]);
+  inner[i] = swiglu_pairs<T>(both[row * 2 * half + unit], both[row * 2 * half + half + unit]);
 }
 
 // What a turn works with, one after the other in the workspace.

@@ -258,10 +258,10 @@ Tensor w8a16_dequantize(const Tensor& qweight, const Tensor& scales, int64_t out
   return out;
 }
 
-Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
-                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size, int64_t variant,
-                  const std::optional<Tensor>& residual) {
-  constexpr Check check{"w4a16_gemm"};
+// Checks what w4a16_gemm and w4a16_gemm_swiglu have in common, their x being a matrix, and returns the scales' dtype.
+Dtype check_gemm(const Check& check, const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                 const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t out_features,
+                 int64_t group_size, int64_t variant) {
   check(variant >= 0 && variant < kW4A16GemmVariants, "variant must be in 0 to ", kW4A16GemmVariants - 1, ", got ",
         variant);
   check.shape(x, {-1, -1}, "x", "(M, K)");
@@ -270,36 +270,71 @@ Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
   check.aligned(scales, 16, "scales");
   if (zeros) check.aligned(*zeros, 16, "zeros");
   check_product(check, x, qweight, scales, bias, out_features);
-  check_residual(check, x, residual, out_features);
   // The smallest tile is 128 by 32, and its units of 128 columns are counted in 32 bits.
   check(k <= 1 << 24, "in_features must be at most ", 1 << 24, ", got ", k);
   check(m <= kMaxInt - 256 && (out_features / 128 + 1) * (m / 32 + 1) <= kMaxInt / (k / 128 + 1),
         "M * N * K is too large: ", m, " * ", out_features, " * ", k);
-  const Launch launch(x);
-  Tensor y = launch.empty({m, out_features}, x.scalar_type());
-  if (m == 0) return y;
-  const int rows = static_cast<int>(m), n = static_cast<int>(out_features), cols = static_cast<int>(k);
-  const int form = static_cast<int>(variant);
-  const int64_t floats = w4a16_gemm_workspace_floats(rows, n, cols, form, launch.sm_count());
-  const Tensor workspace = launch.empty({floats}, ScalarType::Float);
-  const W4A16GemmArgs args{data(x),
-                           x.stride(0),
-                           data(qweight),
-                           data(scales),
-                           data<uint8_t>(zeros),
-                           data(bias),
-                           y.data_ptr(),
-                           static_cast<float*>(workspace.data_ptr()),
-                           rows,
-                           n,
-                           cols,
-                           static_cast<int>(group_size),
-                           form,
-                           data(residual)};
-  const cudaError_t error = launch_w4a16_gemm(args, dtype, launch.sm_count(), launch.stream());
-  check(error != cudaErrorNoKernelImageForDevice, "variant ", form,
+  return dtype;
+}
+
+W4A16GemmArgs gemm_args(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                        const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, const Tensor& y,
+                        int64_t out_features, int64_t group_size, int64_t variant) {
+  W4A16GemmArgs args = {};
+  args.x = data(x);
+  args.x_row_stride = x.stride(0);
+  args.qweight = data(qweight);
+  args.scales = data(scales);
+  args.zeros = data<uint8_t>(zeros);
+  args.bias = data(bias);
+  args.y = y.data_ptr();
+  args.m = static_cast<int>(x.size(0));
+  args.n = static_cast<int>(out_features);
+  args.k = static_cast<int>(x.size(1));
+  args.group_size = static_cast<int>(group_size);
+  args.variant = static_cast<int>(variant);
+  return args;
+}
+
+void check_gemm_launched(const Check& check, int64_t variant, cudaError_t error) {
+  check(error != cudaErrorNoKernelImageForDevice, "variant ", variant,
         " needs a GPU of compute capability 9.0, and kernels that were compiled for sm_90a");
   check.launched(error);
+}
+
+Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, const std::optional<Tensor>& zeros,
+                  const std::optional<Tensor>& bias, int64_t out_features, int64_t group_size, int64_t variant,
+                  const std::optional<Tensor>& residual) {
+  constexpr Check check{"w4a16_gemm"};
+  const Dtype dtype = check_gemm(check, x, qweight, scales, zeros, bias, out_features, group_size, variant);
+  check_residual(check, x, residual, out_features);
+  const Launch launch(x);
+  Tensor y = launch.empty({x.size(0), out_features}, x.scalar_type());
+  if (x.size(0) == 0) return y;
+  W4A16GemmArgs args = gemm_args(x, qweight, scales, zeros, bias, y, out_features, group_size, variant);
+  const Tensor workspace = launch.empty(
+      {w4a16_gemm_workspace_floats(args.m, args.n, args.k, args.variant, launch.sm_count())}, ScalarType::Float);
+  args.workspace = static_cast<float*>(workspace.data_ptr());
+  args.residual = data(residual);
+  check_gemm_launched(check, variant, launch_w4a16_gemm(args, dtype, launch.sm_count(), launch.stream()));
+  return y;
+}
+
+Tensor w4a16_gemm_swiglu(const Tensor& x, const Tensor& qweight, const Tensor& scales,
+                         const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
+                         int64_t intermediate_size, int64_t group_size, int64_t variant) {
+  constexpr Check check{"w4a16_gemm_swiglu"};
+  check(intermediate_size >= 16 && intermediate_size <= kMaxInt / 2 - 16 && intermediate_size % 16 == 0,
+        "intermediate_size must be a positive multiple of 16, got ", intermediate_size);
+  const int64_t rows = 2 * intermediate_size;
+  const Dtype dtype = check_gemm(check, x, qweight, scales, zeros, bias, rows, group_size, variant);
+  check(w4a16_gemm_swiglu_has(static_cast<int>(variant)), "variant ", variant,
+        " is none with wgmma and tiles of up to 64 rows of x; use w4a16_gemm and swiglu");
+  const Launch launch(x);
+  Tensor y = launch.empty({x.size(0), intermediate_size}, x.scalar_type());
+  if (x.size(0) == 0) return y;
+  const W4A16GemmArgs args = gemm_args(x, qweight, scales, zeros, bias, y, rows, group_size, variant);
+  check_gemm_launched(check, variant, launch_w4a16_gemm_swiglu(args, dtype, launch.sm_count(), launch.stream()));
   return y;
 }
 
@@ -331,5 +366,6 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("w8a16_linear", TORCH_BOX(&hf_fastpath::w8a16_linear));
   m.impl("w8a16_dequantize", TORCH_BOX(&hf_fastpath::w8a16_dequantize));
   m.impl("w4a16_gemm", TORCH_BOX(&hf_fastpath::w4a16_gemm));
+  m.impl("w4a16_gemm_swiglu", TORCH_BOX(&hf_fastpath::w4a16_gemm_swiglu));
   m.impl("w4a16_dequantize", TORCH_BOX(&hf_fastpath::w4a16_dequantize));
 }

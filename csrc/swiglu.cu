@@ -1,6 +1,6 @@
 // y = silu(gate) * up for rows of gates and ups, as a product with a merged weight leaves them.
-#include "common/decode_epilogue.cuh"
 #include "common/launch.cuh"
+#include "common/swiglu.cuh"
 
 namespace hf_fastpath {
 namespace {
@@ -16,17 +16,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const T* x, T* y, int 
   if (column >= columns) return;
   const T* const gates = x + row * 2 * columns + column;
   const uint4 gate = *reinterpret_cast<const uint4*>(gates), up = *reinterpret_cast<const uint4*>(gates + columns);
-  const uint32_t gate_words[4] = {gate.x, gate.y, gate.z, gate.w}, up_words[4] = {up.x, up.y, up.z, up.w};
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const auto value = [&](int shift) {
-      return to_float(
-          linear::swiglu<T>(bits_to_float<T>(gate_words[i] >> shift), bits_to_float<T>(up_words[i] >> shift)));
-    };
-    words[i] = pack_floats(value(0), value(16), T());
-  }
-  *reinterpret_cast<uint4*>(y + row * columns + column) = make_uint4(words[0], words[1], words[2], words[3]);
+  *reinterpret_cast<uint4*>(y + row * columns + column) = swiglu_pairs<T>(gate, up);
 }
 
 template <typename T>

@@ -112,6 +112,17 @@ def rms_norm_supports(device_type: str, dtype: torch.dtype, columns: int) -> boo
     return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16) and columns > 0 and columns % 8 == 0
 
 
+def embedding_gathers(device_type: str, rows: int) -> bool:
+    """Whether torch.gather takes rows of a matrix faster than torch.index_select, which has a kernel of its own for up
+    to 16. One row is gathered in no fast way."""
+    return device_type == "cuda" and 2 <= rows <= 16
+
+
+def rope_angles_supports(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel of rope_angles makes angles of this dtype; on the CPU transformers' operations are as good."""
+    return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
 def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16Variant:
     """As :func:`w4a16_variant`, for int8."""
     if device_type == "cpu":
@@ -177,6 +188,12 @@ def w4a16_gemm_variant(
         return min(fitting, key=lambda i: _busiest_work(tiles, units, VARIANTS[i].splits, sm_count))
     worth = (i for i in fitting if _worth_dividing(VARIANTS[i].splits, tiles, units, sm_count))
     return max(worth, key=lambda i: VARIANTS[i].splits, default=fitting[0])
+
+
+def w4a16_gemm_swiglu_has(variant: int) -> bool:
+    """Whether w4a16_gemm_swiglu has a kernel of this variant of w4a16_gemm: those with wgmma that decoding takes."""
+    form = VARIANTS[variant]
+    return form.instruction == "wgmma" and form.tokens <= 64
 
 
 def _busiest_work(tiles: int, units: int, splits: int, sm_count: int) -> int:

@@ -58,6 +58,20 @@ class EmulatedOps:
         self._library.call("emulated_swiglu", x, y, *y.shape, x.dtype is torch.bfloat16, **_inputs(x=x), y=(y, OUTPUT))
         return y
 
+    def rope_angles(
+        self, positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (like.new_empty(*positions.shape, 2 * inv_freq.shape[0]) for _ in range(2))
+        self._library.call(
+            "emulated_rope_angles",
+            *(positions, inv_freq, scaling, cos, sin, positions.numel(), inv_freq.shape[0]),
+            *(like.element_size(), like.dtype is torch.bfloat16),
+            **_inputs(positions=positions, inv_freq=inv_freq),
+            cos=(cos, OUTPUT),
+            sin=(sin, OUTPUT),
+        )
+        return cos, sin
+
     def w4a16_linear_fused(
         self,
         x: torch.Tensor,
@@ -244,6 +258,28 @@ class EmulatedOps:
             **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias, residual=residual),
             y=(y, OUTPUT),
             workspace=(workspace, OUTPUT),
+        )
+        return y
+
+    def w4a16_gemm_swiglu(
+        self,
+        x: torch.Tensor,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        intermediate_size: int,
+        group_size: int,
+        variant: int,
+    ) -> torch.Tensor:
+        m, k = x.shape
+        y = x.new_empty(m, intermediate_size)
+        self._library.call(
+            "emulated_w4a16_gemm_swiglu",
+            *(x, x.stride(0), qweight, scales, zeros, bias, y),
+            *(m, 2 * intermediate_size, k, group_size, variant, x.dtype is torch.bfloat16, self.sm_count),
+            **_inputs(x=x, qweight=qweight, scales=scales, zeros=zeros, bias=bias),
+            y=(y, OUTPUT),
         )
         return y
 

@@ -67,6 +67,10 @@ class Weight:
             x, self.qweight, self.scales, self.zeros, bias, self.exact.shape[0], self.group, variant, residual
         )
 
+    def gemm_swiglu(self, x: torch.Tensor, variant: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        packed, half = (self.qweight, self.scales, self.zeros, bias), self.exact.shape[0] // 2
+        return self.target.ops.w4a16_gemm_swiglu(x, *packed, half, self.group, variant)
+
     def dequantize(self) -> torch.Tensor:
         n, k = self.exact.shape
         return self.target.ops.w4a16_dequantize(self.qweight, self.scales, self.zeros, k, n, self.group)
@@ -133,6 +137,21 @@ def check_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out
     steps = weight.group // 16 + -(-k // (8 * weight.group)) + 8 + 1
     bound = steps * ACCUMULATION * magnitude + ROUNDING[out.dtype] * exact.abs() * 1.01 + SMALLEST
     assert_within(out, exact, bound)
+
+
+def has_own_kernel(rows: int, k: int) -> bool:
+    """Whether int4 products of so many rows are those of csrc/common/one_row.cuh, which adds in another order."""
+    return rows == 1 and k % 128 == 0
+
+
+def check_rows(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor, of_many: torch.Tensor
+) -> None:
+    """Some rows of a product have the bits of a product of more rows, ``of_many``, where one kernel does both."""
+    if has_own_kernel(*x.shape):
+        check_linear(x, weight, bias, out)
+    else:
+        assert torch.equal(out, of_many)
 
 
 def check_gemm(

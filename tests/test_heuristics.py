@@ -12,6 +12,7 @@ from hf_fastpath.heuristics import (
     attn_decode_int4_supports,
     attn_decode_supports,
     w4a16_gemm_runs_on,
+    w4a16_gemm_swiglu_has,
     w4a16_gemm_variant,
     w4a16_variant,
 )
@@ -123,6 +124,14 @@ def test_the_choice_is_near_the_fastest_on_an_h200(size: tuple[int, int, int]) -
     assert (form.instruction, form.tokens) == ("wgmma", 32 if size[0] <= 32 else 64)
     times = dict(zip((1, 2, 4, 6, 7), MEASURED[size], strict=True))
     assert times[form.splits] <= 1.03 * min(times.values())
+
+
+def test_swiglu_is_part_of_the_products_of_decoding_on_wgmma() -> None:
+    for rows in (17, 33, 64):
+        assert w4a16_gemm_swiglu_has(w4a16_gemm_variant(rows, 28672, 4096, *H200))
+        assert w4a16_gemm_swiglu_has(w4a16_gemm_variant(rows, 1024, 512, *H200))
+        assert not w4a16_gemm_swiglu_has(w4a16_gemm_variant(rows, 28672, 4096, *A100))
+    assert not w4a16_gemm_swiglu_has(w4a16_gemm_variant(65, 28672, 4096, *H200))
 
 
 def test_wgmma_is_only_for_its_architecture() -> None:

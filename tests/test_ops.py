@@ -61,6 +61,15 @@ def test_w4a16_gemm_is_the_same_product_for_more_rows() -> None:
     assert relative_error(got, x.double() @ exact.T + bias + residual) < torch.finfo(torch.bfloat16).eps
 
 
+def test_w4a16_gemm_swiglu_is_swiglu_of_the_product() -> None:
+    torch.manual_seed(4)
+    qweight, scales, zeros, _ = packed_weight(64, 288, 32, True, torch.bfloat16)
+    x, bias = torch.randn(50, 288).bfloat16(), torch.randn(64).bfloat16()
+    gate, up = ops.w4a16_gemm(x, qweight, scales, zeros, bias, 64, 32, 0).chunk(2, dim=-1)
+    got = ops.w4a16_gemm_swiglu(x, qweight, scales, zeros, bias, 32, 32, 7)
+    assert torch.equal(got, torch.nn.functional.silu(gate) * up)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_has_transformers_bits(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
@@ -315,15 +324,18 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("rms_norm", (x, norm_weight, 1e-5)),
         ("add_rms_norm", (x, x + 1, norm_weight, 1e-5)),
         ("swiglu", (x,)),
+        ("rope_angles", (torch.arange(6).view(2, 3), torch.rand(8), 1.25, x)),
         ("linear_16bit", (x, plain, plain[:, 0], norm_weight, 1e-5, None, False)),
         ("linear_16bit", (x, plain, None, None, 0.0, torch.randn(3, 32).bfloat16(), False)),
         ("linear_16bit", (x, plain, None, norm_weight, 1e-5, None, True)),
+        ("linear_16bit_into", (x, plain, plain[:, 0], torch.empty(3, 32).bfloat16())),
         ("linear_16bit_swiglu", (x, plain, None, norm_weight, 1e-5)),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),
         ("w8a16_dequantize", (*int8, 20)),
         ("w4a16_linear", (torch.randn(3, 64).bfloat16(), qweight, scales, zero, None, 20, 32)),
         ("w4a16_gemm", (torch.randn(30, 64).bfloat16(), qweight, scales, zero, None, 20, 32, 0, None)),
+        ("w4a16_gemm_swiglu", (x, *merged, None, 16, 32, 2)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
         ("kv_int8_append", (*appended(3), *cache, lengths)),
         ("attn_step_int8", (*appended(1)[:-1], *cache, lengths, tickets, None, 0.2)),

@@ -34,6 +34,7 @@ COPY = "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_ker
         (OURS + "attn::attn_step_kernel<hf_fastpath::attn::Format<X>, hf_fastpath::kv::Int8>(Params)", "attention"),
         (OURS + "kv::append_few_kernel<hf_fastpath::Int8, __half, 8, 2>(hf_fastpath::KvNewTokens)", "append"),
         (OURS + "(anonymous namespace)::finish_chunk_kernel<__half, 8, 2>(hf_fastpath::KvNewTokens, int)", "append"),
+        (OURS + "(anonymous namespace)::rope_angles_kernel<__half>(long const*, float const*, float, X)", "angles"),
         (OURS + "(anonymous namespace)::moe_router_kernel<__nv_bfloat16, 4>(Params)", "router"),
         (OURS + "(anonymous namespace)::gate_up_kernel<W, (Form)0>(Params)", "experts"),
         (OURS + "(anonymous namespace)::down_kernel<W, (Form)0>(Params)", "experts"),

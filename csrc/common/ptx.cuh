@@ -25,6 +25,16 @@ __device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t 
   return d;
 }
 
+// The larger of each 16-bit half.
+__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return __vmaxu2(a, b);
+}
+
+// Has a value computed once and kept, where the compiler would compute it anew for every use.
+__device__ __forceinline__ void keep_in_register(int& value) {
+  asm volatile("" : "+r"(value));
+}
+
 // The maximum that keeps a NaN, as torch.amax does.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float d;
@@ -128,6 +138,15 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with unsigned bytes of A and signed ones of B: a lane has columns 4t to 4t + 3 (a[0], a[1], b0) and 16 more
+// (a[2], a[3], b1); "Matrix Fragments for mma.m16n8k32".
+__device__ __forceinline__ void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

@@ -310,6 +310,15 @@ __device__ __forceinline__ void tensor_load(void* target, const TensorMap& map, 
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
+// The same with a map of two parts; row: within each.
+__device__ __forceinline__ void tensor_load_parts(void* target, const TensorMap& map, int row, int column,
+                                                  uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(shared_address(target)),
+      "l"(&map), "r"(column), "r"(row), "r"(0), "r"(shared_address(barrier))
+      : "memory");
+}
 // The way back, of what lies inside. Stores to `source` need a fence_proxy_async() before, and a tensor_stores_read()
 // of this thread before the next ones.
 __device__ __forceinline__ void tensor_store(const TensorMap& map, int row, int column, const void* source) {

@@ -17,6 +17,7 @@ struct GroupedSchedule {
   int experts, row_tiles, row_blocks;  // row tiles and their blocks: of an expert
   int units, clusters;
   static constexpr int splits = 1;
+  static constexpr bool kPaired = false;
 
   struct Place {
     int expert, row_block, token;  // token: the first of the tile, among all sorted pairs

@@ -114,12 +114,16 @@ class FragmentStore {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] = acc[i] + bias_[i / 2];
     if (residual_) add_residual(sum, first_token);
+    store_pairs({pack_floats(sum[0], sum[1], T()), pack_floats(sum[2], sum[3], T())}, first_token);
+  }
+  // Stores a fragment that is rounded already: of each output its two tokens.
+  __device__ __forceinline__ void store_pairs(const uint2& pairs, int first_token) const {
     const int token = first_token + lane_ / 4, column = first_ + lane_ % 4 * 2;
     T* const row = y_ + static_cast<int64_t>(token) * n_;
     // Transposed, a lane holds neighbouring outputs of one token instead of neighbouring tokens of one output.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t pair = transpose_8x8(pack_floats(sum[2 * h], sum[2 * h + 1], T()));
+      const uint32_t pair = transpose_8x8(h ? pairs.y : pairs.x);
       if (token < m_ && column + 8 * h < n_) store_pair(row, column + 8 * h, n_, pair);
     }
   }

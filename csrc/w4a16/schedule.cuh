@@ -61,6 +61,7 @@ inline Schedule stream_k_schedule(const Tiles& tiles, int ctas) {
 // A tile is computed by a cluster of `splits` CTAs, which divide its units and add their parts; cluster c takes the
 // tiles c, c + clusters, ...
 struct ClusterSchedule : Tiles {
+  static constexpr bool kPaired = false;
   int splits, clusters;
 
   // The first unit of a CTA's share of each tile; that of rank `splits` is the tile's end.

@@ -34,11 +34,9 @@ struct Sm90Operands {
   bool x_mapped;  // else x is loaded by ordinary instructions
 };
 
-template <typename T>
-struct Sm90Params : Sm90Operands<T> {
-  ClusterSchedule schedule;
-  TensorMap y;
-  bool y_mapped;  // else y is stored by ordinary instructions
+// Of a weight of two parts, gate and up: a tile is the same 64 outputs of both, the first four warps' and the others'.
+struct PairedSchedule : ClusterSchedule {
+  static constexpr bool kPaired = true;
 };
 
 // Where a tile begins: in the weight's tiles of rows, in the rows of x. Another schedule than ClusterSchedule has an
@@ -51,6 +49,18 @@ __device__ __forceinline__ Corner corner_of(const ClusterSchedule& s, int tile) 
   const Place place = s.place(tile);
   return {place.row_block * kGemmWarps, place.token_block * 8 * kTokenTiles};
 }
+template <int kTokenTiles>
+__device__ __forceinline__ Corner corner_of(const PairedSchedule& s, int tile) {
+  const Place place = s.place(tile);
+  return {place.row_block * (kGemmWarps / 2), place.token_block * 8 * kTokenTiles};
+}
+
+template <typename T, typename Schedule>
+struct Sm90Params : Sm90Operands<T> {
+  Schedule schedule;
+  TensorMap y;
+  bool y_mapped;  // else y is stored by ordinary instructions
+};
 
 // Everything as it is in global memory: all of it arrives by the engine that copies boxes of matrices.
 template <int kGroup, int kTokenTiles>
@@ -102,7 +112,7 @@ __device__ __forceinline__ void prefetch_maps(const Sm90Operands<T>& params) {
 }
 
 // One thread's work. Beyond the last row or column of tiles the engine writes zeros.
-template <typename T, int kGroup, int kTokenTiles>
+template <bool kPaired, typename T, int kGroup, int kTokenTiles>
 __device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles>& stage, uint64_t* full,
                                              const Sm90Operands<T>& params, int first_tile, int step) {
   using Stage = Sm90Stage<kGroup, kTokenTiles>;
@@ -110,9 +120,16 @@ __device__ __forceinline__ void load_weights(Sm90Stage<kGroup, kTokenTiles>& sta
   const int group = step * Stage::kCols / kGroup;
   mbarrier_arrive_expecting(full, static_cast<int>(sizeof stage.weights + sizeof stage.scales) +
                                       (has_zeros ? static_cast<int>(sizeof stage.zeros) : 0));
-  tensor_load(stage.weights, params.weights, first_tile, step * Stage::kTiles * 128, full);
-  tensor_load(stage.scales, params.scales, first_tile, group * 8, full);
-  if (has_zeros) tensor_load(stage.zeros, params.zeros, first_tile, group * 4, full);
+  const auto load = [&](void* target, const TensorMap& map, int column) {
+    if constexpr (kPaired) {
+      tensor_load_parts(target, map, first_tile, column, full);
+    } else {
+      tensor_load(target, map, first_tile, column, full);
+    }
+  };
+  load(stage.weights, params.weights, step * Stage::kTiles * 128);
+  load(stage.scales, params.scales, group * 8);
+  if (has_zeros) load(stage.zeros, params.zeros, group * 4);
 }
 
 // x of a stage without a map: rows that do not start at multiples of 16 bytes. The same bytes at the same places.
@@ -157,7 +174,8 @@ __device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles>* stages, 
   if (lane == 0) {
     StageCursor ahead = now;
     for (int stage = 0; stage < kStages && !ahead.done(s); ++stage) {
-      load_weights<T>(stages[stage], full + stage, params, corner_of<kTokenTiles>(s, ahead.tile).row_tile, ahead.step);
+      const int row_tile = corner_of<kTokenTiles>(s, ahead.tile).row_tile;
+      load_weights<Schedule::kPaired, T>(stages[stage], full + stage, params, row_tile, ahead.step);
       ahead.advance(s);
     }
   }
@@ -170,7 +188,9 @@ __device__ __forceinline__ void produce(Sm90Stage<kGroup, kTokenTiles>* stages, 
   while (!now.done(s)) {
     if (!first_round) {
       mbarrier_wait(empty + stage, phase ^ 1);
-      if (lane == 0) load_weights<T>(stages[stage], full + stage, params, corner.row_tile, now.step);
+      if (lane == 0) {
+        load_weights<Schedule::kPaired, T>(stages[stage], full + stage, params, corner.row_tile, now.step);
+      }
     }
     load_x<T>(stages[stage], full + stage, params, corner.token, now.step, lane);
     if (++stage == kStages) stage = 0, phase ^= 1, first_round = false;

@@ -27,7 +27,8 @@ __device__ __forceinline__ void store_fragments(const float (&acc)[kTokenTiles][
 
 template <typename T, int kTokenTiles>
 __device__ __forceinline__ void store_boxes(const float (&acc)[kTokenTiles][4], OutputBuffer<kTokenTiles>& buffer,
-                                            const Sm90Params<T>& params, const Place& place, int thread) {
+                                            const Sm90Params<T, ClusterSchedule>& params, const Place& place,
+                                            int thread) {
   const GemmParams<T>& p = params.gemm;
   const int warp = thread / 32, lane = thread % 32, warpgroup = warp / 4;
   const bool leads = thread % 128 == 0;
@@ -68,37 +69,52 @@ __device__ __forceinline__ void wait_for_readers() {
   cluster_barrier_of_readers();
 }
 
+// The parts that up to kRanks CTAs have of a thread's sums, and their sum, in the order of K.
+template <int kRanks>
+struct Parts {
+  float4 of_rank[kRanks];
+
+  __device__ __forceinline__ void load(const float4* own, int splits) {
+#pragma unroll
+    for (int rank = 0; rank < kRanks; ++rank) {
+      if (rank < splits) of_rank[rank] = load_from_cluster(own, rank);
+    }
+  }
+  __device__ __forceinline__ void add(float (&sum)[4], int splits) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = 0;
+#pragma unroll
+    for (int rank = 0; rank < kRanks; ++rank) {
+      if (rank >= splits) continue;
+      const float4& v = of_rank[rank];
+      sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+    }
+  }
+};
+
 // Adds the parts of the token tiles that are this CTA's, of up to kRanks CTAs, and stores them. The loads of several
 // tiles are under way together: one takes most of a microsecond.
-template <int kRanks, typename T, int kTokenTiles>
-__device__ __forceinline__ void add_parts(const float4* parts, const Sm90Params<T>& params, int cta, int thread) {
+template <int kRanks, int kTokenTiles, typename T>
+__device__ __forceinline__ void add_parts(const float4* parts, const Sm90Params<T, ClusterSchedule>& params, int cta,
+                                          int thread) {
   constexpr int kTogether = kMaxSplits / kRanks < kTokenTiles ? kMaxSplits / kRanks : kTokenTiles;
   const ClusterSchedule& s = params.schedule;
   const Place place = s.place(cta / s.splits);
   const FragmentStore<T> target(params.gemm, place.row_block * kGemmWarps + thread / 32, thread % 32);
   const int tiles = min(kTokenTiles, (params.gemm.m - place.token_block * kTokenTiles * 8 + 7) / 8);
   for (int first = cta % s.splits; first < tiles; first += kTogether * s.splits) {
-    float4 part[kTogether][kRanks];
+    Parts<kRanks> part[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-      for (int rank = 0; rank < kRanks; ++rank) {
-        const int c = first + i * s.splits;
-        if (rank >= s.splits || c >= tiles) continue;
-        part[i][rank] = load_from_cluster(parts + c * kGemmThreads + thread, rank);
-      }
+      const int c = first + i * s.splits;
+      if (c < tiles) part[i].load(parts + c * kGemmThreads + thread, s.splits);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int c = first + i * s.splits;
       if (c >= tiles) break;
-      float sum[4] = {};
-#pragma unroll
-      for (int rank = 0; rank < kRanks; ++rank) {
-        if (rank >= s.splits) continue;
-        const float4& v = part[i][rank];
-        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-      }
+      float sum[4];
+      part[i].add(sum, s.splits);
       target.store(sum, (place.token_block * kTokenTiles + c) * 8);
     }
   }
@@ -106,9 +122,9 @@ __device__ __forceinline__ void add_parts(const float4* parts, const Sm90Params<
 
 // Adds the parts that the CTAs of a cluster have of a tile, in the order of K, and stores it; each CTA adds some of the
 // token tiles. `parts` is the ring's memory, and the warps that read the ring end the first phase of `drained`.
-template <typename T, int kTokenTiles>
+template <typename T, typename Schedule, int kTokenTiles>
 __device__ __forceinline__ void store_sum_of_cluster(const float (&acc)[kTokenTiles][4], float4* parts,
-                                                     uint64_t* drained, const Sm90Params<T>& params, int cta,
+                                                     uint64_t* drained, const Sm90Params<T, Schedule>& params, int cta,
                                                      int thread) {
   __syncwarp();
   if (thread % 32 == 0) mbarrier_arrive(drained);
@@ -119,11 +135,11 @@ __device__ __forceinline__ void store_sum_of_cluster(const float (&acc)[kTokenTi
   }
   wait_for_parts();
   if (params.schedule.splits <= 2) {
-    add_parts<2, T, kTokenTiles>(parts, params, cta, thread);
+    add_parts<2, kTokenTiles>(parts, params, cta, thread);
   } else if (params.schedule.splits <= 4) {
-    add_parts<4, T, kTokenTiles>(parts, params, cta, thread);
+    add_parts<4, kTokenTiles>(parts, params, cta, thread);
   } else {
-    add_parts<kMaxSplits, T, kTokenTiles>(parts, params, cta, thread);
+    add_parts<kMaxSplits, kTokenTiles>(parts, params, cta, thread);
   }
   wait_for_readers();
 }

@@ -148,6 +148,16 @@ class FastLayer(CacheLayerMixin):
         """Counts the tokens that a graph wrote to the storage, up to ``length`` in all."""
         self.length = length
 
+    @property
+    def zero_if_empty(self) -> torch.Tensor:
+        """What is 0 of a row that holds no token, rows first."""
+        return self.storage[-1]
+
+    def used(self, length: int) -> list[torch.Tensor]:
+        """Of each tensor of the storage, rows first, what ``length`` tokens take."""
+        pairs = zip(self.storage, self.tokens_per_entry, strict=True)
+        return [tensor[:, :, : ceil_div(length, tokens)] if tokens else tensor for tensor, tokens in pairs]
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"lender": None}  # a copy has storage of its own
 

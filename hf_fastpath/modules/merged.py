@@ -16,11 +16,13 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_fastpath import heuristics
-from hf_fastpath.modules.w4a16_linear import W4A16Linear, int4_product, variant_for
+from hf_fastpath.heuristics import W4A16Variant
+from hf_fastpath.modules.w4a16_linear import W4A16Linear, gemm_form, int4_product, variant_for
 from hf_fastpath.ops.linear_16bit import linear_16bit
 from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.ops.swiglu import swiglu
+from hf_fastpath.ops.w4a16_gemm_swiglu import w4a16_gemm_swiglu
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
 from hf_fastpath.ops.w4a16_swiglu import w4a16_swiglu
@@ -57,7 +59,7 @@ class MergedWeight(ABC):
         y = self.multiply(x if norm is None else rms_norm(x, *norm))
         return y if residual is None else y.add_(residual)
 
-    def swiglu(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def swiglu(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         """``(M, N / 2)``: SwiGLU of ``RMSNorm(x) @ W.T + bias``."""
         return swiglu(self.product(x, norm, None))
 
@@ -89,10 +91,17 @@ class Int4Weight(MergedWeight):
         weight, eps = norm or (None, 0.0)
         return w4a16_linear_fused(x, *self.packed, weight, eps, residual, self.out_features, self.group_size)
 
-    def swiglu(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        if not self.fuses(x.shape[0]):
-            return super().swiglu(x, norm)
-        return w4a16_swiglu(x, *self.packed, *norm, self.out_features // 2, self.group_size)
+    def swiglu(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        intermediate = self.out_features // 2
+        if self.fuses(x.shape[0]):
+            weight, eps = norm or (None, 0.0)
+            return w4a16_swiglu(x, *self.packed, weight, eps, intermediate, self.group_size)
+        if variant_for(x) is W4A16Variant.CUDA_GEMM:
+            form = gemm_form(x, self.out_features)
+            if heuristics.w4a16_gemm_swiglu_has(form):
+                normalized = x if norm is None else rms_norm(x, *norm)
+                return w4a16_gemm_swiglu(normalized, *self.packed, intermediate, self.group_size, form)
+        return super().swiglu(x, norm)
 
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, None, total)
@@ -131,10 +140,11 @@ class PlainWeight(MergedWeight):
         weight, eps = norm or (None, 0.0)
         return linear_16bit(x, self.weight, self.bias, weight, eps, residual)
 
-    def swiglu(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def swiglu(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if not self.fuses(x.shape[0]):
             return super().swiglu(x, norm)
-        return linear_16bit_swiglu(x, self.weight, self.bias, norm.weight, norm.eps)
+        weight, eps = norm or (None, 0.0)
+        return linear_16bit_swiglu(x, self.weight, self.bias, weight, eps)
 
     def add_to(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.fuses(x.shape[0]):

@@ -26,6 +26,13 @@ def variant_for(x: torch.Tensor, reference: bool = False) -> W4A16Variant:
     return heuristics.w4a16_variant(x.device.type, x.shape[0], reference, capability)
 
 
+def gemm_form(x: torch.Tensor, out_features: int) -> int:
+    """The variant of w4a16_gemm for x ``(M, K)`` on its GPU."""
+    gpu = gpu_properties(x.device)
+    capability, sm_count = (gpu.major, gpu.minor), gpu.multi_processor_count
+    return heuristics.w4a16_gemm_variant(x.shape[0], out_features, x.shape[1], capability, sm_count)
+
+
 def int4_product(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -43,10 +50,7 @@ def int4_product(
     """
     n, g = out_features, group_size
     if variant is W4A16Variant.CUDA_GEMM:
-        gpu = gpu_properties(x.device)
-        capability, sm_count = (gpu.major, gpu.minor), gpu.multi_processor_count
-        form = heuristics.w4a16_gemm_variant(x.shape[0], n, x.shape[1], capability, sm_count)
-        return w4a16_gemm(x, qweight, scales, zeros, bias, n, g, form, residual)
+        return w4a16_gemm(x, qweight, scales, zeros, bias, n, g, gemm_form(x, n), residual)
     if variant is W4A16Variant.CUDA_DEQUANTIZE:
         y = nn.functional.linear(x, w4a16_dequantize(qweight, scales, zeros, x.shape[1], n, g), bias)
     else:

@@ -21,18 +21,20 @@ from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
-from hf_fastpath.ops.linear_16bit import linear_16bit
+from hf_fastpath.ops.linear_16bit import linear_16bit, linear_16bit_into
 from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
 from hf_fastpath.ops.moe_router import moe_norm_router, moe_router
 from hf_fastpath.ops.rms_norm import rms_norm
+from hf_fastpath.ops.rope_angles import rope_angles
 from hf_fastpath.ops.sampling_weights import sampling_weights
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
 from hf_fastpath.ops.swiglu import swiglu
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.ops.w4a16_gemm import w4a16_gemm
+from hf_fastpath.ops.w4a16_gemm_swiglu import w4a16_gemm_swiglu
 from hf_fastpath.ops.w4a16_linear import w4a16_linear
 from hf_fastpath.ops.w4a16_linear_fused import w4a16_linear_fused
 from hf_fastpath.ops.w4a16_short_conv import w4a16_short_conv
@@ -66,18 +68,21 @@ __all__ = [
     "kv_int8_dequantize",
     "kv_static_append",
     "linear_16bit",
+    "linear_16bit_into",
     "linear_16bit_swiglu",
     "moe_experts",
     "moe_experts_16bit",
     "moe_norm_router",
     "moe_router",
     "rms_norm",
+    "rope_angles",
     "sampling_weights",
     "short_conv_prefill",
     "short_conv_step",
     "swiglu",
     "w4a16_dequantize",
     "w4a16_gemm",
+    "w4a16_gemm_swiglu",
     "w4a16_linear",
     "w4a16_linear_fused",
     "w4a16_short_conv",

@@ -115,12 +115,12 @@ void forget_copies();                  // before a CTA begins; so for the two be
 // ---- tensor_copy.cpp -----------------------------------------------------------------------------------------------
 struct Matrix {
   unsigned char* begin;
-  int64_t rows, width, row_bytes;  // bytes
-  int box_rows, box_bytes;
+  int64_t rows, width, row_bytes;  // rows: of a part; others: bytes
+  int parts, box_rows, box_bytes;  // box_rows: of each part
   bool swizzled;
 };
 // `column`: in bytes.
-void tensor_load(void* target, const Matrix& matrix, int row, int column, const void* barrier, Site site);
+void tensor_load(void* target, const Matrix& matrix, int parts, int row, int column, const void* barrier, Site site);
 void tensor_store(const Matrix& matrix, int row, int column, const void* source);
 void tensor_stores_read();
 bool tensor_stores_under_way();

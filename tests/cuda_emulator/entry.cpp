@@ -38,6 +38,12 @@ EXPORT int emulated_swiglu(const void* x, void* y, int rows, int columns, int bf
   return launch_swiglu(x, y, rows, columns, dtype_of(bfloat16), nullptr);
 }
 
+EXPORT int emulated_rope_angles(const int64_t* positions, const float* inv_freq, float scaling, void* cos, void* sin,
+                                int rows, int half, int bytes, int bfloat16) {
+  const Dtype dtype = bytes == 4 ? Dtype::kFloat32 : dtype_of(bfloat16);
+  return launch_rope_angles(positions, inv_freq, scaling, cos, sin, rows, half, dtype, nullptr);
+}
+
 EXPORT int emulated_w8a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                  const void* bias, void* y, int m, int n, int k, int bfloat16, int sm_count) {
   const W8A16LinearArgs args{x, x_row_stride, qweight, scales, bias, y, m, n, k};
@@ -58,6 +64,14 @@ EXPORT int emulated_w4a16_gemm(const void* x, int64_t x_row_stride, const void* 
   const W4A16GemmArgs args{x, x_row_stride, qweight, scales,  zeros, bias, y, workspace, m, n,
                            k, group_size,   variant, residual};
   return launch_w4a16_gemm(args, dtype_of(bfloat16), sm_count, nullptr);
+}
+
+EXPORT int emulated_w4a16_gemm_swiglu(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
+                                      const uint8_t* zeros, const void* bias, void* y, int m, int n, int k,
+                                      int group_size, int variant, int bfloat16, int sm_count) {
+  const W4A16GemmArgs args{x, x_row_stride, qweight, scales, zeros, bias, y, nullptr, m, n,
+                           k, group_size,   variant, nullptr};
+  return launch_w4a16_gemm_swiglu(args, dtype_of(bfloat16), sm_count, nullptr);
 }
 
 EXPORT int emulated_w4a16_dequantize(const void* qweight, const void* scales, const uint8_t* zeros, void* out, int n,

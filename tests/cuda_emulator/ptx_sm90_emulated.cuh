@@ -28,7 +28,7 @@ struct MatrixStore {
 void combine_transposed_store(Lanes& lanes);
 
 inline Matrix matrix_of(const hf_fastpath::TensorMap& map) {
-  return {map.matrix, map.rows, map.width, map.row_bytes, map.box_rows, map.box_bytes, map.swizzled};
+  return {map.matrix, map.rows, map.width, map.row_bytes, map.parts, map.box_rows, map.box_bytes, map.swizzled};
 }
 
 }  // namespace cuda_emulator
@@ -95,7 +95,11 @@ inline void mbarrier_arrive_expecting(uint64_t* barrier, int bytes, EMULATED_SIT
 }
 inline void prefetch_map(const TensorMap&) {}
 inline void tensor_load(void* target, const TensorMap& map, int row, int column, uint64_t* barrier, EMULATED_SITE) {
-  cuda_emulator::tensor_load(target, cuda_emulator::matrix_of(map), row, column * map.unit, barrier, {file, line});
+  cuda_emulator::tensor_load(target, cuda_emulator::matrix_of(map), 1, row, column * map.unit, barrier, {file, line});
+}
+inline void tensor_load_parts(void* target, const TensorMap& map, int row, int column, uint64_t* barrier,
+                              EMULATED_SITE) {
+  cuda_emulator::tensor_load(target, cuda_emulator::matrix_of(map), 2, row, column * map.unit, barrier, {file, line});
 }
 inline void tensor_store(const TensorMap& map, int row, int column, const void* source) {
   cuda_emulator::tensor_store(cuda_emulator::matrix_of(map), row, column * map.unit, source);

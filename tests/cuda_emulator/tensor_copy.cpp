@@ -26,19 +26,21 @@ void for_each_chunk(const Matrix& m, int row, int column, unsigned char* box, Pe
   if (reinterpret_cast<uintptr_t>(box) % alignment) {
     fault("a tensor copy that is not aligned to " + std::string(m.swizzled ? "1,024" : "128") + " bytes");
   }
-  for (int i = 0; i < m.box_rows; ++i) {
+  for (int i = 0; i < m.parts * m.box_rows; ++i) {
+    const int64_t before = i / m.box_rows * m.rows;
     for (int c = 0; c < m.box_bytes / kChunk; ++c) {
-      const int64_t r = int64_t{row} + i, byte = int64_t{column} + c * kChunk;
+      const int64_t r = int64_t{row} + i % m.box_rows, byte = int64_t{column} + c * kChunk;
       const bool inside = r >= 0 && r < m.rows && byte >= 0 && byte < m.width;
       const int place = m.swizzled ? c ^ i % 8 : c;
-      per_chunk(box + i * m.box_bytes + place * kChunk, inside ? m.begin + r * m.row_bytes + byte : nullptr);
+      per_chunk(box + i * m.box_bytes + place * kChunk, inside ? m.begin + (before + r) * m.row_bytes + byte : nullptr);
     }
   }
 }
 
 }  // namespace
 
-void tensor_load(void* target, const Matrix& matrix, int row, int column, const void* barrier, Site site) {
+void tensor_load(void* target, const Matrix& matrix, int parts, int row, int column, const void* barrier, Site site) {
+  if (matrix.parts != parts) fault("a tensor copy of another number of dimensions than its map's");
   std::vector<Copy> copies;
   const auto load = [&](unsigned char* place, const unsigned char* source) {
     begin_copy(place, source, 16);
