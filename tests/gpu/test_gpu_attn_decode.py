@@ -120,7 +120,7 @@ def test_a_captured_call_goes_on_with_new_lengths(form: str) -> None:
 def test_the_parts_are_added_by_whoever_is_last(form: str, batch: int, heads: int, kv_heads: int) -> None:
     """Calls behind one another count with the same tickets, whatever the rows' lengths."""
     rng = generator(batch, heads)
-    lengths = torch.randint(0, 6000, (batch,), generator=rng).tolist()
+    lengths = torch.randint(0, 1500 if batch > 5 else 6000, (batch,), generator=rng).tolist()
     case = make_attention(rng, form, heads, kv_heads, 128, lengths, torch.bfloat16)
     expected = case.run()
     case.check(expected)

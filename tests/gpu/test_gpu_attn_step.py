@@ -43,7 +43,7 @@ def test_transforms_ratios_and_masks(form: str, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_many_steps(form: str, batch: int) -> None:
     """A hundred tokens, through the ends of tiles and groups of CTAs, in rows of any lengths."""
-    lengths = torch.randint(0, 3000, (batch,), generator=generator(batch)).tolist()
+    lengths = torch.randint(0, 700 if batch > 16 else 2000, (batch,), generator=generator(batch)).tolist()
     Step(form, torch.bfloat16, lengths, 32, 8, 128, 100, rotary=128, rotate=form == "int8").check(GPU)
 
 
