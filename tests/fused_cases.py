@@ -122,7 +122,7 @@ def check_fused_linear(inputs: FusedInputs, w: Weight, out: torch.Tensor) -> Non
 
 
 def check_swiglu(inputs: FusedInputs, w: Weight, out: torch.Tensor) -> None:
-    assert_swiglu(*exact_product(inputs, w), out)
+    assert_swiglu(*exact_product(inputs, w), out, most_are_known=len(inputs.x) > 1)
 
 
 def check_fused_rows(inputs: FusedInputs, w: Weight, rows: slice, full: torch.Tensor, *, gated: bool = False) -> None:
@@ -135,9 +135,9 @@ def check_fused_rows(inputs: FusedInputs, w: Weight, rows: slice, full: torch.Te
         assert torch.equal(out, full[rows])
 
 
-def assert_swiglu(exact: torch.Tensor, bound: torch.Tensor, out: torch.Tensor) -> None:
+def assert_swiglu(exact: torch.Tensor, bound: torch.Tensor, out: torch.Tensor, *, most_are_known: bool = True) -> None:
     """``exact``: gate and up side by side, before any rounding. The very bits where no rounding hangs on the order of a
-    sum; elsewhere a bound that follows each rounding."""
+    sum, which is for most of many values; elsewhere a bound that follows each rounding."""
     dtype, rounding = out.dtype, ROUNDING[out.dtype]
     (gate, up), (gate_bound, up_bound) = exact.chunk(2, dim=-1), bound.chunk(2, dim=-1)
 
@@ -151,7 +151,7 @@ def assert_swiglu(exact: torch.Tensor, bound: torch.Tensor, out: torch.Tensor) -
     s, s_certain = certain(silu, silu.abs() * 2.0**-20)  # expf and the division: a few units of 2^-23
     known = g_certain & u_certain & s_certain
     # In fp16 the worst case of a long sum's error is as large as a rounding step, so that little is certain.
-    assert known.double().mean() > (0.3 if dtype is torch.bfloat16 else 0)
+    assert not most_are_known or known.double().mean() > (0.3 if dtype is torch.bfloat16 else 0)
     assert torch.equal(out[known], (s * u).to(dtype)[known])
     # |silu'| < 1.1
     gate_error = gate_bound + rounding * (gate.abs() + gate_bound) + SMALLEST
