@@ -37,7 +37,7 @@ class FusedStep:
         return w.target.ops.w4a16_short_conv(*packed, state, self.weight, self.bias, mask, w.group), state
 
     def check(self, inputs: FusedInputs, w: Weight) -> None:
-        """Against the product and the step, one after the other: the same bits, whatever the number of rows but one, which
+        """Against the product and the step, one after the other: the same bits, whatever the number of rows. One row
         has a kernel of its own (csrc/common/one_row.cuh), though not with groups of 32."""
         full = inputs.linear(w)
         for rows in (*(slice(0, m) for m in (16, 1, 2, 4, 5, 8, 9, 15)), slice(11, 12)):
