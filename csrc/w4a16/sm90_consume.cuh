@@ -1,9 +1,9 @@
 // The warps of w4a16_gemm_sm90.cu that multiply: int4 is expanded in registers while wgmma runs.
 #pragma once
 
-#include "../common/dequant.cuh"
 #include "../common/ptx_sm90.cuh"
 #include "gemm.cuh"
+#include "sm90_expand.cuh"
 #include "sm90_stage.cuh"
 
 namespace hf_fastpath {
@@ -20,11 +20,13 @@ __device__ __forceinline__ void transpose_pairs(uint32_t& left, uint32_t& right,
   (upper ? left : right) = other;
 }
 
+constexpr int kSteps = 4;  // products of a packed tile, one group of wgmma
+
 // What a lane holds of a stage's weights: its words of each packed tile, the scales and zeros of rows g and g + 8.
-template <typename T, typename Stage, int kGroup>
+template <typename Scales, typename Stage, int kGroup>
 struct PackedWeights {
   uint4 words[Stage::kTiles];
-  uint32_t scales[Stage::kGroups][2], zeros[Stage::kGroups][2];
+  Scales groups[Stage::kGroups];
 
   __device__ __forceinline__ void load(const Stage& stage, bool has_zeros, int warp, int lane) {
 #pragma unroll
@@ -33,8 +35,8 @@ struct PackedWeights {
     for (int i = 0; i < Stage::kGroups; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        scales[i][h] = stage.scales[warp][i][lane / 4 + 8 * h];
-        zeros[i][h] = has_zeros ? stage.zeros[warp][i][lane / 4 + 8 * h] : 8;
+        groups[i].scales[h] = stage.scales[warp][i][lane / 4 + 8 * h];
+        groups[i].zeros[h] = has_zeros ? stage.zeros[warp][i][lane / 4 + 8 * h] : 8;
       }
     }
   }
@@ -47,28 +49,16 @@ struct PackedWeights {
       transpose_pairs(words[i].z, words[i].w, lane);
     }
 #pragma unroll
-    for (int i = 0; i < Stage::kGroups; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scales[i][h] = __byte_perm(scales[i][h], 0, 0x1010);
-        zeros[i][h] = zero_pair<T>(zeros[i][h]);
-      }
-    }
+    for (int i = 0; i < Stage::kGroups; ++i) groups[i].prepare();
   }
 
-  // The A fragments of 16 columns: (q - zero) * scale, rounded as w4a16_dequantize rounds.
-  __device__ __forceinline__ void expand(uint32_t (&a)[4], int tile, int step) const {
-    using P = typename Pair<T>::type;
-    const int group = (64 * tile + 16 * step) / kGroup;
-    const uint4& four = words[tile];
-    const uint32_t word = step == 0 ? four.x : step == 1 ? four.y : step == 2 ? four.z : four.w;
-    int4_fragment<T>(word, zeros[group][0], zeros[group][1], a);
+  // The A fragments of a packed tile.
+  __device__ __forceinline__ void expand_tile(uint32_t (&a)[kSteps][4], int tile) const {
+    const uint32_t steps[kSteps] = {words[tile].x, words[tile].y, words[tile].z, words[tile].w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = as_bits(__hmul2(as_pair<P>(a[i]), as_pair<P>(scales[group][i % 2])));
+    for (int step = 0; step < kSteps; ++step) expand(a[step], steps[step], groups[(64 * tile + 16 * step) / kGroup]);
   }
 };
-
-constexpr int kSteps = 4;  // products of a packed tile, one group of wgmma
 
 // Queues the products of a packed tile as one group of wgmma.
 template <typename T, int kTokenTiles>
@@ -85,13 +75,14 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[kTokenTiles][4], uint
 }
 
 // For a CTA that has at least one tile. store_tile(acc, tile) is called for each, and may change nothing in the ring.
-template <typename T, int kGroup, int kTokenTiles, int kStages, typename Schedule, typename StoreTile>
+template <typename T, int kGroup, int kTokenTiles, int kStages, bool kSymmetric, typename Schedule, typename StoreTile>
 __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<kGroup, kTokenTiles>* stages,
                                         uint64_t* full, uint64_t* empty, bool has_zeros, const Schedule& s, int cta,
                                         int warp, int lane, StoreTile store_tile) {
   constexpr int kTiles = kColTiles<kTokenTiles>;
   uint32_t a[2][kSteps][4];  // one is filled while wgmma reads the other
-  PackedWeights<T, Sm90Stage<kGroup, kTokenTiles>, kGroup> weights;
+  using Scales = GroupScales<T, kSymmetric>;
+  PackedWeights<Scales, Sm90Stage<kGroup, kTokenTiles>, kGroup> weights;
   StageCursor now(s, cta, 2 / kTiles);
   int stage = 0, phase = 0;
   const auto release = [&](int done) {
@@ -100,7 +91,7 @@ __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<
   };
   const auto load = [&] {
     mbarrier_wait(full + stage, phase);
-    weights.load(stages[stage], has_zeros, warp, lane);
+    weights.load(stages[stage], has_zeros && !kSymmetric, warp, lane);
   };
   load();
   while (!now.done(s)) {
@@ -110,8 +101,7 @@ __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<
       for (int half = 0; half < 2; ++half) {
         const int col_tile = half % kTiles, current = stage;
         if (col_tile == 0) weights.prepare(lane);
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) weights.expand(a[half][step], col_tile, step);
+        weights.expand_tile(a[half], col_tile);
         multiply_tile<T>(acc, a[half], wgmma_descriptor(stages[stage].x[col_tile]), started || half);
         if (col_tile == kTiles - 1) {
           ended = now.advance(s);
@@ -125,7 +115,10 @@ __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<
     wgmma_wait<0>();
     release(stage == 0 ? kStages - 1 : stage - 1);
 #pragma unroll
-    for (int i = 0; i < kTokenTiles * 4; ++i) pin_register(acc[i / 4][i % 4]);
+    for (int i = 0; i < kTokenTiles * 4; ++i) {
+      pin_register(acc[i / 4][i % 4]);
+      acc[i / 4][i % 4] *= Scales::kUnit;
+    }
     store_tile(acc, tile);
   }
 }
