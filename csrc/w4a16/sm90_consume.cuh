@@ -22,15 +22,21 @@ __device__ __forceinline__ void transpose_pairs(uint32_t& left, uint32_t& right,
 
 constexpr int kSteps = 4;  // products of a packed tile, one group of wgmma
 
-// What a lane holds of a stage's weights: its words of each packed tile, the scales and zeros of rows g and g + 8.
+// What a lane holds of a stage's weights: its words of each packed tile, and what its groups take of rows g and g + 8.
 template <typename Scales, typename Stage, int kGroup>
 struct PackedWeights {
   uint4 words[Stage::kTiles];
   Scales groups[Stage::kGroups];
 
-  __device__ __forceinline__ void load(const Stage& stage, bool has_zeros, int warp, int lane) {
-#pragma unroll
-    for (int i = 0; i < Stage::kTiles; ++i) words[i] = stage.weights[warp][i][lane];
+  __device__ __forceinline__ void load_tile(const Stage& stage, int tile, int warp, int lane) {
+    words[tile] = stage.weights[warp][tile][lane];
+  }
+  // To what expand_tile() wants; apart from load_tile(), since it waits for the load.
+  __device__ __forceinline__ void prepare_tile(int tile, int lane) {
+    transpose_pairs(words[tile].x, words[tile].y, lane);
+    transpose_pairs(words[tile].z, words[tile].w, lane);
+  }
+  __device__ __forceinline__ void load_groups(const Stage& stage, bool has_zeros, int warp, int lane) {
 #pragma unroll
     for (int i = 0; i < Stage::kGroups; ++i) {
 #pragma unroll
@@ -40,14 +46,7 @@ struct PackedWeights {
       }
     }
   }
-
-  // To what expand() wants; apart from load(), since it waits for the loads. All tiles at once: an exchange takes long.
-  __device__ __forceinline__ void prepare(int lane) {
-#pragma unroll
-    for (int i = 0; i < Stage::kTiles; ++i) {
-      transpose_pairs(words[i].x, words[i].y, lane);
-      transpose_pairs(words[i].z, words[i].w, lane);
-    }
+  __device__ __forceinline__ void prepare_groups() {
 #pragma unroll
     for (int i = 0; i < Stage::kGroups; ++i) groups[i].prepare();
   }
@@ -83,33 +82,48 @@ __device__ __forceinline__ void consume(float (&acc)[kTokenTiles][4], Sm90Stage<
   uint32_t a[2][kSteps][4];  // one is filled while wgmma reads the other
   using Scales = GroupScales<T, kSymmetric>;
   PackedWeights<Scales, Sm90Stage<kGroup, kTokenTiles>, kGroup> weights;
-  StageCursor now(s, cta, 2 / kTiles);
+  const StageCursor first(s, cta, 2 / kTiles);
+  const int steps = first.end - first.begin;
+  int left = steps * ((s.count() - first.tile + s.clusters - 1) / s.clusters);  // stages of all tiles
   int stage = 0, phase = 0;
   const auto release = [&](int done) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(empty + done);
   };
-  const auto load = [&] {
-    mbarrier_wait(full + stage, phase);
-    weights.load(stages[stage], has_zeros && !kSymmetric, warp, lane);
-  };
-  load();
-  while (!now.done(s)) {
-    const int tile = now.tile;
-    for (bool started = false, ended = false; !ended; started = true) {
+  const bool reads_zeros = has_zeros && !kSymmetric;
+  mbarrier_wait(full, 0);
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    weights.load_tile(stages[0], i, warp, lane);
+    weights.prepare_tile(i, lane);
+  }
+  weights.load_groups(stages[0], reads_zeros, warp, lane);
+  weights.prepare_groups();
+  for (int tile = first.tile; left > 0; tile += s.clusters) {
+    for (int step = 0; step < steps;) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int col_tile = half % kTiles, current = stage;
-        if (col_tile == 0) weights.prepare(lane);
+        const int col_tile = half % kTiles, next = stage + 1 == kStages ? 0 : stage + 1;
+        const bool started = half || step;
         weights.expand_tile(a[half], col_tile);
-        multiply_tile<T>(acc, a[half], wgmma_descriptor(stages[stage].x[col_tile]), started || half);
-        if (col_tile == kTiles - 1) {
-          ended = now.advance(s);
-          if (++stage == kStages) stage = 0, phase ^= 1;
-          if (half == 0 || !now.done(s)) load();  // before the wait, so that the next words are there when wgmma is
+        multiply_tile<T>(acc, a[half], wgmma_descriptor(stages[stage].x[col_tile]), started);
+        __syncwarp();  // so that the compiler leaves the products together, and what follows behind them
+        // What is expanded makes room for the next stage's words, so that these are on their way from shared memory and
+        // among lanes while wgmma runs and the other tile is expanded.
+        if (col_tile == 0 && --left) mbarrier_wait(full + next, next ? phase : phase ^ 1);
+        if (left) {
+          weights.load_tile(stages[next], col_tile, warp, lane);
+          if (col_tile == kTiles - 1) weights.load_groups(stages[next], reads_zeros, warp, lane);
         }
         wgmma_wait<1>();
-        if (col_tile == 0 && (started || half)) release(current == 0 ? kStages - 1 : current - 1);
+        if (col_tile == 0 && started) release(stage == 0 ? kStages - 1 : stage - 1);
+        weights.prepare_tile(col_tile, lane);
+        if (col_tile == kTiles - 1) {
+          weights.prepare_groups();
+          if (!next) phase ^= 1;
+          stage = next;
+          ++step;
+        }
       }
     }
     wgmma_wait<0>();
