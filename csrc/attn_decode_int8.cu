@@ -1,6 +1,6 @@
 // Attention of one new token a row over an int8 KV cache, read as int8; see attn/kernel.cuh.
 #include "attn/format_bytes.cuh"
-#include "attn/kernel.cuh"
+#include "attn/step.cuh"
 
 namespace hf_fastpath {
 namespace {
@@ -18,6 +18,15 @@ int64_t attn_decode_int8_scratch_floats(const AttnDecodeArgs& args) {
 }
 cudaError_t launch_attn_decode_int8(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream) {
   return attn::launch_for<Int8>(args, dtype, stream);
+}
+
+cudaError_t launch_attn_step_int8(const AttnDecodeArgs& args, const KvNewTokens& tokens, const KvInt8Storage& storage,
+                                  Dtype dtype, cudaStream_t stream) {
+  if (attn::step_fits(args, tokens)) {
+    return attn::launch_step_for<Int8, kv::Int8>(args, tokens, storage, dtype, stream);
+  }
+  const cudaError_t error = launch_kv_int8_append(tokens, storage, dtype, stream);
+  return error != cudaSuccess ? error : launch_attn_decode_int8(args, dtype, stream);
 }
 
 }  // namespace hf_fastpath

@@ -10,7 +10,7 @@
 
 namespace hf_fastpath {
 
-enum class Dtype { kFloat16, kBFloat16, kFloat32 };  // kFloat32: of short_conv.cu only
+enum class Dtype { kFloat16, kBFloat16, kFloat32 };  // kFloat32: of some kernels only
 
 // ---- w4a16_linear.cu, w4a16_linear_fused.cu, w4a16_swiglu.cu --------------------------------------------------------
 struct W4A16LinearArgs {
@@ -74,6 +74,11 @@ cudaError_t launch_add_rms_norm(const RmsNormArgs& args, const void* residual, v
 // x (rows, 2 * columns): gates, then ups; y (rows, columns). Both contiguous and 16-byte aligned, columns a multiple of
 // 8.
 cudaError_t launch_swiglu(const void* x, void* y, int rows, int columns, Dtype dtype, cudaStream_t stream);
+
+// ---- rope_angles.cu -------------------------------------------------------------------------------------------------
+// positions (rows,), inv_freq (half,), cos and sin (rows, 2 * half), rows and half at least 1; all contiguous.
+cudaError_t launch_rope_angles(const int64_t* positions, const float* inv_freq, float scaling, void* cos, void* sin,
+                               int rows, int half, Dtype dtype, cudaStream_t stream);
 
 // ---- w4a16_gemm.cu --------------------------------------------------------------------------------------------------
 struct W4A16GemmArgs {
@@ -276,6 +281,7 @@ struct AttnDecodeArgs {
   const float* sinks;  // (heads,): a logit each, which takes part in the softmax and has no value; or nullptr
   void* out;           // (batch, heads, dim)
   float* scratch;      // attn_decode_scratch_floats() floats, 16-byte aligned, or nullptr when that is 0
+  uint32_t* tickets;   // (batch, kv_heads), all 0, as the launch leaves them; nullptr when scratch is
   int batch, heads, kv_heads, dim;
   int capacity;                    // tokens, a multiple of 16; of fp8 and int4 of group_tokens, those in front excepted
   int group_tokens, front_tokens;  // fp8: 64 and 0, int4: 32 or 64 and any number; else 0
@@ -296,6 +302,14 @@ int64_t attn_decode_int4_scratch_floats(const AttnDecodeArgs& args);
 cudaError_t launch_attn_decode_int4(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
 int64_t attn_decode_h2o_scratch_floats(const AttnDecodeArgs& args);
 cudaError_t launch_attn_decode_h2o(const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream);
+
+// Attention of the row's new token, which is appended first: `tokens` has one a row, their queries, and the storage and
+// lengths of `args`. tokens.query_out is args.query: the transformed queries go there if that takes a kernel of its
+// own.
+cudaError_t launch_attn_step_static(const AttnDecodeArgs& args, const KvNewTokens& tokens,
+                                    const KvStaticStorage& storage, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_attn_step_int8(const AttnDecodeArgs& args, const KvNewTokens& tokens, const KvInt8Storage& storage,
+                                  Dtype dtype, cudaStream_t stream);
 
 // What launch_attn_decode_h2o() leaves to count: every slot's weights, summed over the query heads that read its KV
 // head, and leading padding.

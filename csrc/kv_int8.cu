@@ -1,47 +1,12 @@
 // int8 keys and values with one fp16 scale a token and head: quantize into the cache, and back to floats.
 // Bit-identical to the references in hf_fastpath/ops/kv_int8_append.py and kv_int8_dequantize.py, hence the explicit
 // IEEE divisions and roundings: they hold whatever the compiler's fast-math flags are.
-#include "kv/append_tokens.cuh"
+#include "kv/in_order.cuh"
 
 namespace hf_fastpath {
 namespace {
 
 constexpr int kThreads = 128;
-
-struct Int8 : kv::InOrder {
-  using Storage = KvInt8Storage;
-  struct Row {
-    uint2 bytes;
-    __half scale;
-  };
-
-  template <typename T, int kLanes>
-  static __device__ __forceinline__ Row quantize(const uint4& x) {
-    float v[kv::kPerLane], largest = 0.0f;
-    kv::unpack<T>(v, x);
-#pragma unroll
-    for (float value : v) largest = max_nan(largest, fabsf(value));
-    Row row;
-    row.scale = __float2half_rn(__fdiv_rn(kv::row_max_nan<kLanes>(largest), 127.0f));
-    const kv::Divisor scale(__half2float(row.scale));
-    uint32_t q[kv::kPerLane];
-#pragma unroll
-    for (int i = 0; i < kv::kPerLane; ++i) {
-      q[i] = kv::integer_bits(fminf(fmaxf(scale.divide(v[i]), -127.0f), 127.0f));
-    }
-    // The lowest bytes; all 0 where the scale is 0, infinite or no number.
-    row.bytes = make_uint2(__byte_perm(__byte_perm(q[0], q[1], 0x40), __byte_perm(q[2], q[3], 0x40), 0x5410),
-                           __byte_perm(__byte_perm(q[4], q[5], 0x40), __byte_perm(q[6], q[7], 0x40), 0x5410));
-    if (!scale.valid) row.bytes = make_uint2(0, 0);
-    return row;
-  }
-  static __device__ __forceinline__ void store(const Storage& s, kv::Side side, int64_t entry, int dim, int lane,
-                                               const Row& row) {
-    const KvQuantizedSide& target = side == kv::Side::kKey ? s.key : s.value;
-    reinterpret_cast<uint2*>(static_cast<int8_t*>(target.data) + entry * dim)[lane] = row.bytes;
-    if (lane == 0) static_cast<__half*>(target.scale)[entry] = row.scale;
-  }
-};
 
 // blockIdx.y walks the (batch, head) pairs, threads the length * dim elements of a pair, kPer of one token at a time.
 template <typename T, int kPer>
@@ -91,7 +56,7 @@ cudaError_t launch_dequantize_for_alignment(const KvDequantizeArgs& a, cudaStrea
 
 cudaError_t launch_kv_int8_append(const KvNewTokens& tokens, const KvInt8Storage& storage, Dtype dtype,
                                   cudaStream_t stream) {
-  return kv::launch_append_tokens<Int8>(tokens, storage, dtype, stream);
+  return kv::launch_append_tokens<kv::Int8>(tokens, storage, dtype, stream);
 }
 
 cudaError_t launch_kv_int8_dequantize(const KvDequantizeArgs& args, Dtype dtype, cudaStream_t stream) {

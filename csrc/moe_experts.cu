@@ -4,9 +4,11 @@
 // The first computes silu(gate) * up of every pair of a row and an expert, from a tile of gate's outputs and the same
 // one of up's. The second computes the experts' second products, and adds those of a row, each times its share, in the
 // order of the row's experts, and then the residual: a CTA takes a tile of outputs for all experts, so that nothing has
-// to be added among CTAs. It knows the experts before the first kernel ends, and asks for its weights then; where it
-// does not find room beside the first kernel, that one brings the first of them to the L2 when its own have been asked
-// for.
+// to be added among CTAs. It knows the experts before the first kernel ends, but does not find room beside that one,
+// which brings the first of its weights to the L2 when its own have been asked for.
+//
+// One row has kernels of its own: moe/one_row.cuh.
+#include "moe/one_row.cuh"
 #include "moe/whole_slots.cuh"
 
 namespace hf_fastpath {
@@ -26,20 +28,12 @@ struct Params {
   int hidden, intermediate;
 };
 
-// What a kernel is made for. kFew pairs: a CTA's warps divide K, and the second kernel finds room beside the first,
-// each having half of a multiprocessor's registers. kMore: two CTAs of the first one share a multiprocessor, and each
-// warp has slots of its own. kAny: that, with a K of any size.
-enum class Form { kFew, kMore, kAny };
-constexpr int kFewPairs = 4;
 // What memory delivers between the first kernel's last weights and the second's first.
 constexpr int kAheadBytes = 12 << 20, kLineBytes = 128;
 
-constexpr int kGateUpWarps = 8;
-template <Form kForm>
-constexpr int kGateUpStages = kForm == Form::kFew ? 4 : 3;
-template <Form kForm>
-constexpr int kDownWarps = kForm == Form::kFew ? 8 : 16;
-constexpr int kDownStages = 4;
+constexpr int kGateUpWarps = 8;  // each has slots of its own
+constexpr int kGateUpStages = 3;
+constexpr int kDownWarps = 16, kDownStages = 4;
 
 // Asks for the second product's weights of the first slots' experts, kAheadBytes of them: a thread's share.
 __device__ __forceinline__ void ask_for_next_weights(const Slots& slots, const Part& p) {
@@ -59,10 +53,11 @@ __device__ __forceinline__ void ask_for_next_weights(const Slots& slots, const P
   }
 }
 
-template <typename W, Form kForm>
+// kPlain: see is_plain().
+template <typename W, bool kPlain>
 __global__ void __launch_bounds__(32 * kGateUpWarps, 2) gate_up_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
-  using Shared = Memory<W, 2, kGateUpWarps, kGateUpStages<kForm>>;
+  using Shared = Memory<W, 2, kGateUpWarps, kGateUpStages>;
   auto& memory = *reinterpret_cast<Shared*>(dynamic_shared());
   const Slots& slots = memory.slots;
   const int half = p.gate_up.row_tiles / 2;
@@ -72,34 +67,23 @@ __global__ void __launch_bounds__(32 * kGateUpWarps, 2) gate_up_kernel(const Par
   const auto store = [&](int place, int block, int out, float gate, float up) {
     p.inner[static_cast<int64_t>(slots.pairs[place]) * p.intermediate + block * 16 + out] = linear::swiglu<T>(gate, up);
   };
-  if constexpr (kForm == Form::kFew) {
-    const auto round = [&](int first, int pairs, const Partials<2>& sums) {
-      for (int i = threadIdx.x; i < pairs * 16; i += 32 * kGateUpWarps) {
-        const int out = i % 16;
-        store(first + i / 16, blockIdx.x, out, sums.total(i / 16, out), sums.total(i / 16, 16 + out));
-      }
-    };
-    multiply_slots<true>(memory, p.gate_up, p.x, blockIdx.x, half, 0, slots.count, [] {}, round);
-  } else {
-    const auto finish = [&](int slot, int block, const float (&sums)[2][1][4]) {
-      const int lane = threadIdx.x % 32, first = slots.begin[slot], size = slots.size(slot);
+  const auto finish = [&](int slot, int block, const float (&sums)[2][1][4]) {
+    const int lane = threadIdx.x % 32, first = slots.begin[slot], size = slots.size(slot);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = 2 * (lane % 4) + i % 2, out = lane / 4 + 8 * (i / 2);
-        if (column < size) store(first + column, block, out, sums[0][0][i], sums[1][0][i]);
-      }
-    };
-    const auto all_asked = [&] { ask_for_next_weights(slots, p.down); };
-    multiply_whole_slots<kForm == Form::kMore>(memory, p.gate_up, p.x, half, all_asked, finish);
-  }
+    for (int i = 0; i < 4; ++i) {
+      const int column = 2 * (lane % 4) + i % 2, out = lane / 4 + 8 * (i / 2);
+      if (column < size) store(first + column, block, out, sums[0][0][i], sums[1][0][i]);
+    }
+  };
+  const auto all_asked = [&] { ask_for_next_weights(slots, p.down); };
+  multiply_whole_slots<kPlain>(memory, p.gate_up, p.x, half, all_asked, finish);
 }
 
-template <typename W, Form kForm>
-__global__ void __launch_bounds__(32 * kDownWarps<kForm>, kForm == Form::kFew ? 2 : 1)
-    down_kernel(const Params<typename W::T> p) {
+template <typename W, bool kPlain>
+__global__ void __launch_bounds__(32 * kDownWarps, 1) down_kernel(const Params<typename W::T> p) {
   using T = typename W::T;
-  constexpr int kThreads = 32 * kDownWarps<kForm>;
-  using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages>;
+  constexpr int kThreads = 32 * kDownWarps;
+  using Shared = Memory<W, 1, kDownWarps, kDownStages>;
   auto& memory = *reinterpret_cast<Shared*>(dynamic_shared());
   const int row_tile = blockIdx.x, top_k = p.choices.top_k, pairs = p.choices.rows * top_k;
   float* const products = memory.partials() + Shared::partial_floats(p.down);  // [pair][output]
@@ -119,7 +103,7 @@ __global__ void __launch_bounds__(32 * kDownWarps<kForm>, kForm == Form::kFew ? 
       products[memory.slots.pairs[first + i / 16] * 16 + i % 16] = sums.total(i / 16, i % 16);
     }
   };
-  multiply_slots<kForm != Form::kAny>(memory, p.down, p.inner, row_tile, 1, 0, memory.slots.count, ready, round);
+  multiply_slots<kPlain>(memory, p.down, p.inner, row_tile, 1, 0, memory.slots.count, ready, round);
   if (threadIdx.x < pairs) memory.slots.share[threadIdx.x] = share;
   __syncthreads();
   for (int i = threadIdx.x; i < p.choices.rows * 16; i += kThreads) {
@@ -137,42 +121,54 @@ cudaError_t launch_early(Kernel kernel, int grid, int threads, int bytes, cudaSt
   return launch_kernel_with_shared(kernel, grid, threads, bytes, stream, p);
 }
 
-template <typename W, Form kForm>
-cudaError_t launch_gate_up(Params<typename W::T> p, int sm_count, cudaStream_t stream) {
-  using Shared = Memory<W, 2, kGateUpWarps, kGateUpStages<kForm>>;
-  const int pairs = p.choices.rows * p.choices.top_k, half = p.gate_up.row_tiles / 2;
-  int bytes = sizeof(Shared), grid = 2 * sm_count;
-  if (kForm == Form::kFew) {
-    Shared::set_round(p.gate_up, pairs, 0);
-    bytes = Shared::bytes(p.gate_up), grid = half;
-  }
-  return launch_early(gate_up_kernel<W, kForm>, grid, 32 * kGateUpWarps, bytes, stream, p);
+template <typename W, bool kPlain>
+cudaError_t launch_gate_up(const Params<typename W::T>& p, int sm_count, cudaStream_t stream) {
+  using Shared = Memory<W, 2, kGateUpWarps, kGateUpStages>;
+  return launch_early(gate_up_kernel<W, kPlain>, 2 * sm_count, 32 * kGateUpWarps, sizeof(Shared), stream, p);
 }
 
-template <typename W, Form kForm>
+template <typename W, bool kPlain>
 cudaError_t launch_down(Params<typename W::T> p, cudaStream_t stream) {
-  using Shared = Memory<W, 1, kDownWarps<kForm>, kDownStages>;
+  using Shared = Memory<W, 1, kDownWarps, kDownStages>;
   const int pairs = p.choices.rows * p.choices.top_k, products = 4 * pairs * 16;
   Shared::set_round(p.down, pairs, products);
   const int bytes = Shared::bytes(p.down) + products;
-  return launch_early(down_kernel<W, kForm>, p.down.row_tiles, 32 * kDownWarps<kForm>, bytes, stream, p);
+  return launch_early(down_kernel<W, kPlain>, p.down.row_tiles, 32 * kDownWarps, bytes, stream, p);
 }
 
-template <typename T, Form kForm>
+template <typename T, bool kPlain>
 cudaError_t launch_form(const MoeExpertsArgs& a, const Params<T>& p, int sm_count, cudaStream_t stream) {
   const cudaError_t error = linear::for_int4_format<T>(
       a.gate_up.group_size, a.gate_up.zeros != nullptr,
-      [&](auto format) { return launch_gate_up<decltype(format), kForm>(p, sm_count, stream); });
+      [&](auto format) { return launch_gate_up<decltype(format), kPlain>(p, sm_count, stream); });
   if (error != cudaSuccess) return error;
   return linear::for_int4_format<T>(a.down.group_size, a.down.zeros != nullptr,
-                                    [&](auto format) { return launch_down<decltype(format), kForm>(p, stream); });
+                                    [&](auto format) { return launch_down<decltype(format), kPlain>(p, stream); });
+}
+
+digits::Packed packed(const Part& p) {
+  return {p.qweight, p.scales, p.zeros, p.k / digits::kUnitCols};
 }
 
 template <typename T>
-cudaError_t launch_rows(const MoeExpertsArgs& a, const Params<T>& p, int sm_count, cudaStream_t stream) {
-  if (!is_plain(p.gate_up) || !is_plain(p.down)) return launch_form<T, Form::kAny>(a, p, sm_count, stream);
-  return p.choices.rows * p.choices.top_k <= kFewPairs ? launch_form<T, Form::kFew>(a, p, sm_count, stream)
-                                                       : launch_form<T, Form::kMore>(a, p, sm_count, stream);
+cudaError_t launch_many(const MoeExpertsArgs& a, const Params<T>& p, int sm_count, cudaStream_t stream) {
+  return is_plain(p.gate_up) && is_plain(p.down) ? launch_form<T, true>(a, p, sm_count, stream)
+                                                 : launch_form<T, false>(a, p, sm_count, stream);
+}
+
+// By the kernels for one row, if they take it.
+template <typename T>
+cudaError_t launch_alone(const MoeExpertsArgs& a, const Params<T>& p, int sm_count, cudaStream_t stream) {
+  const OneRowParams<T> row = {p.x,      p.choices.experts, p.shares,       p.residual, p.inner,
+                               p.y,      packed(p.gate_up), packed(p.down), a.top_k,    a.expert_count,
+                               a.hidden, a.intermediate};
+  return linear::for_int4_format<T>(a.gate_up.group_size, a.gate_up.zeros != nullptr, [&](auto first) {
+    return linear::for_int4_format<T>(a.down.group_size, a.down.zeros != nullptr, [&](auto second) {
+      using W = decltype(first);
+      using V = decltype(second);
+      return takes_one_row<W, V>(row) ? launch_one_row<W, V>(row, stream) : launch_many(a, p, sm_count, stream);
+    });
+  });
 }
 
 template <typename T>
@@ -190,7 +186,8 @@ cudaError_t launch(const MoeExpertsArgs& a, const void* residual, int sm_count, 
   const int most_rows = kMaxPairs / a.top_k;
   for (int done = 0; done < a.rows; done += p.choices.rows) {
     p.choices.rows = std::min(most_rows, a.rows - done);
-    const cudaError_t error = launch_rows<T>(a, p, sm_count, stream);
+    const cudaError_t error =
+        a.rows == 1 ? launch_alone<T>(a, p, sm_count, stream) : launch_many<T>(a, p, sm_count, stream);
     if (error != cudaSuccess) return error;
     const int64_t rows = p.choices.rows, pairs = rows * a.top_k;
     p.x += rows * p.hidden;

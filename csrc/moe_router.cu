@@ -108,11 +108,14 @@ struct Operands {
   __device__ __forceinline__ uint4 norm(int step) const {
     return p.norm_weight ? load_early16(p.norm_weight + column + step * kStepCols) : make_uint4(0, 0, 0, 0);
   }
-  // inverse: Memory's. store: whether this is the first time.
-  __device__ __forceinline__ uint4 x(int first, int step, const uint4& norm, const float* inverse, bool store) const {
-    const int at = column + step * kStepCols;
-    const uint4 value = load_early16(p.x + static_cast<int64_t>(min(first + g, p.rows - 1)) * p.hidden + at);
+  __device__ __forceinline__ uint4 raw_x(int first, int step) const {
+    return load_early16(p.x + static_cast<int64_t>(min(first + g, p.rows - 1)) * p.hidden + column + step * kStepCols);
+  }
+  // What becomes of raw_x(). inverse: Memory's. store: whether this is the first time.
+  __device__ __forceinline__ uint4 x(const uint4& value, int first, int step, const uint4& norm, const float* inverse,
+                                     bool store) const {
     if (!p.norm_weight) return value;
+    const int at = column + step * kStepCols;
     const uint4 result = linear::normalized<T>(value, inverse[g], norm);
     if (store && first + g < p.rows) {
       *reinterpret_cast<uint4*>(p.normalized + static_cast<int64_t>(first + g) * p.hidden + at) = result;
@@ -138,10 +141,10 @@ struct Early {
   }
 };
 
-// This warp's part of the sums of x's rows first .. first + 8.
+// This warp's part of the sums of x's rows first .. first + 8. raw_x: that of the share's first step.
 template <typename T>
 __device__ __forceinline__ void multiply(const Params<T>& p, const Memory& memory, const Share& share, int first,
-                                         const Early& early) {
+                                         const Early& early, const uint4& raw_x) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Operands<T> operands(p);
   float* const parts = reinterpret_cast<float*>(memory.parts + warp * p.padded_experts() * kRows / 4);
@@ -154,14 +157,15 @@ __device__ __forceinline__ void multiply(const Params<T>& p, const Memory& memor
 #pragma unroll 2
     for (int step = from; step < share.end; ++step) {
       const Fragment a = operands.weights(tile, step);
-      add_step(acc, a, operands.x(first, step, operands.norm(step), memory.inverse, store));
+      const uint4 value = operands.raw_x(first, step);
+      add_step(acc, a, operands.x(value, first, step, operands.norm(step), memory.inverse, store));
     }
     *reinterpret_cast<float2*>(parts + (tile + g) * kRows + 2 * t) = make_float2(acc[0], acc[1]);
     *reinterpret_cast<float2*>(parts + (tile + g + 8) * kRows + 2 * t) = make_float2(acc[2], acc[3]);
   };
   const bool any = share.first < share.end;
   uint4 b = make_uint4(0, 0, 0, 0);
-  if (any) b = operands.x(first, share.first, early.norm, memory.inverse, true);
+  if (any) b = operands.x(raw_x, first, share.first, early.norm, memory.inverse, true);
 #pragma unroll
   for (int i = 0; i < kEarlyTiles; ++i) {
     if (16 * i >= p.padded_experts()) break;
@@ -291,12 +295,14 @@ __device__ __forceinline__ void route(const Params<T>& p) {
   wait_for_previous_kernel();
   let_next_kernel_begin();
   for (int first = blockIdx.x / kCtas * kRows; first < p.rows; first += clusters * kRows) {
+    uint4 raw_x = make_uint4(0, 0, 0, 0);
+    if (share.first < share.end) raw_x = Operands<T>(p).raw_x(first, share.first);
     if (p.norm_weight) {
       const float value = inverse_rms_of(p, first + warp);
       if (lane == 0) memory.inverse[warp] = value;
       __syncthreads();
     }
-    multiply(p, memory, share, first, early);
+    multiply(p, memory, share, first, early, raw_x);
     __syncthreads();
     for (int i = threadIdx.x; i < quads; i += kThreads) {
       float4 sum = memory.parts[i];

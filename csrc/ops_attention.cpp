@@ -57,6 +57,16 @@ struct Decode {
     args.lengths = data<int>(lengths);
     args.length_stride = 1;
   }
+  void take_tickets(const std::optional<Tensor>& tickets) {
+    if (!tickets) return;
+    check.dtype(*tickets, ScalarType::Int, "tickets", "int32");
+    check.shape(*tickets, {-1}, "tickets", "(n,)");
+    check(tickets->size(0) >= batch * kv_heads, "tickets must have at least ", batch * kv_heads, " elements, got ",
+          tickets->size(0));
+    check.contiguous(*tickets, "tickets");
+    check.same_device(query, *tickets, "tickets");
+    args.tickets = static_cast<uint32_t*>(tickets->data_ptr());
+  }
   void take_mask(const std::optional<Tensor>& mask) {
     if (!mask) return;
     check.dtype(*mask, ScalarType::Bool, "mask", "bool");
@@ -80,28 +90,39 @@ struct Decode {
     args.sinks = data<float>(sinks);
   }
 
-  Tensor run(double scaling, int64_t (*scratch_floats)(const AttnDecodeArgs&),
-             cudaError_t (*launcher)(const AttnDecodeArgs&, Dtype, cudaStream_t)) {
+  // launcher(args, dtype, stream)
+  template <typename Launcher>
+  Tensor run(double scaling, int64_t (*scratch_floats)(const AttnDecodeArgs&), const Launcher& launcher) {
     args.scaling = static_cast<float>(scaling);
     const Launch launch(query);
     Tensor out = launch.empty({batch, heads, dim}, query.scalar_type());
     if (query.numel() == 0) return out;
-    const Tensor scratch = launch.empty({scratch_floats(args)}, ScalarType::Float);
+    const int64_t floats = scratch_floats(args), own = args.tickets || !floats ? 0 : batch * kv_heads;
+    const Tensor scratch = launch.empty({floats + own}, ScalarType::Float);
     args.out = out.data_ptr();
     args.scratch = static_cast<float*>(scratch.data_ptr());
+    if (own) {
+      args.tickets = reinterpret_cast<uint32_t*>(args.scratch + floats);
+      check.launched(cudaMemsetAsync(args.tickets, 0, own * sizeof(uint32_t), launch.stream()));
+    }
     check.launched(launcher(args, dtype, launch.stream()));
     return out;
   }
 };
 
-Tensor attn_decode_static(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& lengths,
-                          const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
-                          const std::optional<Tensor>& sinks) {
-  Decode d("attn_decode_static", query, k);
+void take_static(Decode& d, const Tensor& k, const Tensor& v, const char* k_name, const char* v_name) {
   constexpr auto kShape = "(B, H_kv, capacity, D) with query's B and D";
-  d.args.keys.data = d.full(k, {d.batch, d.kv_heads, d.capacity, d.dim}, "k", kShape);
-  d.args.values.data = d.full(v, {d.batch, d.kv_heads, d.capacity, d.dim}, "v", kShape);
+  d.args.keys.data = d.full(k, {d.batch, d.kv_heads, d.capacity, d.dim}, k_name, kShape);
+  d.args.values.data = d.full(v, {d.batch, d.kv_heads, d.capacity, d.dim}, v_name, kShape);
+}
+
+Tensor attn_decode_static(const Tensor& query, const Tensor& k, const Tensor& v, const Tensor& lengths,
+                          const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling,
+                          int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+  Decode d("attn_decode_static", query, k);
+  take_static(d, k, v, "k", "v");
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_static_scratch_floats, launch_attn_decode_static);
@@ -121,21 +142,83 @@ const char* k_names[2] = {"k_data", "k_scale"};
 const char* v_names[2] = {"v_data", "v_scale"};
 
 Tensor attn_decode_int8(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& v_data,
-                        const Tensor& v_scale, const Tensor& lengths, const std::optional<Tensor>& mask, double scaling,
-                        int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+                        const Tensor& v_scale, const Tensor& lengths, const std::optional<Tensor>& tickets,
+                        const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
+                        const std::optional<Tensor>& sinks) {
   Decode d("attn_decode_int8", query, k_data);
   take_bytes(d, d.args.keys, k_data, k_scale, ScalarType::Char, "int8", 1, k_names);
   take_bytes(d, d.args.values, v_data, v_scale, ScalarType::Char, "int8", 1, v_names);
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_int8_scratch_floats, launch_attn_decode_int8);
 }
 
+// One call of attn_step_*: the new tokens, and Decode over the storage that they go to.
+struct Step {
+  NewTokens tokens;
+  Tensor ready;  // (B, H, D), where the transformed queries go if they are stored at all
+  Decode decode;
+
+  Step(const NewTokens& n, const std::optional<Tensor>& query, const Tensor& k_data)
+      : tokens(n), ready(checked_queries(n, *query)), decode(n.check.op, ready, k_data) {
+    n.check(decode.kv_heads == n.kv_heads(), "the cache must have key's H_kv ", n.kv_heads(), ", got ",
+            decode.kv_heads);
+  }
+  static Tensor checked_queries(const NewTokens& n, const Tensor& query) {
+    n.checked_inputs();
+    n.check(n.tokens() == 1, "takes one new token a row, got ", n.tokens());
+    return Launch(query).empty({query.size(0), query.size(1), query.size(3)}, query.scalar_type());
+  }
+
+  template <typename Storage>
+  Tensor run(double scaling, const Tensor& lengths, const Storage& storage,
+             int64_t (*scratch_floats)(const AttnDecodeArgs&),
+             cudaError_t (*launcher)(const AttnDecodeArgs&, const KvNewTokens&, const Storage&, Dtype, cudaStream_t)) {
+    return decode.run(scaling, scratch_floats, [&](const AttnDecodeArgs& args, Dtype dtype, cudaStream_t stream) {
+      KvNewTokens n = tokens.args(decode.capacity, lengths);
+      n.query_out = ready.data_ptr();
+      return launcher(args, n, storage, dtype, stream);
+    });
+  }
+};
+
+Tensor attn_step_static(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
+                        const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool rotate,
+                        const Tensor& keys, const Tensor& values, const Tensor& lengths,
+                        const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling) {
+  const std::optional<Tensor> queries(query), nothing;
+  Step s({{"attn_step_static"}, queries, key, value, q_norm, k_norm, eps, cos, sin, rotate, nothing}, queries, keys);
+  take_static(s.decode, keys, values, "keys", "values");
+  s.decode.take_lengths(lengths);
+  s.decode.take_tickets(tickets);
+  s.decode.take_mask(mask);
+  const KvStaticStorage storage{keys.data_ptr(), values.data_ptr()};
+  return s.run(scaling, lengths, storage, attn_decode_static_scratch_floats, launch_attn_step_static);
+}
+
+Tensor attn_step_int8(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& q_norm,
+                      const std::optional<Tensor>& k_norm, double eps, const std::optional<Tensor>& cos,
+                      const std::optional<Tensor>& sin, bool rotate, const Tensor& k_data, const Tensor& k_scale,
+                      const Tensor& v_data, const Tensor& v_scale, const Tensor& lengths,
+                      const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling) {
+  const std::optional<Tensor> queries(query), nothing;
+  Step s({{"attn_step_int8"}, queries, key, value, q_norm, k_norm, eps, cos, sin, rotate, nothing}, queries, k_data);
+  take_bytes(s.decode, s.decode.args.keys, k_data, k_scale, ScalarType::Char, "int8", 1, k_names);
+  take_bytes(s.decode, s.decode.args.values, v_data, v_scale, ScalarType::Char, "int8", 1, v_names);
+  s.decode.take_lengths(lengths);
+  s.decode.take_tickets(tickets);
+  s.decode.take_mask(mask);
+  const KvInt8Storage storage{{k_data.data_ptr(), k_scale.data_ptr()}, {v_data.data_ptr(), v_scale.data_ptr()}};
+  return s.run(scaling, lengths, storage, attn_decode_int8_scratch_floats, launch_attn_step_int8);
+}
+
 Tensor attn_decode_fp8(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& k_tail,
                        const Tensor& v_data, const Tensor& v_scale, const Tensor& v_tail, const Tensor& lengths,
-                       const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
-                       const std::optional<Tensor>& sinks) {
+                       const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling,
+                       int64_t window, double softcap, const std::optional<Tensor>& sinks) {
   constexpr int64_t kGroup = 64;
   Decode d("attn_decode_fp8", query, k_data);
   d.check(d.capacity % kGroup == 0, "takes capacities that are multiples of 64, got ", d.capacity);
@@ -145,6 +228,7 @@ Tensor attn_decode_fp8(const Tensor& query, const Tensor& k_data, const Tensor& 
   d.args.values.tail = d.full(v_tail, {d.batch, d.kv_heads, kGroup, d.dim}, "v_tail", "(B, H_kv, 64, D)");
   d.args.group_tokens = kGroup;
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_fp8_scratch_floats, launch_attn_decode_fp8);
@@ -152,8 +236,9 @@ Tensor attn_decode_fp8(const Tensor& query, const Tensor& k_data, const Tensor& 
 
 Tensor attn_decode_int4(const Tensor& query, const Tensor& k_data, const Tensor& k_params, const Tensor& k_tail,
                         const Tensor& k_sinks, const Tensor& v_data, const Tensor& v_params, const Tensor& v_tail,
-                        const Tensor& v_sinks, const Tensor& lengths, const std::optional<Tensor>& mask, double scaling,
-                        int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+                        const Tensor& v_sinks, const Tensor& lengths, const std::optional<Tensor>& tickets,
+                        const std::optional<Tensor>& mask, double scaling, int64_t window, double softcap,
+                        const std::optional<Tensor>& sinks) {
   Decode d("attn_decode_int4", query, k_data);
   d.check(k_tail.dim() == 4 && (k_tail.size(2) == 32 || k_tail.size(2) == 64),
           "k_tail must have shape (B, H_kv, 32 or 64, D), got ", k_tail);
@@ -180,6 +265,7 @@ Tensor attn_decode_int4(const Tensor& query, const Tensor& k_data, const Tensor&
   d.args.group_tokens = static_cast<int>(group);
   d.args.front_tokens = static_cast<int>(front);
   d.take_lengths(lengths);
+  d.take_tickets(tickets);
   d.take_mask(mask);
   d.take_options(window, softcap, sinks);
   return d.run(scaling, attn_decode_int4_scratch_floats, launch_attn_decode_int4);
@@ -187,7 +273,7 @@ Tensor attn_decode_int4(const Tensor& query, const Tensor& k_data, const Tensor&
 
 Tensor attn_decode_h2o(const Tensor& query, const Tensor& k_data, const Tensor& k_scale, const Tensor& v_data,
                        const Tensor& v_scale, const Tensor& scores, const Tensor& positions, const Tensor& counts,
-                       const std::optional<Tensor>& mask, double scaling) {
+                       const std::optional<Tensor>& tickets, const std::optional<Tensor>& mask, double scaling) {
   Decode d("attn_decode_h2o", query, k_data);
   take_bytes(d, d.args.keys, k_data, k_scale, ScalarType::Float8_e4m3fn, "float8_e4m3fn", 1, k_names);
   take_bytes(d, d.args.values, v_data, v_scale, ScalarType::Float8_e4m3fn, "float8_e4m3fn", 1, v_names);
@@ -201,6 +287,7 @@ Tensor attn_decode_h2o(const Tensor& query, const Tensor& k_data, const Tensor& 
   d.check.same_device(query, counts, "counts");
   d.args.lengths = data<int>(counts);
   d.args.length_stride = 2;
+  d.take_tickets(tickets);
   d.take_mask(mask);
   if (query.numel() == 0) return d.run(scaling, attn_decode_h2o_scratch_floats, launch_attn_decode_h2o);
 
@@ -296,5 +383,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("attn_decode_int8", TORCH_BOX(&hf_fastpath::attn_decode_int8));
   m.impl("attn_decode_fp8", TORCH_BOX(&hf_fastpath::attn_decode_fp8));
   m.impl("attn_decode_int4", TORCH_BOX(&hf_fastpath::attn_decode_int4));
+  m.impl("attn_step_static", TORCH_BOX(&hf_fastpath::attn_step_static));
+  m.impl("attn_step_int8", TORCH_BOX(&hf_fastpath::attn_step_int8));
   m.impl("attn_decode_h2o", TORCH_BOX(&hf_fastpath::attn_decode_h2o));
 }

@@ -1,4 +1,5 @@
-// What is between the products of a decoder layer, on CUDA: argument checks, dispatch on the dtype, launch.
+// What is between the products of a decoder layer and before them, on CUDA: argument checks, dispatch on the dtype,
+// launch.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -81,6 +82,31 @@ Tensor swiglu(const Tensor& x) {
   return y;
 }
 
+std::tuple<Tensor, Tensor> rope_angles(const Tensor& positions, const Tensor& inv_freq, double scaling,
+                                       const Tensor& like) {
+  constexpr Check check{"rope_angles"};
+  check.shape(positions, {-1, -1}, "positions", "(B, T)");
+  check.dtype(positions, ScalarType::Long, "positions", "int64");
+  check.contiguous(positions, "positions");
+  check.shape(inv_freq, {-1}, "inv_freq", "(D_rot / 2,)");
+  check.dtype(inv_freq, ScalarType::Float, "inv_freq", "float32");
+  check.contiguous(inv_freq, "inv_freq");
+  check.same_device(positions, inv_freq, "inv_freq");
+  const ScalarType type = like.scalar_type();
+  const Dtype dtype = type == ScalarType::Float ? Dtype::kFloat32 : check.float_dtype(like, "like, if not float32,");
+  const int64_t rows = positions.size(0) * positions.size(1), half = inv_freq.size(0);
+  check(half >= 1 && half <= kMaxInt / 2, "inv_freq must not be empty");
+  check(rows <= kMaxInt, "takes up to ", kMaxInt, " positions, got ", rows);
+  const Launch launch(positions);
+  Tensor cos = launch.empty({positions.size(0), positions.size(1), 2 * half}, type);
+  Tensor sin = launch.empty({positions.size(0), positions.size(1), 2 * half}, type);
+  if (rows == 0) return {cos, sin};
+  check.launched(launch_rope_angles(data<int64_t>(positions), data<float>(inv_freq), static_cast<float>(scaling),
+                                    cos.data_ptr(), sin.data_ptr(), static_cast<int>(rows), static_cast<int>(half),
+                                    dtype, launch.stream()));
+  return {cos, sin};
+}
+
 }  // namespace
 }  // namespace hf_fastpath
 
@@ -88,4 +114,5 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&hf_fastpath::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&hf_fastpath::add_rms_norm));
   m.impl("swiglu", TORCH_BOX(&hf_fastpath::swiglu));
+  m.impl("rope_angles", TORCH_BOX(&hf_fastpath::rope_angles));
 }

@@ -70,6 +70,18 @@ Tensor normalized_scratch(const Launch& launch, const Tensor& x, const Linear16B
   return launch.empty({linear_16bit_norm_is_apart(args) ? x.size(0) : 0, x.size(1)}, x.scalar_type());
 }
 
+// Into y, which is (M, N) and contiguous.
+void multiply(const Check& check, const Launch& launch, const Tensor& x, const Tensor& weight,
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& norm_weight, double eps,
+              const void* residual, Dtype dtype, bool float32_out, const Tensor& y) {
+  Linear16BitArgs args = args_of(x, weight, bias, norm_weight, eps, y);
+  args.residual = residual;
+  args.float32_out = float32_out;
+  const Tensor normalized = normalized_scratch(launch, x, args);
+  args.normalized = normalized.data_ptr();
+  check.launched(launch_linear_16bit(args, dtype, launch.sm_count(), launch.stream()));
+}
+
 Tensor linear_16bit(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& norm_weight, double eps, const std::optional<Tensor>& residual,
                     bool float32_out) {
@@ -84,13 +96,19 @@ Tensor linear_16bit(const Tensor& x, const Tensor& weight, const std::optional<T
   const Launch launch(x);
   Tensor y = launch.empty({x.size(0), weight.size(0)}, float32_out ? ScalarType::Float : x.scalar_type());
   if (x.size(0) == 0) return y;
-  Linear16BitArgs args = args_of(x, weight, bias, norm_weight, eps, y);
-  args.residual = data(residual);
-  args.float32_out = float32_out;
-  const Tensor normalized = normalized_scratch(launch, x, args);
-  args.normalized = normalized.data_ptr();
-  check.launched(launch_linear_16bit(args, dtype, launch.sm_count(), launch.stream()));
+  multiply(check, launch, x, weight, bias, norm_weight, eps, data(residual), dtype, float32_out, y);
   return y;
+}
+
+void linear_16bit_into(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+  constexpr Check check{"linear_16bit_into"};
+  const Dtype dtype = check_product(check, x, weight, bias, std::nullopt, 0.0);
+  check(out.scalar_type() == x.scalar_type(), "out and x must have the same dtype");
+  check.shape(out, {x.size(0), weight.size(0)}, "out", "(M, N)");
+  check.contiguous(out, "out");
+  check.same_device(x, out, "out");
+  if (x.size(0) == 0) return;
+  multiply(check, Launch(x), x, weight, bias, std::nullopt, 0.0, nullptr, dtype, false, out);
 }
 
 Tensor linear_16bit_swiglu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -114,5 +132,6 @@ Tensor linear_16bit_swiglu(const Tensor& x, const Tensor& weight, const std::opt
 
 STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("linear_16bit", TORCH_BOX(&hf_fastpath::linear_16bit));
+  m.impl("linear_16bit_into", TORCH_BOX(&hf_fastpath::linear_16bit_into));
   m.impl("linear_16bit_swiglu", TORCH_BOX(&hf_fastpath::linear_16bit_swiglu));
 }

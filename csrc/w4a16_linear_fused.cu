@@ -1,5 +1,5 @@
 // y = residual + RMSNorm(x) @ W.T + bias for 1..16 rows of x and W packed int4; see common/decode_linear.cuh.
-#include "common/int4_weights.cuh"
+#include "common/int4_linear.cuh"
 
 namespace hf_fastpath {
 namespace {
@@ -8,7 +8,7 @@ template <typename T>
 cudaError_t launch(const W4A16LinearArgs& args, int sm_count, cudaStream_t stream) {
   return linear::for_int4_format<T>(args.group_size, args.zeros, [&](auto format) {
     constexpr auto kResidual = linear::Epilogue::kResidual;
-    return linear::launch_fused<decltype(format), kResidual>(linear::int4_params<T>(args), sm_count, stream);
+    return linear::launch_int4<decltype(format), kResidual>(linear::int4_params<T>(args), sm_count, stream);
   });
 }
 

@@ -1,6 +1,6 @@
 // The step of LFM2's gated short convolution on its first projection, B, C and x being the thirds of RMSNorm(x) @ W.T +
 // bias, for 1..16 rows of x and W packed int4; see common/decode_linear.cuh and common/decode_short_conv.cuh.
-#include "common/int4_weights.cuh"
+#include "common/int4_linear.cuh"
 
 namespace hf_fastpath {
 namespace {
@@ -13,7 +13,7 @@ cudaError_t launch(const W4A16LinearArgs& args, const ShortConvArgs& conv, int s
             conv.mask_stride_batch,           conv.taps};
   return linear::for_int4_format<T>(args.group_size, args.zeros, [&](auto format) {
     constexpr auto kShortConv = linear::Epilogue::kShortConv;
-    return linear::launch_fused<decltype(format), kShortConv>(p, sm_count, stream);
+    return linear::launch_int4<decltype(format), kShortConv>(p, sm_count, stream);
   });
 }
 

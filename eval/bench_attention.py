@@ -126,7 +126,8 @@ def implementation(
 
     def ours() -> Call:
         storage = [tensor.clone() for tensor in layer.storage]
-        return lambda: attend(query, storage, None, scaling)
+        tickets = torch.zeros(batch * sizes.kv_heads, dtype=torch.int32, device=device)
+        return lambda: attend(query, storage, None, scaling, tickets=tickets)
 
     return bytes_read(layer, tokens), ours
 

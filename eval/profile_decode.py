@@ -48,6 +48,7 @@ _OURS = (
     ("norm", r"norm"),
     ("attention", r"attn|h2o_count"),
     ("append", r"append|finish_chunk|::kv"),
+    ("angles", r"rope_angles"),
     ("experts", r"moe|expert|gate_up|down_kernel|grouped|sort_kernel|gather|combine"),
     (CHOICE, r"cho|argmax|sample|softmax|top_"),
     ("activation", r"swiglu|gelu|silu"),
@@ -75,7 +76,8 @@ class Kernel:
 
 
 def role_of(name: str) -> str:
-    """attention, append, norm, product, router, experts, activation, convolution, choice, or other: what torch does."""
+    """attention, append, angles, norm, product, router, experts, activation, convolution, choice; else other, which is
+    what torch does."""
     ours = "hf_fastpath" in name
     text = re.split(r"[<(](?!anonymous)", name)[0] if ours else name
     for role, pattern in _OURS if ours else _TORCHS:

@@ -3,7 +3,8 @@
 A graph replays fixed addresses. So what changes from token to token is in device memory that stays where it is: the new
 tokens, their positions and the padding mask in a :class:`Slot`, and what the caches hold in the tensors that the slot
 lends them. A slot serves batches up to its rows and any length up to its capacity, one cache at a time; its graphs
-outlive the cache.
+outlive the cache. A step's graph is of all rows, where a row's bits do not hang on how many there are
+(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size, as the graphs are that choose tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from typing import Any, Protocol
 import torch
 from torch.nn.modules import module as torch_module
 
+from hf_fastpath.modules.logits_target import logits_go_to
 from hf_fastpath.ops import TokenState
+from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
+from hf_fastpath.spare_rows import SpareRows, empty_rows, repeat_rows, spare_rows_of
 
 # A call that needs a little more than the last one finds the same slot; all rows of a slot together have about this.
 CAPACITY_TOKENS = 2048
 LEAST_CAPACITY_TOKENS = 256
 
-# Of a slot: batch sizes and ways to choose tokens. Capturing again takes a tenth of a second.
+# Of a slot: steps, and ways to choose tokens for each batch size. Capturing again takes a tenth of a second.
 MAX_GRAPHS = 32
 
 # Slots that no cache uses are kept while they take at most this part of the GPU's memory.
@@ -124,6 +128,7 @@ class Slot:
     Attributes:
         cache, kind: one whose storage is lent, and what caches like it have in common.
         rows, capacity: the largest batch, and the tokens of a row that there is room for.
+        spare: what steps do with rows that a batch leaves over (:mod:`hf_fastpath.spare_rows`).
         ids, positions: int64 ``(rows, 1)``, the tokens that the next step gets, and their positions; before the first
             are chosen, the positions before.
         logits: ``(rows, V)`` in the model's dtype, of the latest step; None before the first.
@@ -131,19 +136,22 @@ class Slot:
             were chosen, ``count`` ``(1, 1)`` of them. done: bool ``()``, whether no row is unfinished.
     """
 
-    def __init__(self, cache: Any, rows: int, capacity: int, capture: Capture, device: torch.device) -> None:
+    def __init__(
+        self, cache: Any, rows: int, capacity: int, capture: Capture, device: torch.device, spare: SpareRows
+    ) -> None:
         self.cache, self.kind, self.rows, self.capacity, self.capture = cache, cache.kind, rows, capacity, capture
-        self.device = device
+        self.device, self.spare = device, spare if rows <= MAX_ROWS else SpareRows.NONE
         self.owner: weakref.ref[Any] | None = None
         self.batch, self.masked, self.short_of_memory = 0, False, False
         self.logits: torch.Tensor | None = None
         self._graphs: dict[Any, tuple[Graph | None, Any]] = {}
         self._stream: Any = None
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
-            self.ids, self.positions, self.unfinished, self.tokens, self.count = (
+            self._inputs, self.unfinished, self.tokens, self.count = (
                 torch.zeros(shape, dtype=torch.long, device=device)
-                for shape in ((rows, 1), (rows, 1), (rows,), (rows, capacity), (1, 1))
+                for shape in ((2, rows, 1), (rows,), (rows, capacity), (1, 1))
             )
+            self.ids, self.positions = self._inputs
             self.mask = torch.ones((rows, 1, 1, capacity), dtype=torch.bool, device=device)
             self.done = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -176,6 +184,7 @@ class Slot:
             positions: int64 ``(B, 1)``, of the next tokens. mask: ``(B, T)`` of 0 and 1, of all tokens so far, for
                 which the host waits; None: no padding.
         """
+        self._order_streams()
         batch = self.batch = positions.shape[0]
         cache = self._cache()
         if cache.padding is not None:
@@ -186,8 +195,33 @@ class Slot:
         self.short_of_memory = False
         self.masked = mask is not None and not bool(mask.all())
         if mask is not None and self.masked:
-            self.mask[:batch].fill_(True)
+            self.mask.fill_(True)
             self.mask[:batch, 0, 0, : mask.shape[1]].copy_(mask)
+        self._begin_spare_rows(cache.get_seq_length())
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step's graph: those of the slot, or of the batch where the number counts."""
+        return self.batch if self.spare is SpareRows.NONE else self.rows
+
+    def _begin_spare_rows(self, length: int) -> None:
+        """They get a token at each step, as the others do, so they must not have more of them than those, ``length``:
+        kernels trap where there is no room."""
+        rows = slice(self.batch, self.rows)
+        if self.batch == self.step_rows:
+            return
+        if self.spare is SpareRows.EMPTY:
+            self._inputs[:, rows].zero_()
+            empty_rows(self.cache.layers, rows)
+        else:
+            self.mask[rows] = self.mask[: self.rows - self.batch]
+            repeat_rows(self.cache.layers, rows, length)
+            self.put_spare()
+
+    def put_spare(self) -> None:
+        """Makes spare rows that are other rows once more get their tokens. A batch has more than half of the rows."""
+        if self.spare is SpareRows.REPEATED and self.batch < self.rows:
+            self._inputs[:, self.batch :] = self._inputs[:, : self.rows - self.batch]
 
     @property
     def state(self) -> TokenState:
@@ -201,6 +235,7 @@ class Slot:
         """Makes ``(B,)`` the tokens that the next step gets, where :attr:`state` is not used to choose them."""
         self.ids[: self.batch].copy_(tokens[:, None])
         self.positions[: self.batch] += 1
+        self.put_spare()
 
     def run(self, key: Any, call: Callable[[], None], keep: Any = None) -> None:
         """Calls ``call`` the first time that ``key`` comes, captures it the second time, and replays it from then on:
@@ -240,9 +275,10 @@ class Slot:
 
     def step(self, forward: Callable[..., Any]) -> None:
         """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times."""
+        forward = self._offering_logits(forward)
         cache = self._cache()
         length = cache.get_seq_length()
-        self.run(("step", self.batch, self.masked), lambda: self._forward(forward, length))
+        self.run(("step", self.step_rows, self.masked), lambda: self._forward(forward, length))
         for layer in cache.layers:
             layer.advance_to(length + 1)
 
@@ -258,13 +294,13 @@ class Slot:
         return cache
 
     def _forward(self, forward: Callable[..., Any], length: int) -> None:
-        batch, cache = self.batch, self._cache()
+        rows, cache = self.step_rows, self._cache() if self.spare is SpareRows.NONE else self.cache
         for layer in cache.layers:  # a capture that failed has counted
             layer.advance_to(length)
         out = forward(
-            input_ids=self.ids[:batch],
-            position_ids=self.positions[:batch],
-            attention_mask=self.mask[:batch] if self.masked else None,
+            input_ids=self.ids[:rows],
+            position_ids=self.positions[:rows],
+            attention_mask=self.mask[:rows] if self.masked else None,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -272,11 +308,23 @@ class Slot:
         )
         self.take(out.logits)
 
+    def _offering_logits(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A model's ``forward``, whose head may write into :attr:`logits`: :meth:`take` then has nothing to do."""
+
+        def offering(**inputs: Any) -> Any:
+            rows = inputs["input_ids"].shape[0]
+            with logits_go_to(None if self.logits is None else self.logits[:rows]):
+                return forward(**inputs)
+
+        return offering
+
     @torch.inference_mode(False)
     def take(self, logits: torch.Tensor) -> None:
         """Puts ``(B, T, V)`` logits of the last token into :attr:`logits`."""
         if self.logits is None:
             self.logits = logits.new_empty((self.rows, logits.shape[2]))
+        elif logits.data_ptr() == self.logits.data_ptr():
+            return  # the head has put them there
         self.logits[: logits.shape[0]].copy_(logits[:, -1].detach())
 
     def _order_streams(self) -> None:
@@ -300,6 +348,7 @@ class DecodeGraphs:
         self.new_capture = new_capture or CudaCapture
         self.slots: list[Slot] = []
         self._lock = threading.Lock()
+        self.spare = SpareRows.NONE
         self._modules: list[tuple[weakref.ref[Any], type]] = []
         self._root_hooks: tuple[Any, ...] = ()
         self._addresses: list[int] = []
@@ -311,6 +360,10 @@ class DecodeGraphs:
         """Notes what the model consists of; :meth:`why_not` tells when that was changed."""
         self._modules = [(weakref.ref(module), type(module)) for module in model.modules()]
         self._root_hooks = tuple(model._forward_pre_hooks)
+        self._see_tensors(model)
+
+    def _see_tensors(self, model: Any) -> None:
+        self.spare = spare_rows_of(model)  # which merges weights that were not
         self._addresses = _addresses(model)
 
     def lend(self, cache: Any, batch: int, tokens: int, device: torch.device) -> None:
@@ -325,7 +378,8 @@ class DecodeGraphs:
                 self.slots = [slot for slot in self.slots if slot not in same]
                 same.clear()
                 capacity = capacity_for(rows, tokens)
-                slot = Slot(cache.empty_like(capacity), rows, capacity, self.new_capture(device), device)
+                new_capture, spare = self.new_capture(device), self.spare
+                slot = Slot(cache.empty_like(capacity), rows, capacity, new_capture, device, spare)
             else:
                 self.slots.remove(slot)
             slot.lend_to(cache)
@@ -376,9 +430,8 @@ class DecodeGraphs:
             hooks = hooks or any(name_of != OUTPUT_HOOKS for name_of in after)
             if hooks or "forward" in module.__dict__ or has_global_hooks:
                 return f"{name or 'the model'} has a forward hook"
-        addresses = _addresses(model)
-        if addresses != self._addresses:
-            self._addresses = addresses
+        if _addresses(model) != self._addresses:
+            self._see_tensors(model)
             self.release()
         return ""
 

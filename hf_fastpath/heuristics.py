@@ -112,6 +112,17 @@ def rms_norm_supports(device_type: str, dtype: torch.dtype, columns: int) -> boo
     return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16) and columns > 0 and columns % 8 == 0
 
 
+def embedding_gathers(device_type: str, rows: int) -> bool:
+    """Whether torch.gather takes rows of a matrix faster than torch.index_select, which has a kernel of its own for up
+    to 16. One row is gathered in no fast way."""
+    return device_type == "cuda" and 2 <= rows <= 16
+
+
+def rope_angles_supports(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel of rope_angles makes angles of this dtype; on the CPU transformers' operations are as good."""
+    return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
 def w8a16_variant(device_type: str, rows: int, reference: bool = False) -> W8A16Variant:
     """As :func:`w4a16_variant`, for int8."""
     if device_type == "cpu":

@@ -153,6 +153,7 @@ def _choose(rule: Rule, slot: Slot) -> None:
         # torch.multinomial does this with the same random numbers, but for a check that a graph cannot hold.
         noise = torch.empty_like(scores).exponential_(1)
     choose_tokens(scores, noise, rule.end, rule.pad, state)
+    slot.put_spare()
 
 
 def settings_of(processors: Sequence[Any], stateless: tuple[type, ...]) -> Any:

@@ -141,6 +141,25 @@ class FusedLayer(nn.Module):
         """Merges the weights now, not in the first step."""
         self.__dict__["_watched"] = _Watched(self)
 
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether new tokens, of up to ``rows`` rows, are a step of ours all through: see
+        :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        norm = self.first_norm.weight
+        if not heuristics.fuses_decoder_step(norm.device.type) or (norm.is_cuda and not self._heads_fit()):
+            return False
+        step = self._ready_step(norm.dtype)
+        return step is not None and bool(step.keeps_row_bits(rows))
+
+    def _heads_fit(self) -> bool:
+        """As :meth:`_rows_fit`, before there are rows; False where only a part of a head is turned."""
+        attention = getattr(self, "self_attn", None)
+        if attention is None:
+            return True
+        rope = getattr(attention.config, "rope_parameters", None) or {}
+        whole = rope.get("partial_rotary_factor") in (None, 1.0)
+        size = attention.head_dim
+        return whole and heuristics.kv_append_supports(size) and heuristics.rope_supports(size)
+
     def forget(self) -> None:
         """Undoes what :meth:`prepare` and steps have left, but for the layout of packed weights in memory."""
         watched = self.__dict__.pop("_watched", None)

@@ -2,7 +2,7 @@
 
 from transformers import GPT2LMHeadModel
 
-from hf_fastpath.patches.heads import HEAD
+from hf_fastpath.patches.heads import EMBEDDING, HEAD
 from hf_fastpath.patches.recipe import Recipe
 
 RECIPE = Recipe(
@@ -10,6 +10,6 @@ RECIPE = Recipe(
     model_classes=(GPT2LMHeadModel,),
     linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     decoder_layers="transformer.h",
-    single_modules={"lm_head": HEAD},
+    single_modules={"transformer.wte": EMBEDDING, "transformer.wpe": EMBEDDING, "lm_head": HEAD},
     capturable=True,
 )

@@ -1,4 +1,4 @@
-"""What a model's last norm and its head become beside packed layers: the last two of a decode step's kernels."""
+"""What a model's embedding, last norm and head become beside packed layers: the ends of a decode step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from hf_fastpath.modules import DecodeHead, DecodeNorm
+from hf_fastpath.modules import DecodeEmbedding, DecodeHead, DecodeNorm
 
 
 class FastLlamaRMSNorm(DecodeNorm, LlamaRMSNorm):
@@ -37,6 +37,7 @@ class FastLfm2MoeRMSNorm(DecodeNorm, Lfm2MoeRMSNorm):
     """What a model's last ``Lfm2MoeRMSNorm`` becomes."""
 
 
+EMBEDDING: dict[type[nn.Module], type[nn.Module]] = {nn.Embedding: DecodeEmbedding}
 HEAD: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: DecodeHead}
 LAST_NORM: dict[type[nn.Module], type[nn.Module]] = {
     LlamaRMSNorm: FastLlamaRMSNorm,

@@ -10,9 +10,10 @@ from transformers.models.lfm2.modeling_lfm2 import (
 )
 
 from hf_fastpath.modules import ShortConv
-from hf_fastpath.patches.heads import HEAD, LAST_NORM
+from hf_fastpath.patches.heads import EMBEDDING, HEAD, LAST_NORM
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
 from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.patches.rotary import ROTARY
 
 ATTENTION_AND_CONVOLUTION = (
     "self_attn.q_proj",
@@ -40,6 +41,11 @@ RECIPE = Recipe(
     model_classes=(Lfm2ForCausalLM,),
     linears=(*ATTENTION_AND_CONVOLUTION, *FEED_FORWARD),
     modules={Lfm2ShortConv: FastLfm2ShortConv, Lfm2DecoderLayer: FusedLfm2DecoderLayer},
-    single_modules={"model.embedding_norm": LAST_NORM, "lm_head": HEAD},
+    single_modules={
+        "model.embed_tokens": EMBEDDING,
+        "model.rotary_emb": ROTARY,
+        "model.embedding_norm": LAST_NORM,
+        "lm_head": HEAD,
+    },
     capturable=True,
 )

@@ -68,15 +68,29 @@ class FusedLfm2Layer(FusedLayer):
         has_experts = self.__dict__["_watched"].step.parts.feed_forward is None
         return self._add_experts(out) if has_experts else out
 
-    def _add_experts(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual stream ``(batch, T, hidden_size)`` behind the layer's experts."""
+    def _experts_step(self) -> MoEStep | None:
+        """The step of the layer's experts; None where they run themselves."""
         block: Any = self.feed_forward
         ours = type(block) is self.lfm2_kinds.sparse and isinstance(block.gate, MoERouter)
         if not ours or not isinstance(block.experts, (PackedExperts, Experts16)):
-            return x + cast(torch.Tensor, block(self.ffn_norm(x)))
+            return None
         bias = block.expert_bias if block.use_expert_bias else None
-        step = MoEStep(MoEParts(block.gate, bias, block.experts, norm_of(self.ffn_norm)))
+        return MoEStep(MoEParts(block.gate, bias, block.experts, norm_of(self.ffn_norm)))
+
+    def _add_experts(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream ``(batch, T, hidden_size)`` behind the layer's experts."""
+        step = self._experts_step()
+        if step is None:
+            return x + cast(torch.Tensor, self.feed_forward(self.ffn_norm(x)))
         return step(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        if not super().keeps_row_bits(rows):
+            return False
+        if self.__dict__["_watched"].step.parts.feed_forward is not None:
+            return True
+        experts = self._experts_step()
+        return experts is not None and experts.keeps_row_bits(rows)
 
     def _convolution_step(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]

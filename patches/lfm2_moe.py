@@ -13,10 +13,11 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import (
 )
 
 from hf_fastpath.modules import Experts16, MoERouter, ShortConv
-from hf_fastpath.patches.heads import HEAD, LAST_NORM
+from hf_fastpath.patches.heads import EMBEDDING, HEAD, LAST_NORM
 from hf_fastpath.patches.lfm2 import ATTENTION_AND_CONVOLUTION, FEED_FORWARD
 from hf_fastpath.patches.lfm2_layers import FusedLfm2Layer, Lfm2Kinds
 from hf_fastpath.patches.recipe import Recipe
+from hf_fastpath.patches.rotary import ROTARY
 
 
 class FastLfm2MoeShortConv(ShortConv, Lfm2MoeShortConv):
@@ -60,6 +61,11 @@ RECIPE = Recipe(
         Lfm2MoeDecoderLayer: FusedLfm2MoeDecoderLayer,
     },
     quantized_modules={Lfm2MoeTopKRouter: QuantizedLfm2MoeTopKRouter, Lfm2MoeExperts: FastLfm2MoeExperts},
-    single_modules={"model.embedding_norm": LAST_NORM, "lm_head": HEAD},
+    single_modules={
+        "model.embed_tokens": EMBEDDING,
+        "model.pos_emb": ROTARY,
+        "model.embedding_norm": LAST_NORM,
+        "lm_head": HEAD,
+    },
     capturable=True,
 )

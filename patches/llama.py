@@ -5,8 +5,9 @@ activation, scaled residuals, biases) need not be Llama's; only the tested class
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from hf_fastpath.patches.decoder_layers import FUSED_LAYERS
-from hf_fastpath.patches.heads import HEAD, LAST_NORM
+from hf_fastpath.patches.heads import EMBEDDING, HEAD, LAST_NORM
 from hf_fastpath.patches.recipe import Block, Recipe
+from hf_fastpath.patches.rotary import ROTARY
 
 RECIPE = Recipe(
     family="llama",
@@ -21,7 +22,12 @@ RECIPE = Recipe(
         "mlp.down_proj",
     ),
     modules=FUSED_LAYERS,
-    single_modules={"model.norm": LAST_NORM, "lm_head": HEAD},
+    single_modules={
+        "model.embed_tokens": EMBEDDING,
+        "model.rotary_emb": ROTARY,
+        "model.norm": LAST_NORM,
+        "lm_head": HEAD,
+    },
     capturable=True,
     block=Block(
         norms=("input_layernorm", "post_attention_layernorm"), head_norms=("self_attn.q_norm", "self_attn.k_norm")

@@ -39,12 +39,18 @@ class Attention:
     window: int = 0
     softcap: float = 0.0
     sinks: torch.Tensor | None = None
+    tickets: torch.Tensor | None = None
 
     def run(self) -> torch.Tensor:
         poison(*self.query.shape, dtype=self.query.dtype, device=self.target.device)
         op = getattr(self.target.ops, f"attn_decode_{self.format}")
         options = {"window": self.window, "softcap": self.softcap, "sinks": self.sinks}
-        return op(self.query, self.storage, self.mask, self.scaling, **options)
+        if self.tickets is None:  # more than the call needs
+            count = self.query.shape[0] * self.keys.shape[1] + 3
+            self.tickets = torch.zeros(count, dtype=torch.int32, device=self.query.device)
+        out = op(self.query, self.storage, self.mask, self.scaling, tickets=self.tickets, **options)
+        assert not bool(self.tickets.any())  # as the next call wants them
+        return out
 
     def rows(self, rows: slice) -> Attention:
         part = copy.copy(self)

@@ -161,5 +161,6 @@ class Mirror:
             torch.testing.assert_close(got.keys, keys, rtol=0, atol=1e-5)
             assert torch.equal(got.values, want.values)
             assert bool((got.storage[-1] == got.get_seq_length()).all())  # what the kernels count
+            assert torch.equal(got.tickets, torch.zeros_like(got.storage[-1]).flatten())
         assert self.cache.get_seq_length() == self.expected.get_seq_length()
         assert self.cache.get_mask_sizes(4, 0) == self.expected.get_mask_sizes(4, 0)

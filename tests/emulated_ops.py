@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from emulator import IN_OUT, INPUT, OUTPUT, library
 
-from hf_fastpath.ops import TokenState
+from hf_fastpath.ops import QKTransform, TokenState
 
 
 class EmulatedOps:
@@ -57,6 +57,20 @@ class EmulatedOps:
         y = x.new_empty(x.shape[0], x.shape[1] // 2)
         self._library.call("emulated_swiglu", x, y, *y.shape, x.dtype is torch.bfloat16, **_inputs(x=x), y=(y, OUTPUT))
         return y
+
+    def rope_angles(
+        self, positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (like.new_empty(*positions.shape, 2 * inv_freq.shape[0]) for _ in range(2))
+        self._library.call(
+            "emulated_rope_angles",
+            *(positions, inv_freq, scaling, cos, sin, positions.numel(), inv_freq.shape[0]),
+            *(like.element_size(), like.dtype is torch.bfloat16),
+            **_inputs(positions=positions, inv_freq=inv_freq),
+            cos=(cos, OUTPUT),
+            sin=(sin, OUTPUT),
+        )
+        return cos, sin
 
     def w4a16_linear_fused(
         self,
@@ -358,24 +372,12 @@ class EmulatedOps:
     def _append(self, entry: str, new: Sequence[Any], storage: dict[str, torch.Tensor], *options: int) -> None:
         """new: the arguments that the schemas of all appending ops begin with; storage: in the launcher's order, the
         count last, whatever its name."""
-        query, key, value, q_norm, k_norm, eps, cos, sin, rotate, query_out = new
         *tensors, lengths = storage.values()
-        batch, kv_heads, tokens, dim = key.shape
-        heads = kv_heads if query is None else query.shape[1]
-        turned = () if cos is None else (cos, sin)
-        angles = [
-            arg
-            for angle in turned or (None, None)
-            for arg in ((None, 0, 0) if angle is None else (angle, angle.stride(0) * (len(angle) > 1), angle.stride(1)))
-        ]
         self._library.call(
             entry,
-            *(None if query is None else query, *((0, 0, 0) if query is None else query.stride()[:3])),
-            *(key, *key.stride()[:3], value, *value.stride()[:3], query_out, q_norm, k_norm, float(eps), *angles),
-            *(cos.shape[-1] if turned else 0, rotate, batch, heads, kv_heads, tokens, dim, tensors[0].shape[2]),
-            *(lengths, *tensors, *options, key.dtype is torch.bfloat16),
-            **_inputs(query=query, key=key, value=value, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin),
-            query_out=(query_out, OUTPUT),
+            *(*_new_tokens(new, tensors[0].shape[2], lengths), *tensors, *options, new[1].dtype is torch.bfloat16),
+            **_new_inputs(new),
+            query_out=(new[9], OUTPUT),
             **{name: (tensor, IN_OUT) for name, tensor in storage.items()},
         )
 
@@ -455,6 +457,10 @@ class EmulatedOps:
         """What kernels read early (load_early()) is so much less than what they read in the end."""
         self._library.entry("emulator_set_written_since")(amount)
 
+    def run_ctas_in_order(self, order: int) -> None:
+        """0: as they are numbered, 1: the last one first, other numbers: by chance."""
+        self._library.entry("emulator_set_cluster_order")(order)
+
     def attn_decode_static(
         self,
         query: torch.Tensor,
@@ -497,7 +503,12 @@ class EmulatedOps:
         return self._attn_decode(3, query, storage[:4], storage[4:8], storage[8], mask, scaling, **how)
 
     def attn_decode_h2o(
-        self, query: torch.Tensor, storage: Sequence[torch.Tensor], mask: torch.Tensor | None, scaling: float
+        self,
+        query: torch.Tensor,
+        storage: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        scaling: float,
+        **how: Any,
     ) -> torch.Tensor:
         scores, positions, counts = storage[4:]
         batch, heads = query.shape[:2]
@@ -506,7 +517,7 @@ class EmulatedOps:
         written = {"slot_scores": (slot_scores, OUTPUT), "totals": (totals, OUTPUT)}
         extra = (positions, slot_scores, totals)
         out = self._attn_decode(
-            4, query, storage[:2], storage[2:4], counts, mask, scaling, extra=extra, buffers=written
+            4, query, storage[:2], storage[2:4], counts, mask, scaling, extra=extra, buffers=written, **how
         )
         self._library.call(
             "emulated_h2o_count",
@@ -514,6 +525,47 @@ class EmulatedOps:
             **_inputs(slot_scores=slot_scores, totals=totals, mask=mask),
             scores=(scores, IN_OUT),
             counts=(counts, IN_OUT),
+        )
+        return out
+
+    def attn_step_static(self, *new: Any, **how: Any) -> torch.Tensor:
+        return self._attn_step(0, ("k_data", "v_data", "lengths"), *new, **how)
+
+    def attn_step_int8(self, *new: Any, **how: Any) -> torch.Tensor:
+        return self._attn_step(1, ("k_data", "k_scale", "v_data", "v_scale", "lengths"), *new, **how)
+
+    def _attn_step(
+        self,
+        form: int,
+        names: Sequence[str],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        storage: Sequence[torch.Tensor],
+        mask: torch.Tensor | None,
+        scaling: float,
+        *,
+        transform: QKTransform,
+        tickets: torch.Tensor,
+    ) -> torch.Tensor:
+        stored = dict(zip(names, storage, strict=True))
+        (batch, heads, _, dim), t = query.shape, transform
+        ready, out = query.new_empty(query.shape), query.new_empty(batch, heads, dim)
+        splits = 64  # the most there can be
+        scratch = torch.empty(batch * heads * 8 * splits * (256 + 2))
+        new = (query, key, value, t.q_norm, t.k_norm, t.eps, t.cos, t.sin, t.rotate, ready)
+        self._library.call(
+            "emulated_attn_step",
+            *(form, *_new_tokens(new, storage[0].shape[2], storage[-1])),
+            *(stored.get(name) for name in ("k_data", "k_scale", "v_data", "v_scale")),
+            *(*_mask_args(mask), out, scratch, tickets, float(scaling), query.dtype is torch.bfloat16),
+            **_new_inputs(new),
+            **_inputs(mask=mask),
+            query_out=(ready, OUTPUT),
+            **{name: (tensor, IN_OUT) for name, tensor in stored.items()},
+            scratch=(scratch, OUTPUT),
+            tickets=(tickets, IN_OUT),
+            out=(out, OUTPUT),
         )
         return out
 
@@ -530,12 +582,15 @@ class EmulatedOps:
         window: int = 0,
         softcap: float = 0.0,
         sinks: torch.Tensor | None = None,
+        tickets: torch.Tensor | None = None,
         extra: tuple[torch.Tensor | None, ...] = (None, None, None),
         buffers: dict[str, tuple[torch.Tensor, int]] | None = None,
     ) -> torch.Tensor:
         batch, heads, dim = query.shape
         kv_heads, capacity = keys[0].shape[1:3]
         out = torch.empty_like(query)
+        if tickets is None:
+            tickets = torch.zeros(batch * kv_heads, dtype=torch.int32)
         group = keys[2].shape[2] if len(keys) > 2 else 0
         front = keys[3].shape[2] if len(keys) > 3 else 0
         sides = [[*side, *[None] * (4 - len(side))] for side in (keys, values)]
@@ -556,6 +611,7 @@ class EmulatedOps:
                     sinks,
                     out,
                     scratch,
+                    tickets,
                 ),
                 *(batch, heads, kv_heads, dim, capacity, group, front, window, float(scaling), float(softcap)),
                 *(*extra, query.dtype is torch.bfloat16, floats),
@@ -563,6 +619,7 @@ class EmulatedOps:
                 **(buffers or {}),
                 out=(out, OUTPUT),
                 scratch=(scratch, OUTPUT),
+                tickets=(tickets, IN_OUT),
             )
 
         floats = torch.zeros(1, dtype=torch.int64)
@@ -725,6 +782,29 @@ class EmulatedOps:
         entry = self._library.entry(entry_name)
         entry.restype = ctypes.c_int64
         return int(entry(*map(ctypes.c_int64, sizes)))
+
+
+def _new_tokens(new: Sequence[Any], capacity: int, lengths: torch.Tensor) -> list[Any]:
+    """The arguments of an entry that are NEW_TOKENS, of what an appending op begins with."""
+    query, key, value, q_norm, k_norm, eps, cos, sin, rotate, query_out = new
+    batch, kv_heads, tokens, dim = key.shape
+    heads = kv_heads if query is None else query.shape[1]
+    turned = () if cos is None else (cos, sin)
+    angles = [
+        arg
+        for angle in turned or (None, None)
+        for arg in ((None, 0, 0) if angle is None else (angle, angle.stride(0) * (len(angle) > 1), angle.stride(1)))
+    ]
+    return [
+        *(None if query is None else query, *((0, 0, 0) if query is None else query.stride()[:3])),
+        *(key, *key.stride()[:3], value, *value.stride()[:3], query_out, q_norm, k_norm, float(eps), *angles),
+        *(cos.shape[-1] if turned else 0, rotate, batch, heads, kv_heads, tokens, dim, capacity, lengths),
+    ]
+
+
+def _new_inputs(new: Sequence[Any]) -> dict[str, tuple[torch.Tensor | None, int]]:
+    query, key, value, q_norm, k_norm, _, cos, sin, *_ = new
+    return _inputs(query=query, key=key, value=value, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin)
 
 
 def _mask_args(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:

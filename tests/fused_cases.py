@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from kernel_cases import ACCUMULATION, ROUNDING, SMALLEST, Target, Weight, assert_within
+from kernel_cases import ACCUMULATION, ROUNDING, SMALLEST, Target, Weight, assert_within, has_own_kernel
 
 from hf_fastpath import packing_int8
 
@@ -123,6 +123,16 @@ def check_fused_linear(inputs: FusedInputs, w: Weight, out: torch.Tensor) -> Non
 
 def check_swiglu(inputs: FusedInputs, w: Weight, out: torch.Tensor) -> None:
     assert_swiglu(*exact_product(inputs, w), out)
+
+
+def check_fused_rows(inputs: FusedInputs, w: Weight, rows: slice, full: torch.Tensor, *, gated: bool = False) -> None:
+    """Some rows have the bits that they have among more, ``full``, where one kernel does both."""
+    part = inputs.rows(rows)
+    out = part.swiglu(w) if gated else part.linear(w)
+    if has_own_kernel(*part.x.shape):
+        (check_swiglu if gated else check_fused_linear)(part, w, out)
+    else:
+        assert torch.equal(out, full[rows])
 
 
 def assert_swiglu(exact: torch.Tensor, bound: torch.Tensor, out: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_cases import GREEDY, SAMPLE, CalledAgain, FakeCapture, check_alike, log_of, plain, with_graphs
 from tiny_models import FAMILIES, long_batch, make_llama
 from transformers import TextStreamer
 from transformers.generation import (
@@ -24,39 +25,13 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from hf_fastpath import Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported, patch_model, unpatch_model
+from hf_fastpath import Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported, heuristics, patch_model, unpatch_model
 from hf_fastpath.caches import attention
-from hf_fastpath.caches.conv_state import ConvStateLayer
 from hf_fastpath.decode_graph import DecodeGraphs, batch_bucket, capacity_for
 from hf_fastpath.generation import filters_of
+from hf_fastpath.modules import decode_head
 from hf_fastpath.ops import sampling_weights
-from hf_fastpath.steps import STATE
 from hf_fastpath.token_choice import Filters
-
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
-SAMPLE = {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5, "max_new_tokens": 12}
-
-
-class CalledAgain:
-    """In the place of a CUDA graph: records nothing, and replays by calling again."""
-
-    def __init__(self, call: Callable[[], None], log: list[str]) -> None:
-        self.call, self.log = call, log
-
-    def replay(self) -> None:
-        self.log.append("replay")
-        self.call()
-
-
-class FakeCapture:
-    log: list[str]
-
-    def __init__(self, log: list[str], device: torch.device) -> None:
-        self.log = log
-
-    def __call__(self, call: Callable[[], None]) -> CalledAgain:
-        self.log.append("capture")
-        return CalledAgain(call, self.log)
 
 
 @pytest.fixture
@@ -64,53 +39,6 @@ def patched() -> Any:
     """A patched model with graphs, which only models on a GPU use by themselves. Of the caches int4 is the one where
     most hangs on how many tokens there were."""
     return with_graphs(patch_model(make_llama(), weights=None, kv_cache="int4"))
-
-
-def with_graphs(model: Any) -> Any:
-    state, log = getattr(model, STATE), []
-    state.graphs = DecodeGraphs(functools.partial(FakeCapture, log))
-    state.graphs.watch(model)
-    state.graphs.log = log
-    return model
-
-
-def log_of(model: Any) -> list[str]:
-    return model._fastpath.graphs.log
-
-
-def plain(model: Any, **inputs: Any) -> Any:
-    """The same call by transformers' own loop."""
-    graphs, model._fastpath.graphs = model._fastpath.graphs, None
-    try:
-        return model.generate(**inputs)
-    finally:
-        model._fastpath.graphs = graphs
-
-
-def check_alike(model: Any, **inputs: Any) -> Any:
-    """The same tokens and the same random numbers afterwards as by transformers' own loop."""
-    torch.manual_seed(1)
-    want = plain(model, **inputs)
-    after = torch.get_rng_state()
-    torch.manual_seed(1)
-    got = model.generate(**inputs)
-    assert torch.equal(torch.get_rng_state(), after)
-    if isinstance(got, torch.Tensor):
-        assert torch.equal(got, want)
-        return got
-    assert torch.equal(got.sequences, want.sequences)
-    for name in ("scores", "logits"):
-        assert (got[name] is None) == (want[name] is None) if name in want else name not in got
-        for mine, theirs in zip(got.get(name) or (), want.get(name) or (), strict=True):
-            assert torch.equal(mine, theirs)
-    for mine, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
-        if isinstance(mine, ConvStateLayer):
-            assert torch.equal(mine.conv_states[0], theirs.conv_states[0])
-            continue
-        assert mine.get_seq_length() == theirs.get_seq_length()
-        assert torch.equal(mine.keys, theirs.keys)
-        assert torch.equal(mine.storage[-1], theirs.storage[-1])
-    return got
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4"])
@@ -122,6 +50,23 @@ def test_the_same_tokens(kv_cache: str, padding: tuple[int, ...], how: dict[str,
     # 12 tokens and 11 steps; the first of each is the warm-up.
     assert log_of(patched).count("capture") == 2
     assert log_of(patched).count("replay") == 11 + 10
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+def test_the_head_writes_the_logits_of_steps_where_they_are_chosen_from(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str], list[tuple[Any, ...]]]
+) -> None:
+    monkeypatch.setattr(heuristics, "linear_16bit_supports", lambda *args: True)
+    written = count_calls(decode_head, "linear_16bit_into")
+    model = with_graphs(patch_model(make_llama(), scale_search="absmax", progress=False))
+    wanted = {"output_logits": True, "return_dict_in_generate": True}
+    for padding, options in (((0, 0, 0), wanted), ((0, 7, 30), {}), ((0, 0), {}), ((0, 0, 0, 5), {})):
+        written.clear()
+        check_alike(model, **long_batch(padding), **how, **options)
+        (slot,) = [slot for slot in model._fastpath.graphs.slots if slot.batch == len(padding)]
+        assert [tuple(call[3].shape) for call in written] == [slot.logits[: len(padding)].shape] * 11
+        assert {call[3].data_ptr() for call in written} == {slot.logits.data_ptr()}
+        gc.collect()
 
 
 def test_one_capture_serves_other_lengths(patched: Any) -> None:
@@ -236,6 +181,8 @@ def test_a_cache_that_is_kept_keeps_its_slot(patched: Any) -> None:
     assert len(patched._fastpath.graphs.slots) == 2
     for mine, theirs in zip(first.past_key_values.layers, kept.layers, strict=True):
         assert theirs.lender is None
+        assert mine.tickets is mine.lender.tickets
+        assert theirs.tickets is not mine.tickets
         assert torch.equal(mine.keys, theirs.keys)
     more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
     replays = log_of(patched).count("replay")

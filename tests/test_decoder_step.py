@@ -351,10 +351,12 @@ def test_unpatching_leaves_nothing(steps: Calls) -> None:
 
 
 def test_the_report_says_which_layers_and_why() -> None:
-    assert "Forward passes of ours: 4 Linear, LlamaDecoderLayer, LlamaRMSNorm" in str(fastpath_report(patched()))
+    assert "Forward passes of ours: 6 Embedding, Linear, LlamaDecoderLayer, LlamaRMSNorm" in str(
+        fastpath_report(patched())
+    )
     skipped = patch_model(make_llama(), skip_modules=("model.layers.1.mlp.up_proj",), **QUICK)
     text = str(fastpath_report(skipped))
-    assert "Forward passes of ours: 3 Linear, LlamaDecoderLayer, LlamaRMSNorm" in text
+    assert "Forward passes of ours: 5 Embedding, Linear, LlamaDecoderLayer, LlamaRMSNorm" in text
     assert "Forward passes of transformers' own: 1 LlamaDecoderLayer, linear layers of one input are" in text
     odd = make_llama()
     odd.model.layers[0].mlp.act_fn = nn.GELU()

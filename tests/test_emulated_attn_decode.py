@@ -125,6 +125,24 @@ def test_a_length_that_the_kernel_before_changes_late(form: str, length: int) ->
             case.target.ops.assume_written_since(0)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (12, 1)])
+def test_the_parts_are_added_by_whoever_is_last(form: str, heads: int, kv_heads: int) -> None:
+    """In any order of the CTAs, and with the same tickets for rows of other lengths."""
+    case = make_attention(generator(heads), form, heads, kv_heads, 64, [300, 1, 1700], torch.float16)
+    expected = case.run()
+    case.check(expected)
+    try:
+        for order in range(1, 5):
+            case.target.ops.run_ctas_in_order(order)
+            assert torch.equal(case.run(), expected)
+    finally:
+        case.target.ops.run_ctas_in_order(0)
+    part = case.rows(slice(2, 3))
+    assert part.tickets is case.tickets
+    assert torch.equal(part.run(), expected[2:])
+
+
 def test_scales_that_differ_widely() -> None:
     """An attention sink: the token with most of the weight has values a thousand times smaller than the others."""
     case = make_attention(generator(5), "int8", 8, 2, 64, [300], torch.bfloat16)

@@ -8,6 +8,9 @@ from emulated_ops import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from kernel_cases import DTYPES, Target, generator
 from layer_cases import NORM_SHAPES, SWIGLU_SHAPES, check_norm, check_norms, check_swiglu_op, norm_inputs
+from rotary_cases import DTYPES as ANGLE_DTYPES
+from rotary_cases import SHAPES as ANGLE_SHAPES
+from rotary_cases import check_angles, frequencies, positions_of
 
 from hf_fastpath.ops._rms_norm import rms_norm as reference_norm
 
@@ -28,6 +31,15 @@ def test_swiglu(rows: int, columns: int, dtype: torch.dtype) -> None:
     x[0, 0], x[0, 1] = -100.0, 0.0
     x = x.to(dtype)
     check_swiglu_op(x, EmulatedOps().swiglu(x))
+
+
+@pytest.mark.parametrize("dtype", ANGLE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ANGLE_SHAPES, ids=str)
+def test_rope_angles(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    positions, inv_freq = positions_of(generator(*shape), *shape[:2]), frequencies(shape[2])
+    for scaling in (1.0, 1.25):
+        found = EmulatedOps().rope_angles(positions, inv_freq, scaling, torch.empty(0, dtype=dtype))
+        check_angles(positions, inv_freq, scaling, found, dtype)
 
 
 def test_the_check_of_the_norm_sees_a_fault() -> None:

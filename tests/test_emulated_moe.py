@@ -7,7 +7,7 @@ import torch
 from emulated_ops import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from kernel_cases import DTYPES, Target, generator
-from moe_cases import check_experts, check_norm, check_router, make_mixture
+from moe_cases import check_experts, check_norm, check_router, check_rows, make_mixture
 
 from hf_fastpath.ops.moe_experts import VARIANTS
 
@@ -75,6 +75,8 @@ def test_of_equal_scores_the_first_expert_is_taken_and_a_nan_before_all() -> Non
     ("rows", "top_k", "count", "used", "sizes", "groups", "zeros"),
     [
         (1, 4, 5, None, (256, 128), (128, 128), True),
+        (1, 3, 4, None, (384, 1152), (64, 32), False),  # one row: warps without a unit, and with more than one
+        (1, 16, 17, None, (128, 128), (32, 64), True),
         (3, 2, 4, 3, (96, 160), (32, 32), True),
         (5, 3, 4, None, (512, 256), (128, 64), True),  # whole units of columns: the plain form
         (2, 2, 3, None, (256, 512), (32, 128), False),
@@ -102,7 +104,7 @@ def test_the_experts(
     full = mixture.run()
     check_experts(mixture, full, VARIANTS[0])
     for part in (slice(0, 1), slice(rows - 1, rows), slice(0, min(rows, 5))):
-        assert torch.equal(mixture.rows(part).run(), full[part])
+        check_rows(mixture.rows(part), mixture.rows(part).run(), full[part], VARIANTS[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulator import INPUT, OUTPUT, KernelFault, library, needs_emulator
+from emulator import IN_OUT, INPUT, OUTPUT, KernelFault, library, needs_emulator
 
 pytestmark = needs_emulator
 
@@ -127,6 +127,30 @@ def test_asynchronous_copies_arrive_when_they_are_waited_for() -> None:
     for fault, message in messages.items():
         with pytest.raises(KernelFault, match=message):
             run("run_async_copy", source, fault, out=torch.empty_like(source))
+
+
+def test_the_last_cta_sees_what_the_others_did() -> None:
+    source, counter = torch.arange(256, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    copy, out = torch.empty_like(source), torch.empty(64, dtype=torch.int32)
+    buffers = {"source": (source, INPUT), "counter": (counter, IN_OUT), "copy": (copy, OUTPUT), "out": (out, OUTPUT)}
+    messages = {
+        25: "race: reads byte .* of copy, .*, without a barrier after thread .* wrote it",
+        26: "race: reads byte .* of copy, .*, without a barrier after thread .* wrote it",
+        27: "reads byte .* of copy, .*, which nobody wrote",
+    }
+    order = library().entry("emulator_set_cluster_order")
+    try:
+        for number in range(4):
+            order(number)
+            library().call("run_last_cta", source, counter, copy, out, 4, 0, **buffers)
+            assert torch.equal(out, source.view(4, 64).sum(0, dtype=torch.int32))
+            assert counter.item() == 0
+    finally:
+        order(0)
+    for fault, message in messages.items():
+        with pytest.raises(KernelFault, match=message):
+            library().call("run_last_cta", source, counter, copy, out, 4, fault, **buffers)
+        counter.zero_()
 
 
 def test_movmatrix_transposes() -> None:

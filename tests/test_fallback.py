@@ -111,7 +111,7 @@ def test_no_op_is_called_in_a_model_that_runs_on_the_references(monkeypatch: pyt
     def fail(*args: Any) -> None:
         raise AssertionError("an op was called")
 
-    for name in ("kv_int8_append", "kv_int8_dequantize", "attn_decode_int8"):
+    for name in ("kv_int8_append", "kv_int8_dequantize", "attn_decode_int8", "attn_step_int8"):
         monkeypatch.setattr(sys.modules[f"hf_fastpath.ops.{name}"], "_op", fail)
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
     logits(model, IDS)

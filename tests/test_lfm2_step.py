@@ -190,8 +190,9 @@ def test_unpatching_leaves_nothing(family: str, steps: Calls) -> None:
 
 
 def test_the_report_says_which_layers_and_why() -> None:
-    assert "Forward passes of ours: 7 Lfm2DecoderLayer, Lfm2RMSNorm, Lfm2ShortConv, Linear" in str(
-        fastpath_report(patched())
+    assert (
+        "Forward passes of ours: 9 Embedding, Lfm2DecoderLayer, Lfm2RMSNorm, Lfm2RotaryEmbedding, Lfm2ShortConv, Linear"
+        in str(fastpath_report(patched()))
     )
     skipped = patch_model(FAMILIES["lfm2"](), skip_modules=("model.layers.0.feed_forward.w1",), **QUICK)
     text = str(fastpath_report(skipped))

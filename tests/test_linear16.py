@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_fastpath import fastpath_report, heuristics, ops, patch_model, unpatch_model
 from hf_fastpath.modules import DecodeHead, DecodeNorm, decode_head
+from hf_fastpath.modules.logits_target import logits_go_to
 from hf_fastpath.ops.linear_16bit import normalized_product
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -90,6 +92,51 @@ def head_calls(monkeypatch: pytest.MonkeyPatch, count_calls: Callable[[Any, str]
 
 def patched(model: Any, **options: Any) -> Any:
     return patch_model(model, **(QUICK | options))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ours", [True, False])
+def test_logits_are_written_where_they_are_wanted(
+    ours: bool, bias: bool, head_calls: tuple[Calls, Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not ours:
+        monkeypatch.setattr(heuristics, "linear_16bit_supports", lambda *args: False)
+    head = nn.Linear(64, 48, bias=bias).requires_grad_(False)
+    x, buffer = torch.randn(3, 1, 64), torch.full((5, 48), torch.nan)
+    expected = head(x)
+    head.__class__ = DecodeHead
+    with torch.no_grad():
+        with logits_go_to(buffer[:3]):
+            out = head(x)
+            assert head(x[:2]).data_ptr() != buffer.data_ptr()  # other rows
+            with logits_go_to(None):
+                assert head(x).data_ptr() != buffer.data_ptr()
+        assert out.data_ptr() == buffer.data_ptr()
+        assert out.shape == (3, 1, 48)
+        torch.testing.assert_close(out, expected)
+        assert buffer[3:].isnan().all()
+        for wrong in (buffer[:3].double(), buffer[:3, :40]):
+            with logits_go_to(wrong):
+                assert head(x).data_ptr() != wrong.data_ptr()
+        assert head(x).data_ptr() != buffer.data_ptr()  # no longer offered
+    with logits_go_to(buffer[:3]):
+        assert head(x.requires_grad_()).requires_grad  # gradients
+
+
+def test_another_thread_does_not_write_there(head_calls: tuple[Calls, Calls]) -> None:
+    head, buffer, found = nn.Linear(64, 48), torch.zeros(3, 48), []
+    head.__class__ = DecodeHead
+
+    @torch.no_grad()
+    def call() -> None:
+        found.append(head(torch.randn(3, 1, 64)).data_ptr() == buffer.data_ptr())
+
+    with logits_go_to(buffer):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        call()
+    assert found == [False, True]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "lfm2", "lfm2_moe", "gpt2"])
@@ -189,7 +236,7 @@ def test_hooks_see_what_they_would(head_calls: tuple[Calls, Calls]) -> None:
 
 
 def test_when_they_are_swapped() -> None:
-    assert "Forward passes of ours: 4 Linear, LlamaDecoderLayer, LlamaRMSNorm" in str(
+    assert "Forward passes of ours: 6 Embedding, Linear, LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding" in str(
         fastpath_report(patched(make_llama()))
     )
     full_precision = patched(make_llama(), weights=None)

@@ -233,7 +233,7 @@ def test_decode_attention_never_expands_more_than_a_tile(monkeypatch: pytest.Mon
             return out
 
     with Watch():
-        attn_decode_int8_reference(torch.randn(1, 2, 32), *counted(storage, 64), None, 0.2, 0, 0.0, None)
+        attn_decode_int8_reference(torch.randn(1, 2, 32), *counted(storage, 64), None, None, 0.2, 0, 0.0, None)
     assert largest == 16 * 32
 
 
@@ -282,6 +282,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
     plain = torch.randn(32, 64).bfloat16()
     sent = x, torch.tensor([[1, 0]] * 3), torch.rand(3, 2).bfloat16()
     padding = torch.tensor([[False, True, True, True], [True] * 4])
+    tickets = torch.zeros(4, dtype=torch.int32)
     return [
         ("short_conv_prefill", (*conv, padding)),
         ("moe_router", (x, torch.randn(6, 64).bfloat16(), torch.randn(6), 2, True, 1.0, None, 0.0)),
@@ -294,16 +295,16 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("sampling_weights", (torch.randn(2, 9).bfloat16(), 0.7, 5, 0.9, 0.1)),
         ("choose_tokens", (torch.randn(2, 9).bfloat16(), None, None, None, *token_state(2))),
         ("kv_h2o_append", (*appended(1), *h2o, 5, 2)),
-        ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, torch.ones(2, 20, dtype=torch.bool), 0.2)),
+        ("attn_decode_h2o", (torch.randn(2, 4, 32), *h2o, None, torch.ones(2, 20, dtype=torch.bool), 0.2)),
         ("attn_prefill_h2o", (torch.randn(2, 4, 3, 32), new, new.clone(), *h2o, None, 20, 0.2, 5, 2)),
         ("attn_received", (*torch.randn(2, 2, 2, 3, 32), torch.zeros(2, 2, 3), h2o[5], None, 20, 0.2)),
         ("kv_int4_append", (*appended(3), *int4)),
         ("kv_int4_dequantize", (*int4[:4], int4[8], False, 3, torch.empty(2, 2, 90, 32))),
         ("kv_int4_dequantize", (*int4[4:], True, 3, torch.empty(2, 2, 90, 32))),
-        ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, 0.2, 0, 0.0, None)),
+        ("attn_decode_int4", (torch.randn(2, 4, 32), *int4, None, None, 0.2, 0, 0.0, None)),
         ("kv_fp8_append", (*appended(3), *fp8)),
         ("kv_fp8_dequantize", (*fp8[:3], fp8[6], 3, torch.empty(2, 2, 90, 32))),
-        ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, 0.2, 0, 0.0, None)),
+        ("attn_decode_fp8", (torch.randn(2, 4, 32), *fp8, None, None, 0.2, 0, 0.0, None)),
         ("w4a16_linear_fused", (x, qweight, scales, zero, None, norm_weight, 1e-5, x[:, :20].contiguous(), 20, 32)),
         (
             "w4a16_short_conv",
@@ -323,9 +324,11 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("rms_norm", (x, norm_weight, 1e-5)),
         ("add_rms_norm", (x, x + 1, norm_weight, 1e-5)),
         ("swiglu", (x,)),
+        ("rope_angles", (torch.arange(6).view(2, 3), torch.rand(8), 1.25, x)),
         ("linear_16bit", (x, plain, plain[:, 0], norm_weight, 1e-5, None, False)),
         ("linear_16bit", (x, plain, None, None, 0.0, torch.randn(3, 32).bfloat16(), False)),
         ("linear_16bit", (x, plain, None, norm_weight, 1e-5, None, True)),
+        ("linear_16bit_into", (x, plain, plain[:, 0], torch.empty(3, 32).bfloat16())),
         ("linear_16bit_swiglu", (x, plain, None, norm_weight, 1e-5)),
         ("w4a16_swiglu", (x, *merged, None, None, 0.0, 16, 32)),
         ("w8a16_linear", (x, *int8, None, 20)),
@@ -335,10 +338,12 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("w4a16_gemm_swiglu", (x, *merged, None, 16, 32, 2)),
         ("w4a16_dequantize", (qweight, scales, zero, 64, 20, 32)),
         ("kv_int8_append", (*appended(3), *cache, lengths)),
+        ("attn_step_int8", (*appended(1)[:-1], *cache, lengths, tickets, None, 0.2)),
+        ("attn_step_static", (*appended(1)[:-1], *torch.zeros(2, 2, 2, 16, 32), lengths, None, None, 0.2)),
         ("kv_static_append", (*appended(3), torch.zeros(2, 2, 16, 32), torch.zeros(2, 2, 16, 32), lengths)),
         ("kv_int8_dequantize", (*cache[:2], 3, torch.empty(2, 2, 10, 32))),
-        ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), None, 0.2, 9, 2.0, torch.randn(4))),
-        ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, 0.2, 0, 0.0, None)),
+        ("attn_decode_int8", (torch.randn(2, 4, 32), *counted(cache, 16), tickets, None, 0.2, 9, 2.0, torch.randn(4))),
+        ("attn_decode_static", (torch.randn(2, 4, 32), *counted([new, new], 2), None, None, 0.2, 0, 0.0, None)),
     ]
 
 

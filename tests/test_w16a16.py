@@ -249,7 +249,7 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_says_what_runs() -> None:
     text = str(fastpath_report(patched("llama")))
     assert "weights='w16a16': linear layers as they are, 2 decoder layers that a GPU would run in kernels" in text
-    assert "Forward passes of ours: 4 Linear, LlamaDecoderLayer, LlamaRMSNorm" in text
+    assert "Forward passes of ours: 6 Embedding, Linear, LlamaDecoderLayer, LlamaRMSNorm" in text
     assert "weights='w16a16'" in [row.reason for row in fastpath_report(patched()).rows if row.kind == "Linear"]
     gpt2 = str(fastpath_report(patched("gpt2")))
     assert "0 decoder layers" in gpt2

@@ -1,8 +1,8 @@
 // Decode attention: warps' results to a CTA's, CTAs' to the output.
 //
 // A result is a part: for each head the maximum of its scores, the sum of its weights and their sum of values, both
-// relative to the maximum. Parts are added in a fixed order: a CTA's warps one after the other, then its CTAs: every
-// 4th one after the other, and the 4 sums by halves, where a CTA that does not exist counts as nothing.
+// relative to the maximum. Parts are added in a fixed order, whoever adds them: a CTA's warps one after the other, then
+// the CTAs: every 4th one after the other, and the 4 sums by halves.
 #pragma once
 
 #include "softmax.cuh"
@@ -43,6 +43,14 @@ struct Shared {
     return reinterpret_cast<Query*>(statistics() + kWarps * kHeadsPerCta);
   }
   static __device__ __forceinline__ Query* raw_query() { return F::kHasFull ? query() + 1 : nullptr; }
+
+  // When the warps' parts are added: the CTA's ticket, and the statistics of the parts of all CTAs, [head][split].
+  using CtaStatistics = float2[kMaxSplits];
+  static_assert(kWarps * kRingBytes >= kHeadsPerCta * sizeof(CtaStatistics));
+  static __device__ __forceinline__ uint32_t* ticket() { return reinterpret_cast<uint32_t*>(statistics()); }
+  static __device__ __forceinline__ CtaStatistics* cta_statistics() {
+    return reinterpret_cast<CtaStatistics*>(ring(0));
+  }
 };
 
 // What a part counts for beside others, `largest` being the maximum of all.
@@ -125,58 +133,70 @@ __device__ __forceinline__ void add_warp_parts(const Params& p, int64_t first_he
   }
 }
 
-// Adds the parts of all `splits` CTAs and stores the heads from `first_head` (of the whole batch) on. A warp does
-// kCombineQuads neighbouring quads of channels; of the lanes of a quad each adds every kCombineLanes-th part.
-constexpr int kCombineLanes = 4, kCombineQuads = 32 / kCombineLanes, kCombineThreads = 128;
-constexpr int kQuadsPerCombineCta = kCombineQuads * kCombineThreads / 32;
-
-// Over the lanes of a quad, the same in all.
-template <typename Op>
-__device__ __forceinline__ float over_quad(float v, Op op) {
-#pragma unroll
-  for (int offset = kCombineQuads; offset < 32; offset *= 2) v = op(v, __shfl_xor_sync(kFullWarp, v, offset));
-  return v;
+// Whether this CTA is the last of `ctas` that store the parts of a row and KV head. All of its threads call it when
+// they have stored theirs, and then see those of the others.
+template <typename F>
+__device__ __forceinline__ bool is_last_cta(uint32_t* counter, int ctas) {
+  const uint32_t last = static_cast<uint32_t>(ctas - 1);
+  __syncthreads();
+  if (threadIdx.x == 0) *Shared<F>::ticket() = draw_ticket(counter, last);
+  __syncthreads();
+  return *Shared<F>::ticket() == last;
 }
 
+constexpr int kSums = 4;          // of every 4th part
+constexpr int kPartsAtOnce = 12;  // that a thread reads, a multiple of kSums
+
+// A thread's quad of channels of parts `first` and on.
+template <int kPadded>
+__device__ __forceinline__ void load_parts(float4 (&v)[kPartsAtOnce], const CtaPart<kPadded>* parts, int head, int quad,
+                                           int first, int splits) {
+#pragma unroll
+  for (int i = 0; i < kPartsAtOnce; ++i) {
+    if (first + i < splits) v[i] = load_now(&parts[first + i].out[head][quad]);
+  }
+}
+
+// Adds the parts of all `splits` CTAs and stores the heads from `first_head` (of the whole batch) on. The first values
+// are asked for together with the statistics, without which nothing can be added.
 template <typename F>
 __device__ __forceinline__ void add_cta_parts(const Params& p, int64_t first_head, int head_count,
                                               const CtaPart<F::kPadded>* parts, int splits) {
-  constexpr int kEach = kMaxSplits / kCombineLanes;
-  const int lane = threadIdx.x % 32, quads = F::quads(p.a);
-  const int number =
-      static_cast<int>(blockIdx.x * (kCombineThreads / 32) + threadIdx.x / 32) * kCombineQuads + lane % kCombineQuads;
-  const bool there = number < head_count * quads;
-  const int head = there ? number / quads : 0, quad = there ? number % quads : 0;
-  float2 s[kEach];
-  float4 v[kEach];
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    if (kCombineLanes * i >= splits) break;
-    const int split = lane / kCombineQuads + kCombineLanes * i;
-    s[i] = make_float2(kMinusInfinity, 0.0f), v[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (split < splits) s[i] = parts[split].statistics[head], v[i] = parts[split].out[head][quad];
+  constexpr int kThreads = 32 * Shared<F>::kWarps;
+  const int quads = F::quads(p.a), there = head_count * quads;
+  auto* const statistics = Shared<F>::cta_statistics();
+  int number = threadIdx.x;
+  float4 v[kPartsAtOnce];
+  bool loaded = number < there;
+  if (loaded) load_parts(v, parts, number / quads, number % quads, 0, splits);
+  for (int i = threadIdx.x; i < kHeadsPerCta * splits; i += kThreads) {
+    const int head = i % kHeadsPerCta, split = i / kHeadsPerCta;
+    if (head < head_count) statistics[head][split] = load_now(&parts[split].statistics[head]);
   }
-  const float sink = sink_of(p, first_head + head);
-  float largest = sink;
+  __syncthreads();
+  for (; number < there; number += kThreads) {
+    const int head = number / quads, quad = number % quads;
+    const float sink = sink_of(p, first_head + head);
+    float largest = sink;
+    for (int split = 0; split < splits; ++split) largest = fmaxf(largest, statistics[head][split].x);
+    float sum[kSums] = {}, out[4][kSums] = {};
+    for (int first = 0; first < splits; first += kPartsAtOnce) {
+      if (!loaded) load_parts(v, parts, head, quad, first, splits);
+      loaded = false;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    if (kCombineLanes * i >= splits) break;
-    largest = fmaxf(largest, s[i].x);
+      for (int i = 0; i < kPartsAtOnce; ++i) {
+        if (first + i >= splits) break;
+        const float2 s = statistics[head][first + i];
+        const float factor = part_factor(s.x, largest);
+        sum[i % kSums] += s.y * factor;
+        out[0][i % kSums] += v[i].x * factor, out[1][i % kSums] += v[i].y * factor;
+        out[2][i % kSums] += v[i].z * factor, out[3][i % kSums] += v[i].w * factor;
+      }
+    }
+    const auto total = [](const float (&x)[kSums]) { return (x[0] + x[1]) + (x[2] + x[3]); };
+    store_result<typename F::T>(p, first_head + head, quad, largest, total(sum) + part_factor(sink, largest),
+                                {total(out[0]), total(out[1]), total(out[2]), total(out[3])});
   }
-  largest = over_quad(largest, [](float a, float b) { return fmaxf(a, b); });
-  float sum = 0.0f, out[4] = {};
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    if (kCombineLanes * i >= splits) break;
-    const float factor = part_factor(s[i].x, largest);
-    sum += s[i].y * factor;
-    out[0] += v[i].x * factor, out[1] += v[i].y * factor, out[2] += v[i].z * factor, out[3] += v[i].w * factor;
-  }
-  const auto add = [](float a, float b) { return a + b; };
-  sum = over_quad(sum, add) + part_factor(sink, largest);
-#pragma unroll
-  for (float& x : out) x = over_quad(x, add);
-  if (there && lane < kCombineQuads) store_result<typename F::T>(p, first_head + head, quad, largest, sum, out);
 }
 
 }  // namespace hf_fastpath::attn

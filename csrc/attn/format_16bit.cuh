@@ -108,6 +108,12 @@ struct StaticFormat {
     key_copy.run(stage, keys + offset, row_bytes, there, lane);
     value_copy.run(stage + kSideBytes, values + offset, row_bytes, there, lane);
   }
+  // Puts 8 channels of a key or value (side 0 or 1) into row `row` of a tile, of those that `lane` has of a row.
+  static __device__ __forceinline__ void put(unsigned char* stage, int side, int row, int lane, const uint4& channels) {
+    const int chunk = row * kRowChunks + lane;
+    const int place = side ? ValueSwizzle::of(chunk, row) : KeySwizzle::of(chunk, row);
+    *reinterpret_cast<uint4*>(stage + side * kSideBytes + 16 * place) = channels;
+  }
   __device__ __forceinline__ void scores(float (&s)[kTiles][4], const unsigned char* stage, const Query& q, uint32_t,
                                          int lane) const {
     const auto read = [&](int row, int chunk) {

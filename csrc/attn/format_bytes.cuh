@@ -130,6 +130,16 @@ struct ByteFormat {
       cp_async16(scales + lane * 16, from + (valid ? lane % 4 * 16 : 0), valid);
     }
   }
+  // Puts 8 channels of a key or value (side 0 or 1) into row `row` of a tile, of those that `lane` has of a row, and
+  // its scale: `Row` has both.
+  template <typename Row>
+  static __device__ __forceinline__ void put(unsigned char* stage, int side, int row, int lane, const Row& channels) {
+    const int chunk = row * kRowChunks + lane / 2;
+    const int place = side ? ValueSwizzle::of(chunk, row) : RowSwizzle::of(chunk, row);
+    *reinterpret_cast<uint2*>(stage + side * kSideBytes + 16 * place + lane % 2 * 8) = channels.bytes;
+    unsigned char* const scales = stage + 2 * kSideBytes + side * kScaleBytes;
+    if (lane == 0) reinterpret_cast<__half*>(scales)[row] = channels.scale;
+  }
   // Of token row g + 8h; 0 for one that is not present, where the cache may hold anything.
   __device__ __forceinline__ static float scale(const unsigned char* scales, uint32_t present, int row) {
     if constexpr (kScales == Scales::kOfGroup) return *reinterpret_cast<const float*>(scales);

@@ -7,9 +7,8 @@
 // long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles
 // in shared memory of its own, which it fills and empties without meeting the other warps.
 //
-// The CTAs' parts go through the scratch, and a second kernel adds them. From compute capability 9.0 on it is there
-// when they are done (programmatic dependent launch); clusters that add their parts themselves were no faster, and much
-// slower in batches: CTAs that wait for each other take room.
+// The CTAs' parts go through the scratch, and the CTA that is the last to be done adds them: a second kernel would cost
+// a launch, clusters were no faster than that, and much slower in batches: CTAs that wait for each other take room.
 //
 // A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it
 // to the L2, scores(), add_values().
@@ -26,12 +25,13 @@ namespace hf_fastpath::attn {
 
 // The CTA's place: which heads of which row.
 struct Place {
-  int kv_head, head_count;
-  int64_t batch, pair, first_head,
-      parts;  // pair: row and KV head; first_head: of the whole batch; parts: the first one
+  int kv_head, group, head_count;
+  // pair: row and KV head; first_head: of the whole batch; parts: the first one
+  int64_t batch, pair, first_head, parts;
 
   __device__ __forceinline__ explicit Place(const Params& p) {
-    const int group = static_cast<int>(blockIdx.y) % p.groups, ratio = p.a.heads / p.a.kv_heads;
+    const int ratio = p.a.heads / p.a.kv_heads;
+    group = static_cast<int>(blockIdx.y) % p.groups;
     kv_head = static_cast<int>(blockIdx.y) / p.groups;
     batch = blockIdx.z;
     pair = batch * p.a.kv_heads + kv_head;
@@ -145,15 +145,15 @@ __device__ __forceinline__ void store_scores(const float (&scores)[F::kTiles][4]
   }
 }
 
-// Asks for the first tiles of a warp.
+// Asks for the first tiles of a warp, of which the last `missing` tokens are not stored yet.
 template <typename F>
-__device__ __forceinline__ void fill_ring(const F& format, const Work& w, int warp, int lane) {
+__device__ __forceinline__ void fill_ring(const F& format, const Work& w, int missing, int warp, int lane) {
   const int split = blockIdx.x;
 #pragma unroll
   for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
     const int i = (s * F::Tuning::kWarps + warp) * w.splits + split;
     if (split < w.splits && i < w.tiles) {
-      format.copy(Shared<F>::ring(warp) + s * F::kStageBytes, w.first_tile + i, w.coded, lane);
+      format.copy(Shared<F>::ring(warp) + s * F::kStageBytes, w.first_tile + i, w.coded - missing, lane);
     }
     cp_async_commit();
   }
@@ -161,23 +161,25 @@ __device__ __forceinline__ void fill_ring(const F& format, const Work& w, int wa
 
 // Whether the tiles that a warp asked for when the row was as `before` are those that it needs.
 template <typename F>
-__device__ __forceinline__ bool is_ring_right(const Work& before, const Work& w, int warp) {
+__device__ __forceinline__ bool is_ring_right(const Work& before, const Work& w, int missing, int warp) {
   if (before.length == w.length) return true;
   if (before.splits != w.splits || before.first_tile != w.first_tile) return false;
   bool right = true;
 #pragma unroll
   for (int s = 0; s < F::Tuning::kStages - 1; ++s) {
     const int i = (s * F::Tuning::kWarps + warp) * w.splits + static_cast<int>(blockIdx.x);
-    const bool whole = (w.first_tile + i + 1) * F::kTile <= min(before.coded, w.coded);
+    const bool whole = (w.first_tile + i + 1) * F::kTile <= min(before.coded, w.coded) - missing;
     right &= whole || i >= max(before.tiles, w.tiles);
   }
   return right;
 }
 
-// Attends to a warp's items. Its ring is filled.
-template <typename F>
+// Attends to a warp's items. Its ring is filled. `heads`: the CTA's first query head; complete(stage, i): puts into
+// tile i, which is there, what is missing of it.
+template <typename F, typename Complete>
 __device__ __forceinline__ void attend(typename F::State& r, const F& format, const Params& p, const Place& place,
-                                       const Work& w, int warp, int lane) {
+                                       const Work& w, const typename F::T* heads, int missing, const Complete& complete,
+                                       int warp, int lane) {
   constexpr int kStages = F::Tuning::kStages;
   unsigned char* const ring = Shared<F>::ring(warp);
   const int split = blockIdx.x, step = w.splits * F::Tuning::kWarps;
@@ -185,9 +187,8 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
   const Mask<F> mask(p.a, place);
   // Natural units over softcap, or log2 units.
   const float to_score = p.a.softcap > 0.0f ? p.a.scaling / p.a.softcap : p.a.scaling * kLog2E;
-  store_query<typename F::Order>(*Shared<F>::query(), Shared<F>::raw_query(),
-                                 static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim,
-                                 place.head_count, p.a.dim, warp, F::Tuning::kWarps, lane);
+  store_query<typename F::Order>(*Shared<F>::query(), Shared<F>::raw_query(), heads, place.head_count, p.a.dim, warp,
+                                 F::Tuning::kWarps, lane);
   __syncthreads();
   typename F::Query query;
   query.load(*Shared<F>::query(), to_score, lane);
@@ -206,10 +207,12 @@ __device__ __forceinline__ void attend(typename F::State& r, const F& format, co
     const int ahead = i + (kStages - 1) * step;
     unsigned char* const now = ring + stage * F::kStageBytes;
     if (ahead < w.tiles) {
-      format.copy(ring + (stage ? stage - 1 : kStages - 1) * F::kStageBytes, w.first_tile + ahead, w.coded, lane);
+      format.copy(ring + (stage ? stage - 1 : kStages - 1) * F::kStageBytes, w.first_tile + ahead, w.coded - missing,
+                  lane);
     }
     cp_async_commit();
     stage = stage == kStages - 1 ? 0 : stage + 1;
+    complete(now, i);
     const uint32_t present = present_tokens(first_token(i), w.front + w.coded, w, mask, visible, lane) & F::kAllPresent;
     if (i + step < w.tiles) visible = mask.at(first_token(i + step) + lane);
     float scores[F::kTiles][4], rescale[2];
@@ -246,6 +249,29 @@ __device__ __forceinline__ void prefetch(const F& format, const Params& p, const
   }
 }
 
+// Adds the parts of a CTA's warps: the result when it is the row's only one, else the CTA's part, for others to add.
+template <typename F>
+__device__ __forceinline__ void share_part(typename F::State& state, const F& format, const Params& p,
+                                           const Place& place, const Work& w, int warp, int lane) {
+  share_warp_part<F>(state, format, place.head_count, warp, lane);
+  __syncthreads();
+  auto* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch)) + place.parts;
+  add_warp_parts<F>(p, place.first_head, place.head_count, w.splits == 1 ? nullptr : parts + blockIdx.x);
+}
+
+// Adds the parts of all CTAs of a row and KV head, those of every group of query heads. All threads of a CTA do it.
+template <typename F>
+__device__ __forceinline__ void add_parts_of_pair(const Params& p, const Place& place, const Work& w) {
+  const auto* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
+  const int ratio = p.a.heads / p.a.kv_heads;
+  for (int group = 0; group < p.groups; ++group) {
+    if (group) __syncthreads();  // all have read the statistics of the group before
+    const int head = group * kHeadsPerCta;
+    add_cta_parts<F>(p, place.pair * ratio + head, min(kHeadsPerCta, ratio - head),
+                     parts + place.parts + (group - place.group) * p.splits, w.splits);
+  }
+}
+
 // The length is read twice: before the kernel before this one is done, when it may still be that without the token
 // which that one appends, and after. What is asked for by the first is checked against the second, so that the memory
 // is at work before the second is there.
@@ -259,34 +285,22 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   prefetch(format, p, place, before, warp, lane);
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  fill_ring(format, before, warp, lane);
+  fill_ring(format, before, 0, warp, lane);
   const Work w = Work::of<F>(load_now(length), p.a);
-  if (!is_ring_right<F>(before, w, warp)) {
+  if (!is_ring_right<F>(before, w, 0, warp)) {
     cp_async_wait<0>();
-    fill_ring(format, w, warp, lane);
+    fill_ring(format, w, 0, warp, lane);
   }
   if (split >= w.splits) {
     cp_async_wait<0>();
     return;
   }
   typename F::State state;
-  attend(state, format, p, place, w, warp, lane);
-  share_warp_part<F>(state, format, place.head_count, warp, lane);
-  __syncthreads();
-  CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
-  add_warp_parts<F>(p, place.first_head, place.head_count, p.splits == 1 ? nullptr : parts + place.parts + split);
-}
-
-// Adds the parts, kQuadsPerCombineCta quads of channels a CTA, with the same grid but for its x. The lengths are what
-// they were for attn_decode_kernel, which let this kernel begin when the one before it was done.
-template <typename F>
-__global__ void __launch_bounds__(kCombineThreads) attn_combine_kernel(const Params p) {
-  const Place place(p);
-  const Work w = Work::of<F>(load_now(p.a.lengths + place.pair * p.a.length_stride), p.a);
-  wait_for_previous_kernel();
-  let_next_kernel_begin();
-  const CtaPart<F::kPadded>* const parts = static_cast<CtaPart<F::kPadded>*>(static_cast<void*>(p.a.scratch));
-  add_cta_parts<F>(p, place.first_head, place.head_count, parts + place.parts, w.splits);
+  attend(
+      state, format, p, place, w, static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim, 0,
+      [](unsigned char*, int) {}, warp, lane);
+  share_part(state, format, p, place, w, warp, lane);
+  if (w.splits > 1 && is_last_cta<F>(p.a.tickets + place.pair, w.splits * p.groups)) add_parts_of_pair<F>(p, place, w);
 }
 
 // What has_sm90_code() has found out: of a kernel on a GPU.
@@ -332,14 +346,9 @@ cudaError_t launch(const AttnDecodeArgs& a, cudaStream_t stream) {
   const Params p = make_params<F>(a);
   const dim3 grid(p.splits, a.kv_heads * p.groups, a.batch);
   constexpr int kThreads = 32 * F::Tuning::kWarps, kBytes = Shared<F>::kBytes;
-  const bool early = has_sm90_code<F>();
-  const cudaError_t error = early ? launch_kernel_early(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p)
-                                  : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
-  if (error != cudaSuccess || p.splits == 1) return error;
-  const int quads = std::min(a.heads / a.kv_heads, kHeadsPerCta) * a.dim / 4;
-  const dim3 combine_grid((quads + kQuadsPerCombineCta - 1) / kQuadsPerCombineCta, grid.y, grid.z);
-  if (early) return launch_kernel_early(attn_combine_kernel<F>, combine_grid, kCombineThreads, 0, stream, p);
-  return launch_kernel(attn_combine_kernel<F>, combine_grid, kCombineThreads, stream, p);
+  const auto kernel = attn_decode_kernel<F>;
+  if (has_sm90_code<F>()) return launch_kernel_early(kernel, grid, kThreads, kBytes, stream, p);
+  return launch_kernel_with_shared(kernel, grid, kThreads, kBytes, stream, p);
 }
 
 // launch() of the format Of<T, padded head dimension, whether that is the head dimension>::Format.

@@ -34,6 +34,27 @@ cudaError_t allow_shared_bytes(Kernel* kernel, int bytes) {
   return error;
 }
 
+// Kernels that a GPU knows as ones that share their multiprocessors with the kernel after them.
+inline std::mutex neighbourly_kernels_lock;
+inline std::map<std::pair<const void*, int>, bool> neighbourly_kernels;
+
+// Has a kernel run with as much of a multiprocessor's memory as shared memory as there can be: the split with the L1
+// only changes while a multiprocessor is empty, so that a kernel that wants more of it could not begin beside this one.
+template <typename Kernel>
+void make_room_for_next_kernel(Kernel* kernel) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return;
+  const std::lock_guard<std::mutex> guard(neighbourly_kernels_lock);
+  bool& known = neighbourly_kernels[{reinterpret_cast<const void*>(kernel), device}];
+  if (known) return;
+  known = true;
+  // A wish: where a GPU does not grant it, results are the same.
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
+      cudaSuccess) {
+    cudaGetLastError();
+  }
+}
+
 // The shared memory that a CTA can have on the current GPU.
 inline int max_shared_bytes() {
   int device = 0, bytes = 48 * 1024;
@@ -100,6 +121,7 @@ cudaError_t launch_kernel_in_clusters(void (*kernel)(Params...), dim3 grid, dim3
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster_size);
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  make_room_for_next_kernel(kernel);
   return launch_kernel_with(attributes, cluster_size > 1 ? 2 : 1, kernel, grid, block, shared_bytes, stream,
                             std::forward<Args>(args)...);
 }

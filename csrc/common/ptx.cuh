@@ -25,6 +25,16 @@ __device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t 
   return d;
 }
 
+// The larger of each 16-bit half.
+__device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return __vmaxu2(a, b);
+}
+
+// Has a value computed once and kept, where the compiler would compute it anew for every use.
+__device__ __forceinline__ void keep_in_register(int& value) {
+  asm volatile("" : "+r"(value));
+}
+
 // The maximum that keeps a NaN, as torch.amax does.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float d;
@@ -83,6 +93,27 @@ __device__ __forceinline__ int load_now(const int* p) {
 __device__ __forceinline__ int load_early(const int* p) {
   return load_now(p);
 }
+// The same for what other CTAs of this kernel stored, once draw_ticket() and a barrier have made it visible.
+__device__ __forceinline__ float2 load_now(const float2* p) {
+  float2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_now(const float4* p) {
+  float4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+// The counter's number, which becomes one more, and 0 behind `last`. What this thread did before, and its CTA before a
+// barrier, is visible to every thread that draws later, and behind a barrier to its CTA.
+__device__ __forceinline__ uint32_t draw_ticket(uint32_t* counter, uint32_t last) {
+  uint32_t number;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(number) : "l"(counter), "r"(last) : "memory");
+  return number;
+}
 // Asks for 128 bytes to come to the L2.
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -107,6 +138,15 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with unsigned bytes of A and signed ones of B: a lane has columns 4t to 4t + 3 (a[0], a[1], b0) and 16 more
+// (a[2], a[3], b1); "Matrix Fragments for mma.m16n8k32".
+__device__ __forceinline__ void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

@@ -123,17 +123,4 @@ cudaError_t launch_append_tokens(const KvNewTokens& p, const typename F::Storage
   return error != cudaSuccess ? error : launch_finish_chunk(p, dtype, F::kCountStride, stream);
 }
 
-// What formats share whose entries are the tokens in their order.
-struct InOrder {
-  static constexpr int kCountStride = 1;
-
-  template <typename Storage>
-  static __device__ __forceinline__ int64_t place(const Storage&, const KvNewTokens& p, int64_t, int stored) {
-    require_room(static_cast<int64_t>(stored) + p.tokens, p.capacity);
-    return stored;
-  }
-  template <typename Storage>
-  static __device__ __forceinline__ void finish(const Storage&, int64_t, int) {}
-};
-
 }  // namespace hf_fastpath::kv

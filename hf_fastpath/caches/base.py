@@ -30,6 +30,9 @@ class FastLayer(CacheLayerMixin):
 
     ``tokens_per_entry``, one number a storage tensor: how many tokens an entry of its third dimension covers; 0 says
     that the tensor does not grow with the tokens.
+
+    ``tickets``, int32 ``(B * H_kv,)``, all 0 between calls: what the kernels that attend count their parts with. They
+    belong to the storage, which one stream uses at a time.
     """
 
     tokens_per_entry: tuple[int, ...]
@@ -50,6 +53,7 @@ class FastLayer(CacheLayerMixin):
         # Not super().__init__(): it assigns `keys` and `values`, which are computed here.
         self.initial_tokens = initial_tokens
         self.storage: list[torch.Tensor] = []
+        self.tickets: torch.Tensor | None = None
         self.is_initialized = False
         self.length = 0
 
@@ -104,10 +108,18 @@ class FastLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         tokens = max(self.initial_tokens, key_states.shape[2], 1)
-        borrowed = self.lender.lend(key_states, value_states, tokens) if self.lender is not None else None
-        capacity = ceil_div(tokens, BLOCK_TOKENS) * BLOCK_TOKENS
-        self.storage = borrowed or self.allocate(key_states, value_states, capacity)
+        lender = self.lender
+        borrowed = None if lender is None else lender.lend(key_states, value_states, tokens)
+        if lender is not None and borrowed is not None:
+            self.storage, self.tickets = borrowed, lender.tickets
+        else:
+            capacity = ceil_div(tokens, BLOCK_TOKENS) * BLOCK_TOKENS
+            self.storage = self.allocate(key_states, value_states, capacity)
+            self.tickets = self._new_tickets(*key_states.shape[:2])
         self.is_initialized = True
+
+    def _new_tickets(self, batch: int, kv_heads: int) -> torch.Tensor:
+        return torch.zeros(batch * kv_heads, dtype=torch.int32, device=self.device)
 
     def lend(self, key: torch.Tensor, value: torch.Tensor, tokens: int) -> list[torch.Tensor] | None:
         """The storage of this layer's first rows, emptied, for another layer to keep such keys and values in; None when
@@ -135,6 +147,16 @@ class FastLayer(CacheLayerMixin):
     def advance_to(self, length: int) -> None:
         """Counts the tokens that a graph wrote to the storage, up to ``length`` in all."""
         self.length = length
+
+    @property
+    def zero_if_empty(self) -> torch.Tensor:
+        """What is 0 of a row that holds no token, rows first."""
+        return self.storage[-1]
+
+    def used(self, length: int) -> list[torch.Tensor]:
+        """Of each tensor of the storage, rows first, what ``length`` tokens take."""
+        pairs = zip(self.storage, self.tokens_per_entry, strict=True)
+        return [tensor[:, :, : ceil_div(length, tokens)] if tokens else tensor for tensor, tokens in pairs]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"lender": None}  # a copy has storage of its own
@@ -229,6 +251,8 @@ class FastLayer(CacheLayerMixin):
             if not same_batch:
                 self.storage[i] = old.new_zeros((rows.numel(), *old.shape[1:]))
             self.storage[i][used] = chosen
+        if not same_batch:
+            self.tickets = self._new_tickets(rows.numel(), self.storage[0].shape[1])
         self.batch_size = rows.numel()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

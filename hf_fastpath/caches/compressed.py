@@ -80,7 +80,7 @@ class CompressedLayer(FastLayer):
         mask: torch.Tensor | None,
         scaling: float,
     ) -> torch.Tensor:
-        """``update()`` and attention of one new token a row, as the projections leave it, in two ops.
+        """``update()`` and attention of one new token a row, as the projections leave it.
 
         Args:
             query, key, value: ``(B, heads, 1, D)``, any strides with a contiguous last dimension.
@@ -90,6 +90,18 @@ class CompressedLayer(FastLayer):
         Returns ``(B, H, D)``, contiguous.
         """
         self._admit(key, value)
+        return self.step_counted(query, key, value, transform, mask, scaling)
+
+    def step_counted(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        transform: QKTransform,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """:meth:`step` of a counted token, by the format's ops: two, if it has none that does both."""
         ready = self.append(key, value, transform, query)
         assert ready is not None
         return self.attend_stored(ready.squeeze(2), mask, scaling)

@@ -102,6 +102,7 @@ class ConvStateLayer(LinearAttentionLayer):
         if self.conv_states[0] is None:
             rows = max(self.lent_rows, state.shape[0])
             self.lazy_initialization(conv_states=state.new_empty((rows, *state.shape[1:])))
+        self.has_previous_state[0], self.record_past = True, False  # what steps of all its rows go by
         own = self.conv_states[0]
         assert own is not None
         same = (state.shape[1:], state.dtype, state.device) == (own.shape[1:], own.dtype, own.device)
@@ -116,6 +117,17 @@ class ConvStateLayer(LinearAttentionLayer):
 
     def advance_to(self, length: int) -> None:
         """There is nothing to count."""
+
+    @property
+    def zero_if_empty(self) -> torch.Tensor:
+        """What is 0 of a row that has had no token, rows first."""
+        state = self.conv_states[0]
+        assert state is not None
+        return state
+
+    def used(self, length: int) -> list[torch.Tensor]:
+        """The same, of however many tokens."""
+        return [self.zero_if_empty]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"lender": None}  # a copy has a state of its own

@@ -50,7 +50,7 @@ class Fp8KVLayer(GroupedLayer):
         return kv_fp8_append(key, value, self.storage, transform, query, reference=self.reference)
 
     def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        return attn_decode_fp8(query, self.storage, mask, scaling, reference=self.reference)
+        return attn_decode_fp8(query, self.storage, mask, scaling, tickets=self.tickets, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 4 / GROUP_TOKENS)

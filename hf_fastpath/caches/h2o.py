@@ -122,7 +122,7 @@ class H2OKVLayer(CompressedLayer):
         return kv_h2o_append(key, value, self.storage, *rule, transform, query, reference=self.reference)
 
     def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        return attn_decode_h2o(query, self.storage, mask, scaling, reference=self.reference)
+        return attn_decode_h2o(query, self.storage, mask, scaling, tickets=self.tickets, reference=self.reference)
 
     def step(
         self,

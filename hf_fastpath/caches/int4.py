@@ -100,7 +100,7 @@ class Int4KVLayer(GroupedLayer):
         return kv_int4_append(key, value, self.storage, transform, query, reference=self.reference)
 
     def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        return attn_decode_int4(query, self.storage, mask, scaling, reference=self.reference)
+        return attn_decode_int4(query, self.storage, mask, scaling, tickets=self.tickets, reference=self.reference)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return head_dim + 4 * head_dim / self.group_tokens + 4 * value_groups(head_dim)

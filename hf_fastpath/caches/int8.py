@@ -7,6 +7,7 @@ import torch
 from hf_fastpath.caches.compressed import CompressedCache, CompressedLayer
 from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
+from hf_fastpath.ops.attn_step_int8 import attn_step_int8
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 
@@ -37,7 +38,23 @@ class Int8KVLayer(CompressedLayer):
         return kv_int8_append(key, value, self.storage, transform, query, reference=self.reference)
 
     def attend_stored(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-        return attn_decode_int8(query, self.storage, mask, scaling, reference=self.reference)
+        return attn_decode_int8(query, self.storage, mask, scaling, tickets=self.tickets, reference=self.reference)
+
+    def step_counted(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        transform: QKTransform,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        return attn_step_int8(
+            *(query, key, value, self.storage, mask, scaling),
+            transform=transform,
+            tickets=self.tickets,
+            reference=self.reference,
+        )
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * (head_dim + 2)

@@ -10,6 +10,7 @@ from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_supports, kv_append_supports
 from hf_fastpath.ops._append import QKTransform
 from hf_fastpath.ops.attn_decode_static import attn_decode_static
+from hf_fastpath.ops.attn_step_static import attn_step_static
 from hf_fastpath.ops.kv_static_append import kv_static_append
 from hf_fastpath.runtime import is_capturing, why_no_kernels
 
@@ -62,9 +63,12 @@ class StaticKVLayer(FastLayer):
         """As :meth:`hf_fastpath.caches.compressed.CompressedLayer.step`; on a GPU for head sizes that
         :func:`hf_fastpath.heuristics.attn_decode_supports`."""
         self._admit(key, value)
-        ready = kv_static_append(key, value, self.storage, transform, query, reference=not self.in_kernel)
-        assert ready is not None
-        return attn_decode_static(ready.squeeze(2), self.storage, mask, scaling, reference=not self.in_kernel)
+        return attn_step_static(
+            *(query, key, value, self.storage, mask, scaling),
+            transform=transform,
+            tickets=self.tickets,
+            reference=not self.in_kernel,
+        )
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if key.shape[2] == self.length:
@@ -79,7 +83,7 @@ class StaticKVLayer(FastLayer):
 
     def decode(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         """Attention of one new token a row, query ``(B, H, D)`` and result alike; mask: bool ``(B, length)``."""
-        return attn_decode_static(query.contiguous(), self.storage, mask, scaling)
+        return attn_decode_static(query.contiguous(), self.storage, mask, scaling, tickets=self.tickets)
 
     def bytes_per_head(self, head_dim: int, dtype: torch.dtype) -> float:
         return 2 * head_dim * dtype.itemsize

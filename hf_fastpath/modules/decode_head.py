@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from hf_fastpath import heuristics
-from hf_fastpath.ops.linear_16bit import linear_16bit
+from hf_fastpath.modules.logits_target import logits_target
+from hf_fastpath.ops.linear_16bit import linear_16bit, linear_16bit_into
 from hf_fastpath.ops.rms_norm import rms_norm
 from hf_fastpath.runtime import gpu_properties, require_device
 
@@ -18,23 +19,43 @@ class DecodeHead(nn.Linear):
     run on our op; all else, and everything but :meth:`forward`, is ``nn.Linear``'s.
 
     The product is rounded once from float32, as cuBLAS's is, which adds in another order. A row's logits do not depend
-    on the batch that it is in.
+    on the batch that it is in. Both write where :func:`~hf_fastpath.modules.logits_target.logits_go_to` says.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        if not _plain(input, self.weight, self.bias) or not self._supports(input):
+        if not _plain(input, self.weight, self.bias):
             return super().forward(input)
-        require_device(input.device)
-        x = _aligned(input.reshape(-1, self.in_features))
-        return linear_16bit(x, self.weight, self.bias, None, 0.0, None).view(*input.shape[:-1], self.out_features)
+        rows, ours = input.reshape(-1, self.in_features), self._supports(input)
+        target = logits_target(rows.shape[0], self.out_features, input)
+        if ours:
+            require_device(input.device)
+            rows = _aligned(rows)
+        if target is None:
+            if not ours:
+                return super().forward(input)
+            target = linear_16bit(rows, self.weight, self.bias, None, 0.0, None)
+        elif ours:
+            linear_16bit_into(rows, self.weight, self.bias, target)
+        elif self.bias is None:
+            torch.mm(rows, self.weight.T, out=target)
+        else:
+            torch.addmm(self.bias, rows, self.weight.T, out=target)
+        return target.view(*input.shape[:-1], self.out_features)
 
     def _supports(self, input: torch.Tensor) -> bool:
-        rows, kind, capability = input.shape[:-1].numel(), input.device.type, (0, 0)
+        return self._supports_rows(input.shape[:-1].numel(), input)
+
+    def _supports_rows(self, rows: int, like: torch.Tensor) -> bool:
+        kind, capability = like.device.type, (0, 0)
         if kind == "cuda":
-            gpu = gpu_properties(input.device)
+            gpu = gpu_properties(like.device)
             capability = gpu.major, gpu.minor
-        return heuristics.linear_16bit_supports(kind, input.dtype, rows, self.in_features, capability)
+        return heuristics.linear_16bit_supports(kind, like.dtype, rows, self.in_features, capability)
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether up to ``rows`` rows run on our op: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        return _takes(self.weight, self.weight, self.bias) and self._supports_rows(rows, self.weight)
 
 
 class DecodeNorm(nn.Module):
@@ -54,12 +75,22 @@ class DecodeNorm(nn.Module):
         require_device(x.device)
         return rms_norm(_aligned(x.reshape(-1, size)), self.weight, self.variance_epsilon).view(x.shape)
 
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether new tokens run on our op: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        w = self.weight
+        return _takes(w, w) and heuristics.rms_norm_supports(w.device.type, w.dtype, w.numel())
+
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Whether an op may take x and a module's tensors: nobody wants gradients, and they are what they seem. A compiler
     cannot look at addresses, and gets what it knows."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
+    return _takes(x, weight, bias)
+
+
+def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """The same of the tensors alone, of x its dtype and device."""
     if weight.data_ptr() % 16:
         return False
     return all(

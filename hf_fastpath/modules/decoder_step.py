@@ -1,12 +1,12 @@
-"""A decoder layer of Llama's kind in few operations. For one new token in each of up to 16 rows, on int4 weights, six:
+"""A decoder layer of Llama's kind in few operations. For one new token in each of up to 16 rows, on int4 weights, five:
 
-norm, query, key and value | the heads' norms, RoPE, rotation, quantization, append | attention over the cache |
+norm, query, key and value | the heads' norms, RoPE, rotation, quantization, append, attention over the cache |
 output and residual | norm, gate, up and SwiGLU | down and residual.
 
-Each is a kernel; with more than four rows a norm is one of its own, and attention over a long cache is two. For more
-rows, and for weights in 16 bits, norms and residuals are apart from the products, the first residual being one with the
-second norm, and so is SwiGLU but for int4 products of up to 64 rows on compute capability 9.0. Prompts run so too, but
-for attention, which is what the cache and transformers make of it.
+Over the caches fp8, int4 and h2o attention is apart from what is before it. Each is a kernel; with more than four rows
+a norm is one of its own. For more rows, and for weights in 16 bits, norms and residuals are apart from the products, the
+first residual being one with the second norm, and so is SwiGLU but for int4 products of up to 64 rows on compute
+capability 9.0. Prompts run so too, but for attention, which is what the cache and transformers make of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hf_fastpath.modules.merged import Norm, merge, places, separate, why_not_merged
+from hf_fastpath.modules.merged import MergedWeight, Norm, merge, places, separate, why_not_merged
 from hf_fastpath.modules.w4a16_linear import W4A16Linear
 from hf_fastpath.ops import QKTransform, add_rms_norm, kv_static_append
 
@@ -129,6 +129,11 @@ class LayerStep:
     def moved(self) -> bool:
         """Whether weights in 16 bits are no longer where they were merged."""
         return any(parameter.data_ptr() != place for parameter, place in self._places)
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether all products of up to ``rows`` rows are our kernels', as everything else of a step is: see
+        :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        return all(weight.fuses(rows) for weight in vars(self).values() if isinstance(weight, MergedWeight))
 
     def release(self) -> None:
         """Gives plain layers memory of their own again; packed ones stay views of what they were merged into."""

@@ -60,6 +60,11 @@ class Experts16(nn.Module):
             mixture = super().forward(hidden_states, top_k_index, top_k_weights)
         return mixture if residual is None else residual + mixture
 
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether up to ``rows`` rows run on our op: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        variant = experts16_variant(self.down_proj.device.type, rows, self.down_proj.dtype)
+        return variant is Experts16Variant.OP
+
     def _variant(self, hidden_states: torch.Tensor) -> Experts16Variant:
         device, capability = hidden_states.device, (9, 0)
         if device.type == "cuda":

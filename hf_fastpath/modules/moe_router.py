@@ -42,6 +42,11 @@ class MoERouter(nn.Module):
         reference = reference or (hidden_states.is_cuda and norm_weight.dtype != hidden_states.dtype)
         return moe_norm_router(hidden_states, norm_weight, norm_eps, *arguments, reference=reference)
 
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether it runs on our op, for any number of rows: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        count, hidden = self.weight.shape
+        return self.on_kernel and moe_router_supports(self.weight.dtype, hidden, count, self.top_k)
+
     def _arguments(
         self, hidden_states: torch.Tensor, expert_bias: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None, int, bool, float], bool]:

@@ -41,3 +41,8 @@ class MoEStep:
         normalized, shares, chosen = p.router.behind_norm(x, p.norm.weight, p.norm.eps, p.expert_bias)
         y: torch.Tensor = p.experts(normalized, chosen, shares, x)
         return y
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether up to ``rows`` rows run on our ops: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        norm, router, experts = self.parts.norm.weight, self.parts.router, self.parts.experts
+        return norm.dtype == router.weight.dtype and router.keeps_row_bits(rows) and experts.keeps_row_bits(rows)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_fastpath import packing
-from hf_fastpath.heuristics import MoEVariant, moe_experts_variant, moe_variant
+from hf_fastpath.heuristics import MOE_FEW_ROWS, MoEVariant, moe_experts_variant, moe_variant
 from hf_fastpath.ops.moe_experts import expert_by_expert, moe_experts
 from hf_fastpath.ops.w4a16_dequantize import w4a16_dequantize
 from hf_fastpath.quantize import GroupQuantized
@@ -140,6 +140,11 @@ class PackedExperts(nn.Module):
             residual,
             reference=variant is MoEVariant.REFERENCE,
         )
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether up to ``rows`` rows run on the op, if they are of the scales' dtype: see
+        :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        return rows <= MOE_FEW_ROWS and not self.reference
 
     def dequantized_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The float weights ``(E, 2 I, H)`` and ``(E, H, I)`` in the dtype of the scales."""

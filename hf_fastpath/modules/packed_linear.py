@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_fastpath.ops.w4a16_linear import MAX_ROWS
+
 
 class _ProductWithGradient(torch.autograd.Function):
     """The packed product, which has no gradient of its own; backward expands the weight."""
@@ -42,6 +44,10 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.cpu_layout: tuple[torch.Tensor, ...] | None = None
         self.reference = False  # on CUDA: run the reference implementations
+
+    def keeps_row_bits(self, rows: int) -> bool:
+        """Whether up to ``rows`` rows run on a kernel of ours: see :func:`hf_fastpath.spare_rows.keeps_row_bits`."""
+        return self.scales.is_cuda and not self.reference and rows <= MAX_ROWS
 
     @property
     @abstractmethod

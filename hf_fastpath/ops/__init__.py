@@ -10,6 +10,8 @@ from hf_fastpath.ops.attn_decode_int8 import attn_decode_int8
 from hf_fastpath.ops.attn_decode_static import attn_decode_static
 from hf_fastpath.ops.attn_prefill_h2o import attn_prefill_h2o
 from hf_fastpath.ops.attn_received import attn_received
+from hf_fastpath.ops.attn_step_int8 import attn_step_int8
+from hf_fastpath.ops.attn_step_static import attn_step_static
 from hf_fastpath.ops.choose_tokens import TokenState, choose_tokens
 from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
 from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
@@ -19,12 +21,13 @@ from hf_fastpath.ops.kv_int4_dequantize import kv_int4_dequantize
 from hf_fastpath.ops.kv_int8_append import kv_int8_append
 from hf_fastpath.ops.kv_int8_dequantize import kv_int8_dequantize
 from hf_fastpath.ops.kv_static_append import kv_static_append
-from hf_fastpath.ops.linear_16bit import linear_16bit
+from hf_fastpath.ops.linear_16bit import linear_16bit, linear_16bit_into
 from hf_fastpath.ops.linear_16bit_swiglu import linear_16bit_swiglu
 from hf_fastpath.ops.moe_experts import moe_experts
 from hf_fastpath.ops.moe_experts_16bit import moe_experts_16bit
 from hf_fastpath.ops.moe_router import moe_norm_router, moe_router
 from hf_fastpath.ops.rms_norm import rms_norm
+from hf_fastpath.ops.rope_angles import rope_angles
 from hf_fastpath.ops.sampling_weights import sampling_weights
 from hf_fastpath.ops.short_conv_prefill import short_conv_prefill
 from hf_fastpath.ops.short_conv_step import short_conv_step
@@ -53,6 +56,8 @@ __all__ = [
     "attn_decode_static",
     "attn_prefill_h2o",
     "attn_received",
+    "attn_step_int8",
+    "attn_step_static",
     "choose_tokens",
     "kv_fp8_append",
     "kv_fp8_dequantize",
@@ -63,12 +68,14 @@ __all__ = [
     "kv_int8_dequantize",
     "kv_static_append",
     "linear_16bit",
+    "linear_16bit_into",
     "linear_16bit_swiglu",
     "moe_experts",
     "moe_experts_16bit",
     "moe_norm_router",
     "moe_router",
     "rms_norm",
+    "rope_angles",
     "sampling_weights",
     "short_conv_prefill",
     "short_conv_step",

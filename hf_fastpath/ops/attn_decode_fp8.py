@@ -12,9 +12,9 @@ from hf_fastpath.ops._attention import Expanded, decode, tiles
 from hf_fastpath.ops.kv_fp8_append import GROUP_TOKENS
 
 SCHEMA = (
-    "attn_decode_fp8(Tensor query, Tensor k_data, Tensor k_scale, Tensor k_tail, Tensor v_data, Tensor "
-    "v_scale, Tensor v_tail, Tensor lengths, Tensor? mask, float scaling, int window, float softcap, Tensor? "
-    "sinks) -> Tensor"
+    "attn_decode_fp8(Tensor query, Tensor k_data, Tensor k_scale, Tensor k_tail, Tensor v_data, Tensor v_scale, "
+    "Tensor v_tail, Tensor lengths, Tensor(a!)? tickets, Tensor? mask, float scaling, int window, float softcap, "
+    "Tensor? sinks) -> Tensor"
 )
 
 
@@ -52,6 +52,7 @@ def attn_decode_fp8_reference(
     v_scale: torch.Tensor,
     v_tail: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -72,6 +73,7 @@ def _fake(
     v_scale: torch.Tensor,
     v_tail: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -93,6 +95,7 @@ def attn_decode_fp8(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    tickets: torch.Tensor | None = None,
     reference: bool = False,
 ) -> torch.Tensor:
     """``softmax(scaling * q K^T) V`` over the tokens that are stored, ``(B, H, D)`` in ``query.dtype``.
@@ -101,7 +104,8 @@ def attn_decode_fp8(
         query: ``(B, H, D)`` contiguous; fp16, bf16 (CPU also fp32). H is a multiple of H_kv; head h reads KV head
             ``h // (H / H_kv)``. On CUDA D is a multiple of 16 up to 256.
         storage: that of :class:`hf_fastpath.caches.fp8.Fp8KVLayer`, which describes it.
-        mask, scaling, window, softcap, sinks, reference: see :func:`attn_decode_int8`, as for what is deterministic.
+        mask, scaling, window, softcap, sinks, tickets, reference: see :func:`attn_decode_int8`, as for what is
+            deterministic.
     """
     attend: Any = attn_decode_fp8_reference if reference else _op
-    return attend(query, *storage, mask, scaling, window, softcap, sinks)
+    return attend(query, *storage, tickets, mask, scaling, window, softcap, sinks)

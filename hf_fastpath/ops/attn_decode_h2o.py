@@ -13,7 +13,7 @@ from hf_fastpath.ops._slots import Slots, count_padding
 
 SCHEMA = (
     "attn_decode_h2o(Tensor query, Tensor k_data, Tensor k_scale, Tensor v_data, Tensor v_scale, Tensor(a!) scores, "
-    "Tensor positions, Tensor(b!) counts, Tensor? mask, float scaling) -> Tensor"
+    "Tensor positions, Tensor(b!) counts, Tensor(c!)? tickets, Tensor? mask, float scaling) -> Tensor"
 )
 
 
@@ -26,6 +26,7 @@ def attn_decode_h2o_reference(
     scores: torch.Tensor,
     positions: torch.Tensor,
     counts: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
@@ -56,6 +57,7 @@ def _fake(
     scores: torch.Tensor,
     positions: torch.Tensor,
     counts: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
@@ -71,6 +73,7 @@ def attn_decode_h2o(
     mask: torch.Tensor | None,
     scaling: float,
     *,
+    tickets: torch.Tensor | None = None,
     reference: bool = False,
 ) -> torch.Tensor:
     """``softmax(scaling * q K^T) V`` over the slots in use, ``(B, H, D)`` in ``query.dtype``.
@@ -83,7 +86,7 @@ def attn_decode_h2o(
         storage: that of :class:`hf_fastpath.caches.h2o.H2OKVLayer`, which describes it.
         mask: bool ``(B, >= tokens seen)``, last dimension contiguous, False where a token of the row is padding, also
             one that was evicted; None: none is.
-        reference: run the reference implementation, on any device.
+        tickets, reference: see :func:`attn_decode_int8`.
     """
     attend: Any = attn_decode_h2o_reference if reference else _op
-    return attend(query, *storage, mask, scaling)
+    return attend(query, *storage, tickets, mask, scaling)

@@ -13,9 +13,9 @@ from hf_fastpath.ops.kv_int4_append import PACKED_TOKENS
 from hf_fastpath.ops.kv_int4_dequantize import expand_keys, expand_values
 
 SCHEMA = (
-    "attn_decode_int4(Tensor query, Tensor k_data, Tensor k_params, Tensor k_tail, Tensor k_sinks, Tensor "
-    "v_data, Tensor v_params, Tensor v_tail, Tensor v_sinks, Tensor lengths, Tensor? mask, float scaling, int "
-    "window, float softcap, Tensor? sinks) -> Tensor"
+    "attn_decode_int4(Tensor query, Tensor k_data, Tensor k_params, Tensor k_tail, Tensor k_sinks, Tensor v_data, "
+    "Tensor v_params, Tensor v_tail, Tensor v_sinks, Tensor lengths, Tensor(a!)? tickets, Tensor? mask, float "
+    "scaling, int window, float softcap, Tensor? sinks) -> Tensor"
 )
 
 
@@ -60,6 +60,7 @@ def attn_decode_int4_reference(
     v_tail: torch.Tensor,
     v_sinks: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -82,6 +83,7 @@ def _fake(
     v_tail: torch.Tensor,
     v_sinks: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -103,6 +105,7 @@ def attn_decode_int4(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    tickets: torch.Tensor | None = None,
     reference: bool = False,
 ) -> torch.Tensor:
     """``softmax(scaling * q K^T) V`` over the tokens that are stored, ``(B, H, D)`` in ``query.dtype``.
@@ -112,7 +115,8 @@ def attn_decode_int4(
             ``h // (H / H_kv)``. On CUDA D is a multiple of 16 up to 256, and
             ``D / value_groups(D)`` one of 8.
         storage: that of :class:`hf_fastpath.caches.int4.Int4KVLayer`, which describes it.
-        mask, scaling, window, softcap, sinks, reference: see :func:`attn_decode_int8`, as for what is deterministic.
+        mask, scaling, window, softcap, sinks, tickets, reference: see :func:`attn_decode_int8`, as for what is
+            deterministic.
     """
     attend: Any = attn_decode_int4_reference if reference else _op
-    return attend(query, *storage, mask, scaling, window, softcap, sinks)
+    return attend(query, *storage, tickets, mask, scaling, window, softcap, sinks)

@@ -1,6 +1,6 @@
 """Attention of one new token a row over an int8 KV cache, which is read as int8 (never expanded as a whole).
 
-The kernel splits the sequence and combines the parts by their maxima and sums ("Flash-Decoding", Dao et al., 2023).
+The kernel splits the sequence and adds the parts by their maxima and sums ("Flash-Decoding", Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from hf_fastpath.ops import _library
 from hf_fastpath.ops._attention import Expanded, decode, in_tiles
 
 SCHEMA = (
-    "attn_decode_int8(Tensor query, Tensor k_data, Tensor k_scale, Tensor v_data, Tensor v_scale, Tensor "
-    "lengths, Tensor? mask, float scaling, int window, float softcap, Tensor? sinks) -> Tensor"
+    "attn_decode_int8(Tensor query, Tensor k_data, Tensor k_scale, Tensor v_data, Tensor v_scale, Tensor lengths, "
+    "Tensor(a!)? tickets, Tensor? mask, float scaling, int window, float softcap, Tensor? sinks) -> Tensor"
 )
 
 
@@ -33,6 +33,7 @@ def attn_decode_int8_reference(
     v_data: torch.Tensor,
     v_scale: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -51,6 +52,7 @@ def _fake(
     v_data: torch.Tensor,
     v_scale: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -72,6 +74,7 @@ def attn_decode_int8(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    tickets: torch.Tensor | None = None,
     reference: bool = False,
 ) -> torch.Tensor:
     """``softmax(scaling * q K^T) V`` over the tokens that are stored, ``(B, H, D)`` in ``query.dtype``.
@@ -87,6 +90,9 @@ def attn_decode_int8(
         window: only the last so many tokens are attended ("sliding window"); 0: all.
         softcap: scores become ``softcap * tanh(score / softcap)``, as in Gemma 2; 0: they stay.
         sinks: float32 ``(H,)``, a logit for each head that takes part in the softmax and has no value, as in gpt-oss.
+        tickets: int32 ``(n,)``, n at least B * H_kv, all 0, as they are when the call is done: what the CTAs of a row
+            count themselves with. Calls on several streams must not share them. None: the op makes its own, which takes
+            one more node of a CUDA graph.
         reference: run the reference implementation, on any device.
 
     A row whose tokens are all masked gives 0. The lengths are read on the GPU, so that a captured call goes on with
@@ -94,4 +100,4 @@ def attn_decode_int8(
     bits depend neither on B nor on the capacity.
     """
     attend: Any = attn_decode_int8_reference if reference else _op
-    return attend(query, *storage, mask, scaling, window, softcap, sinks)
+    return attend(query, *storage, tickets, mask, scaling, window, softcap, sinks)

@@ -11,8 +11,8 @@ from hf_fastpath.ops import _library
 from hf_fastpath.ops._attention import Expanded, decode, in_tiles
 
 SCHEMA = (
-    "attn_decode_static(Tensor query, Tensor k, Tensor v, Tensor lengths, Tensor? mask, float scaling, int "
-    "window, float softcap, Tensor? sinks) -> Tensor"
+    "attn_decode_static(Tensor query, Tensor k, Tensor v, Tensor lengths, Tensor(a!)? tickets, Tensor? mask, float "
+    "scaling, int window, float softcap, Tensor? sinks) -> Tensor"
 )
 
 
@@ -25,6 +25,7 @@ def attn_decode_static_reference(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -41,6 +42,7 @@ def _fake(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor,
+    tickets: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     window: int,
@@ -62,6 +64,7 @@ def attn_decode_static(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    tickets: torch.Tensor | None = None,
     reference: bool = False,
 ) -> torch.Tensor:
     """``softmax(scaling * q K^T) V`` over the tokens that are stored, ``(B, H, D)`` in ``query.dtype``.
@@ -71,7 +74,8 @@ def attn_decode_static(
             ``h // (H / H_kv)``. On CUDA D is a multiple of 16 up to 256.
         storage: that of :class:`hf_fastpath.caches.static.StaticKVLayer`, which describes it, of query's dtype. On CUDA
             the capacity is a multiple of 16.
-        mask, scaling, window, softcap, sinks, reference: see :func:`attn_decode_int8`, as for what is deterministic.
+        mask, scaling, window, softcap, sinks, tickets, reference: see :func:`attn_decode_int8`, as for what is
+            deterministic.
     """
     attend: Any = attn_decode_static_reference if reference else _op
-    return attend(query, *storage, mask, scaling, window, softcap, sinks)
+    return attend(query, *storage, tickets, mask, scaling, window, softcap, sinks)

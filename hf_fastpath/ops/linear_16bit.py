@@ -82,3 +82,24 @@ def linear_16bit(
     has the same bits for every M. :func:`hf_fastpath.heuristics.linear_16bit_supports` says what runs on a GPU.
     """
     return _op(x, weight, bias, norm_weight, eps, residual, float32_out)
+
+
+INTO_SCHEMA = "linear_16bit_into(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()"
+
+
+def linear_16bit_into_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    out.copy_(linear_16bit_reference(x, weight, bias, None, 0.0, None, False))
+
+
+def _into_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    return None
+
+
+_into_op = _library.define(INTO_SCHEMA, linear_16bit_into_reference, _into_fake)
+
+
+def linear_16bit_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """:func:`linear_16bit` without norm and residual, into ``out``: ``(M, N)`` in ``x.dtype``, contiguous."""
+    _into_op(x, weight, bias, out)

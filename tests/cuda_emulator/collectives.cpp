@@ -1,5 +1,5 @@
-// What the lanes of a warp compute together. Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16" and
-// "movmatrix"; lane l is 4 * g + t.
+// What the lanes of a warp compute together. Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16", of
+// "mma.m16n8k32" and "movmatrix"; lane l is 4 * g + t.
 #include <cstring>
 
 #include "ptx_sm90_emulated.cuh"
@@ -95,6 +95,26 @@ void combine_mma_fp16(Lanes& lanes) {
 }
 void combine_mma_bf16(Lanes& lanes) {
   combine_mma<bf16_to_float>(lanes);
+}
+
+// Unsigned bytes of A, signed ones of B.
+void combine_mma_u8s8(Lanes& lanes) {
+  int a[16][32], b[32][8];
+  for (int l = 0; l < kWarpSize; ++l) {
+    const IntegerMmaLane& lane = *static_cast<const IntegerMmaLane*>(lanes[l]);
+    const int g = l / 4, t = l % 4;
+    for (int byte = 0; byte < 4; ++byte) {
+      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][4 * t + byte + 16 * (i / 2)] = lane.a[i] >> 8 * byte & 0xff;
+      for (int i = 0; i < 2; ++i) b[4 * t + byte + 16 * i][g] = static_cast<int8_t>(lane.b[i] >> 8 * byte & 0xff);
+    }
+  }
+  for (int l = 0; l < kWarpSize; ++l) {
+    const IntegerMmaLane& lane = *static_cast<const IntegerMmaLane*>(lanes[l]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
+      for (int k = 0; k < 32; ++k) lane.c[i] += a[row][k] * b[k][column];
+    }
+  }
 }
 
 void combine_transpose(Lanes& lanes) {

@@ -69,6 +69,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 // The limit is that of compute capability 9.0.
 template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*)(Params...), cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
   return value <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -84,6 +84,10 @@ unsigned char* dynamic_shared();
 // Where a CTA of the cluster has what this one has at `own`.
 const void* in_cluster(const void* own, int rank, Site site);
 
+// Gives the counter's number, which becomes one more, and 0 behind `last`. What this thread did before, and its CTA
+// before its latest barrier, is before all that a thread does that draws later, and its CTA behind its next barrier.
+uint32_t draw_ticket(uint32_t* counter, uint32_t last, const void* code);
+
 // A copy that other hardware than the thread makes: it reads global memory and takes the target away at once, and
 // gives it at the end; in between nobody may read or write there.
 void begin_copy(void* target, const void* source, size_t bytes);

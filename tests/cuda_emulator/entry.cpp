@@ -38,6 +38,12 @@ EXPORT int emulated_swiglu(const void* x, void* y, int rows, int columns, int bf
   return launch_swiglu(x, y, rows, columns, dtype_of(bfloat16), nullptr);
 }
 
+EXPORT int emulated_rope_angles(const int64_t* positions, const float* inv_freq, float scaling, void* cos, void* sin,
+                                int rows, int half, int bytes, int bfloat16) {
+  const Dtype dtype = bytes == 4 ? Dtype::kFloat32 : dtype_of(bfloat16);
+  return launch_rope_angles(positions, inv_freq, scaling, cos, sin, rows, half, dtype, nullptr);
+}
+
 EXPORT int emulated_w8a16_linear(const void* x, int64_t x_row_stride, const void* qweight, const void* scales,
                                  const void* bias, void* y, int m, int n, int k, int bfloat16, int sm_count) {
   const W8A16LinearArgs args{x, x_row_stride, qweight, scales, bias, y, m, n, k};
@@ -140,9 +146,9 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
                                 const void* k_tail, const void* k_front, const void* v_data, const void* v_scale,
                                 const void* v_tail, const void* v_front, const int* lengths, int length_stride,
                                 const uint8_t* mask, int64_t mask_row_stride, int64_t mask_columns, const float* sinks,
-                                void* out, float* scratch, int batch, int heads, int kv_heads, int dim, int capacity,
-                                int group_tokens, int front_tokens, int window, float scaling, float softcap,
-                                const int* positions, float* slot_scores, float2* totals, int bfloat16,
+                                void* out, float* scratch, uint32_t* tickets, int batch, int heads, int kv_heads,
+                                int dim, int capacity, int group_tokens, int front_tokens, int window, float scaling,
+                                float softcap, const int* positions, float* slot_scores, float2* totals, int bfloat16,
                                 int64_t* scratch_floats) {
   const AttnDecodeArgs args{query,
                             {k_data, k_scale, k_tail, k_front},
@@ -155,6 +161,7 @@ EXPORT int emulated_attn_decode(int format, const void* query, const void* k_dat
                             sinks,
                             out,
                             scratch,
+                            tickets,
                             batch,
                             heads,
                             kv_heads,
@@ -185,6 +192,23 @@ EXPORT int emulated_h2o_count(const float* slot_scores, const float2* totals, co
   return launch_h2o_count(
       {slot_scores, totals, mask, mask_row_stride, mask_columns, scores, counts, batch, heads, kv_heads, capacity},
       nullptr);
+}
+
+// 0 static, 1 int8.
+EXPORT int emulated_attn_step(int format, NEW_TOKENS, void* k_data, void* k_scale, void* v_data, void* v_scale,
+                              const uint8_t* mask, int64_t mask_row_stride, int64_t mask_columns, void* out,
+                              float* scratch, uint32_t* tickets, float scaling, int bfloat16) {
+  AttnDecodeArgs args{};
+  args.query = query_out;
+  args.keys = {k_data, k_scale, nullptr, nullptr}, args.values = {v_data, v_scale, nullptr, nullptr};
+  args.lengths = lengths, args.length_stride = 1;
+  args.mask = mask, args.mask_row_stride = mask_row_stride, args.mask_columns = mask_columns;
+  args.out = out, args.scratch = scratch, args.tickets = tickets;
+  args.batch = batch, args.heads = heads, args.kv_heads = kv_heads, args.dim = dim;
+  args.capacity = static_cast<int>(capacity), args.scaling = scaling;
+  const Dtype dtype = dtype_of(bfloat16);
+  if (format == 0) return launch_attn_step_static(args, NEW_TOKENS_ARGS, {k_data, v_data}, dtype, nullptr);
+  return launch_attn_step_int8(args, NEW_TOKENS_ARGS, {{k_data, k_scale}, {v_data, v_scale}}, dtype, nullptr);
 }
 
 EXPORT int emulated_attn_received(const void* query, const void* key, const float* lse, int64_t lse_stride,

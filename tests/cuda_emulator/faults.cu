@@ -35,6 +35,9 @@ enum Fault {
   kOneGroupTooFew,
   kWriteUnderCopy,
   kCopyMisaligned,
+  kNoBarrierBeforeTicket,
+  kNoBarrierAfterTicket,
+  kNotTheLast,
 };
 
 // out[i] = in[n - 1 - i] by way of shared memory; n = 64 threads a CTA, two CTAs.
@@ -113,6 +116,22 @@ __global__ void async_copy_kernel(const int* in, int* out, int fault) {
   for (int i = 128 + 4 * thread; i < 128 + 4 * thread + 4; ++i) out[i] = values[i ^ 4];
 }
 
+// Each CTA copies its 64 numbers; the last one adds up all of them. The counter is 0 before and after.
+__global__ void last_cta_kernel(const int* in, int* counter, int* copy, int* out, int fault) {
+  __shared__ uint32_t ticket;
+  const int thread = threadIdx.x, last = static_cast<int>(gridDim.x) - 1;
+  copy[blockIdx.x * 64 + thread] = in[blockIdx.x * 64 + thread];
+  if (fault != kNoBarrierBeforeTicket) __syncthreads();
+  if (thread == 0) ticket = draw_ticket(reinterpret_cast<uint32_t*>(counter), last);
+  if (fault == kNoBarrierAfterTicket) __syncwarp();
+  if (fault != kNoBarrierAfterTicket) __syncthreads();
+  const bool adds = fault == kNotTheLast ? ticket == 0 : fault == kNoBarrierAfterTicket || ticket == last;
+  if (!adds || (fault == kNoBarrierAfterTicket && blockIdx.x != last)) return;
+  int sum = 0;
+  for (unsigned cta = 0; cta < gridDim.x; ++cta) sum += copy[cta * 64 + thread];
+  out[thread] = sum;
+}
+
 // c (16, 8) = a (16, 16) * b (16, 8), row-major, fragments gathered as the PTX ISA lists them.
 template <typename T>
 __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
@@ -155,6 +174,9 @@ EXPORT int run_neighbour(const int* in, int* out, int fault) {
 }
 EXPORT int run_async_copy(const int* in, int* out, int fault) {
   return launch_kernel_with_shared(async_copy_kernel, 1, 32, 256 * 4, nullptr, in, out, fault);
+}
+EXPORT int run_last_cta(const int* in, int* counter, int* copy, int* out, int ctas, int fault) {
+  return launch_kernel(last_cta_kernel, ctas, 64, nullptr, in, counter, copy, out, fault);
 }
 EXPORT int run_mma(const uint16_t* a, const uint16_t* b, float* c, int bfloat16) {
   return launch_kernel(bfloat16 ? mma_kernel<__nv_bfloat16> : mma_kernel<__half>, 1, 32, nullptr, a, b, c);

@@ -1,6 +1,7 @@
 // Of every load and store of a kernel: it lies inside a buffer that the kernel may know, is aligned, does not read what
 // nobody wrote, does not write what is read-only, and does not race. Two accesses of the same byte, one of them a
-// write, race unless a barrier lies between them that both threads took part in; threads of different CTAs have none.
+// write, race unless a barrier lies between them that both threads took part in; threads of different CTAs have none,
+// but may have drawn tickets.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -51,10 +52,34 @@ Access this_access() {
           now.fences};
 }
 
+// A ticket that a thread drew from a counter, and for those who drew later what it tells them.
+struct Draw {
+  int64_t cta;
+  int32_t thread;
+  uint32_t barriers;
+  bool last;
+};
+std::unordered_map<uintptr_t, std::vector<Draw>> draws;  // of the grid, of each counter
+struct Seen {
+  Draw earlier, own;
+};
+std::vector<Seen> seen_draws;  // by the cluster that runs
+
+// Of several CTAs it is not known any more when each of them drew: who drew last is taken to come after all.
+bool ordered_by_tickets(const Access& before, const Access& now) {
+  return std::any_of(seen_draws.begin(), seen_draws.end(), [&](const Seen& seen) {
+    const auto& [earlier, own] = seen;
+    if (own.cta != now.cta || (own.thread != now.thread && own.barriers >= now.barriers)) return false;
+    if (before.cta == kSeveral) return own.last;
+    return earlier.cta == before.cta && (earlier.thread == before.thread || before.barriers < earlier.barriers);
+  });
+}
+
 bool ordered(const Access& before, const Access& now) {
   if (before.cta == kNone) return true;
   if (before.cta != now.cta) {
-    return before.cta != kSeveral && before.cluster == now.cluster && before.cluster_barriers < now.cluster_barriers;
+    const bool together = before.cta != kSeveral && before.cluster == now.cluster;
+    return (together && before.cluster_barriers < now.cluster_barriers) || ordered_by_tickets(before, now);
   }
   if (before.thread == now.thread || before.barriers < now.barriers) return true;
   if (before.warp == now.warp && before.warp_barriers < now.warp_barriers) return true;
@@ -197,7 +222,8 @@ void check(const void* pointer, size_t size, bool write, size_t alignment, const
   if (region->writable) check_bytes(*region, address, size, write, code);
 }
 
-uint32_t atomic_add(uint32_t* pointer, uint32_t value, const void* code) {
+// Of a read and a write of a variable, which do not race with other atomics.
+void check_atomic(uint32_t* pointer, const void* code) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   Region* region = find(address);
   if (!region || address + sizeof *pointer > region->end || !region->writable || address % sizeof *pointer) {
@@ -209,8 +235,23 @@ uint32_t atomic_add(uint32_t* pointer, uint32_t value, const void* code) {
       fault("an atomic adds to " + place(*region, i, code) + ", which nobody wrote");
   }
   check_bytes(*region, address, sizeof *pointer, true, code, true);
+}
+
+uint32_t atomic_add(uint32_t* pointer, uint32_t value, const void* code) {
+  check_atomic(pointer, code);
   const uint32_t before = *pointer;
   *pointer = before + value;
+  return before;
+}
+
+uint32_t draw_ticket(uint32_t* counter, uint32_t last, const void* code) {
+  check_atomic(counter, code);
+  const Draw own{current().cta, current().thread, current().barriers, *counter >= last};
+  std::vector<Draw>& all = draws[reinterpret_cast<uintptr_t>(counter)];
+  for (const Draw& earlier : all) seen_draws.push_back({earlier, own});
+  all.push_back(own);
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
   return before;
 }
 
@@ -231,6 +272,7 @@ void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes, unsigned c
   }
   params.begin = reinterpret_cast<uintptr_t>(call);
   params.end = params.begin + bytes;
+  draws.clear();
   for (Region& region : buffers) {  // kernels of a stream run one after the other
     for (Byte& byte : region.bytes) byte.read = byte.write = Access{};
   }
@@ -243,6 +285,7 @@ void begin_cluster() {
     }
   }
   other_reads.clear();
+  seen_draws.clear();
 }
 
 unsigned char* dynamic_shared() {

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -16,11 +17,17 @@ struct MmaLane {
   const uint32_t* a;  // 4
   uint32_t b[2];
 };
+struct IntegerMmaLane {
+  int* c;             // 4
+  const uint32_t* a;  // 4
+  uint32_t b[2];
+};
 float half_to_float(uint32_t bits);
 extern int written_since;  // what the kernel before is assumed to add to a word that was read early
 float bf16_to_float(uint32_t bits);
 void combine_mma_fp16(Lanes& lanes);
 void combine_mma_bf16(Lanes& lanes);
+void combine_mma_u8s8(Lanes& lanes);
 void combine_transpose(Lanes& lanes);
 
 }  // namespace cuda_emulator
@@ -33,6 +40,11 @@ inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
 inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t bits) {
   return (a & mask) ^ bits;
 }
+
+inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a >> 16, b >> 16) << 16;
+}
+inline void keep_in_register(int&) {}
 
 inline float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b);
@@ -63,6 +75,15 @@ inline int load_now(const int* p) {
 inline int load_early(const int* p) {
   return *p - cuda_emulator::written_since;
 }
+inline float2 load_now(const float2* p) {
+  return *p;
+}
+inline float4 load_now(const float4* p) {
+  return *p;
+}
+inline uint32_t draw_ticket(uint32_t* counter, uint32_t last) {
+  return cuda_emulator::draw_ticket(counter, last, __builtin_return_address(0));
+}
 inline void prefetch_l2(const void* p) {
   cuda_emulator::check(p, 1, false, 1, __builtin_return_address(0));
 }
@@ -78,6 +99,11 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   cuda_emulator::MmaLane lane{c, a, {b0, b1}};
   const auto combine = kHalf ? cuda_emulator::combine_mma_fp16 : cuda_emulator::combine_mma_bf16;
   cuda_emulator::warp_meet("mma.m16n8k16", 0xffffffffu, &lane, combine, {file, line});
+}
+
+inline void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATED_SITE) {
+  cuda_emulator::IntegerMmaLane lane{c, a, {b0, b1}};
+  cuda_emulator::warp_meet("mma.m16n8k32", 0xffffffffu, &lane, cuda_emulator::combine_mma_u8s8, {file, line});
 }
 
 // Grids run one after the other.

@@ -2,7 +2,10 @@
 // can run and not all have ended is stuck, and the message says where its threads wait.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <map>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -73,6 +76,8 @@ struct Cluster {
   int threads_of_cta() const { return static_cast<int>(threads.size() / ctas.size()); }
   int rank_of(int thread) const { return thread / threads_of_cta(); }
 };
+
+int cluster_order = 0;  // of a grid: 0 as they are numbered, 1 the last one first, else by chance
 
 Cluster all;
 Current now{};
@@ -250,15 +255,17 @@ cudaError_t run_grid(dim3 grid, dim3 block, unsigned cluster, void (*run_thread)
   all.run_thread = run_thread;
   all.call = call;
   begin_grid(call, bytes, dynamic_bytes, cluster);
-  now.cluster = 0;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; x += cluster, ++now.cluster) {
-        all.first_cta = make_uint3(x, y, z);
-        run_cluster();
-        if (!fault_message.empty()) return cudaErrorLaunchFailure;
-      }
-    }
+  std::vector<int64_t> clusters(int64_t{grid.x / cluster} * grid.y * grid.z);
+  std::iota(clusters.begin(), clusters.end(), 0);
+  if (cluster_order == 1) std::reverse(clusters.begin(), clusters.end());
+  if (cluster_order > 1) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(cluster_order));
+  for (const int64_t number : clusters) {
+    now.cluster = number;
+    const int64_t row = number / (grid.x / cluster);
+    all.first_cta = make_uint3(static_cast<unsigned>(number % (grid.x / cluster)) * cluster,
+                               static_cast<unsigned>(row % grid.y), static_cast<unsigned>(row / grid.y));
+    run_cluster();
+    if (!fault_message.empty()) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }
@@ -404,6 +411,11 @@ void warp_barrier(uint32_t mask, Site site) {
 }
 
 }  // namespace cuda_emulator
+
+// In which order the CTAs, or clusters, of a grid run; see cluster_order.
+extern "C" __attribute__((visibility("default"))) void emulator_set_cluster_order(int order) {
+  cuda_emulator::cluster_order = order;
+}
 
 // The message of the last fault, which it clears; "" when there was none.
 extern "C" __attribute__((visibility("default"))) const char* emulator_take_fault() {

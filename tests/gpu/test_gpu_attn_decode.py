@@ -8,7 +8,7 @@ import attention_cases
 import pytest
 import torch
 from attention_cases import FORMATS, FP8
-from gpu_common import DEVICE, GPU, randn
+from gpu_common import DEVICE, GPU, graph_nodes, randn
 from kernel_cases import DTYPES, generator, masks
 
 from hf_fastpath import ops
@@ -113,6 +113,63 @@ def test_a_captured_call_goes_on_with_new_lengths(form: str) -> None:
         graph.replay()
         # fp8 and int4 hold other tokens in their tails at other lengths; the same call gives the same bits all the same
         assert torch.equal(out.nan_to_num(7.0), result.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 32, 8), (5, 12, 1), (64, 8, 2)])
+def test_the_parts_are_added_by_whoever_is_last(form: str, batch: int, heads: int, kv_heads: int) -> None:
+    """Calls behind one another count with the same tickets, whatever the rows' lengths."""
+    rng = generator(batch, heads)
+    lengths = torch.randint(0, 6000, (batch,), generator=rng).tolist()
+    case = make_attention(rng, form, heads, kv_heads, 128, lengths, torch.bfloat16)
+    expected = case.run()
+    case.check(expected)
+    call = partial(getattr(ops, f"attn_decode_{form}"), case.query, case.storage, None, case.scaling)
+    assert torch.equal(call(), expected)  # with tickets of its own
+    outs = [call(tickets=case.tickets) for _ in range(200)]
+    assert all(torch.equal(out, expected) for out in outs)
+    assert case.tickets is not None
+    for length in (1, 129, 300, 1500, 4000):
+        case.storage[-1].fill_(length)
+        results = [call(tickets=case.tickets) for _ in range(20)]
+        alone = call().nan_to_num(7.0)
+        assert all(torch.equal(out.nan_to_num(7.0), alone) for out in results)
+        assert not bool(case.tickets.any())
+
+
+def test_calls_on_several_streams_and_in_replayed_graphs() -> None:
+    """Each stream has tickets and scratch of its own: CTAs of all calls run at the same time."""
+    cases = [make_attention(generator(i), "int8", 16, 4, 128, [700 + 900 * i] * 3, torch.bfloat16) for i in range(4)]
+    expected = [case.run() for case in cases]
+    streams, graphs = [torch.cuda.Stream() for _ in cases], []
+    for case, stream in zip(cases, streams, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outs = [attn_decode_int8(case.query, case.storage, None, case.scaling, tickets=case.tickets) for _ in "ab"]
+        graphs.append((graph, outs))
+    eager: list[list[torch.Tensor]] = [[] for _ in cases]
+    torch.cuda.synchronize()
+    for i in range(100):
+        for case, stream, (graph, _), results in zip(cases, streams, graphs, eager, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                if i % 10 == 0:
+                    out = attn_decode_int8(case.query, case.storage, None, case.scaling, tickets=case.tickets)
+                    results.append(out)
+    torch.cuda.synchronize()
+    for case, exact, (_, outs), results in zip(cases, expected, graphs, eager, strict=True):
+        assert all(torch.equal(out, exact) for out in (*outs, *results))
+        assert case.tickets is not None
+        assert not bool(case.tickets.any())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_call_is_one_kernel(form: str) -> None:
+    case = make_attention(generator(3), form, 8, 2, 128, [3000], torch.bfloat16)
+    case.run()
+    call = partial(getattr(ops, f"attn_decode_{form}"), case.query, case.storage, None, case.scaling)
+    assert graph_nodes(lambda: call(tickets=case.tickets)) == 1
+    assert graph_nodes(call) == 2  # the tickets are zeroed first
 
 
 def test_scales_that_differ_widely() -> None:
@@ -239,6 +296,8 @@ def test_bad_arguments_are_refused_in_words() -> None:
         ("mask must be bool", (query, storage, mask.int(), 1.0), {}),
         ("mask must have shape", (query, storage, mask[:1], 1.0), {}),
         ("mask must be on cuda:0", (query, storage, mask.cpu(), 1.0), {}),
+        ("tickets must be int32", (query, storage, None, 1.0), {"tickets": storage[4].flatten().long()}),
+        ("at least 4 elements, got 3", (query, storage, None, 1.0), {"tickets": storage[4].flatten()[:3]}),
         ("window must be 0", (query, storage, None, 1.0), {"window": -1}),
         ("softcap must be 0", (query, storage, None, 1.0), {"softcap": -1.0}),
         ("sinks must be float32", (query, storage, None, 1.0), {"sinks": query[0, :, 0].contiguous()}),

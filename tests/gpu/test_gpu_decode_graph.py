@@ -17,6 +17,7 @@ from tiny_models import FAMILIES, long_batch, make_llama
 from hf_fastpath import patch_model, unpatch_model
 from hf_fastpath.caches.conv_state import ConvStateLayer
 from hf_fastpath.decode_graph import CudaCapture, Slot, _capture_stream
+from hf_fastpath.spare_rows import SpareRows
 
 pytestmark = pytest.mark.gpu
 
@@ -166,6 +167,110 @@ def test_lengths_of_a_batch_share_one_capture() -> None:
         check_alike(model, **on_gpu(long_batch((0,) * 4, tokens)), **GREEDY)
         gc.collect()
     assert captured(model) == 2  # the step, and how a token is chosen
+
+
+def steps_captured(model: Any) -> int:
+    return sum(name == "step" for slot in model._fastpath.graphs.slots for name, _ in slot.captured)
+
+
+def tokens_and_logits(model: Any, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without the cache, so that its slot is free again."""
+    out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True)
+    result = out.sequences, torch.stack(out.logits)
+    del out
+    gc.collect()
+    return result
+
+
+# Of each, what rows that no batch has are, and how many step graphs four batches of a slot have then.
+SHARING = {
+    "llama": ({}, SpareRows.EMPTY, 1),
+    "qwen2": ({}, SpareRows.EMPTY, 1),
+    "qwen3, fp8 cache": ({"kv_cache": "fp8"}, SpareRows.EMPTY, 1),
+    "mistral, int4 cache": ({"kv_cache": "int4"}, SpareRows.EMPTY, 1),
+    "llama, static cache": ({"kv_cache": "static"}, SpareRows.EMPTY, 1),
+    "lfm2": ({}, SpareRows.EMPTY, 1),
+    "lfm2_moe": ({}, SpareRows.REPEATED, 1),
+    "lfm2_moe, int4 cache": ({"kv_cache": "int4"}, SpareRows.REPEATED, 1),
+    "llama, w16a16": ({"weights": "w16a16"}, SpareRows.EMPTY, 1),
+    "lfm2_moe, w16a16": ({"weights": "w16a16"}, SpareRows.REPEATED, 1),
+    "llama, int8 head": ({"lm_head": "int8"}, SpareRows.EMPTY, 1),
+    "gpt2": ({}, SpareRows.NONE, 4),
+    "llama, weights=None": ({"weights": None}, SpareRows.NONE, 4),
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize("batches", [(5, 6, 7, 8), (11, 9, 16, 12)], ids=str)
+def test_batches_share_a_step_where_all_products_are_ours(kind: str, batches: tuple[int, ...]) -> None:
+    """With the logits of the step without a graph, bit for bit."""
+    if torch.cuda.get_device_capability() not in ((8, 0), (9, 0)):
+        pytest.skip("cuBLAS runs the head of other GPUs")
+    options, spare, steps = SHARING[kind]
+    model = new_patched(**({"kv_cache": "int8", "family": kind.split(",")[0]} | options))
+    assert model._fastpath.graphs.spare is spare
+    for batch in batches:
+        inputs = on_gpu(long_batch((0,) * batch, 40 + batch))
+        want = tokens_and_logits(model, **inputs, **GREEDY, disable_compile=True)
+        for _ in range(2):
+            got = tokens_and_logits(model, **inputs, **GREEDY)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+        check_alike(model, **inputs, **SAMPLE)
+        gc.collect()
+    assert steps_captured(model) == steps
+
+
+def test_batches_of_an_h2o_cache_share_a_step() -> None:
+    model = new_patched("h2o")
+    for padding in ((0,) * 5, (0,) * 8, (0, 7, 30, 1, 0, 2), (0, 3, 1, 0, 9, 0, 0)):
+        for how in (GREEDY, SAMPLE):
+            check_alike(model, **on_gpu(long_batch(padding)), **how)
+            gc.collect()
+    assert steps_captured(model) == 2  # with padding and without
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8", "int4", "h2o", "static"])
+@pytest.mark.parametrize("family", ["llama", "lfm2_moe"])
+def test_spare_rows_never_fill_a_slot(family: str, kv_cache: str) -> None:
+    """To its last token, and a returned cache time and again: kernels trap where there is no room."""
+    model = new_patched(kv_cache, family)
+    for batch in (16, 9, 11):
+        inputs = on_gpu(long_batch((0,) * batch, 6))
+        want = model.generate(**inputs, do_sample=False, max_new_tokens=251, disable_compile=True)
+        got = model.generate(**inputs, do_sample=False, max_new_tokens=251)
+        assert torch.equal(got, want)
+        assert [slot.capacity for slot in model._fastpath.graphs.slots] == [256]
+        gc.collect()
+    ids, cache = on_gpu(long_batch((0,) * 9, 6))["input_ids"], None
+    for _ in range(4):
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=58, do_sample=False,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        cache, ids = out.past_key_values, torch.cat([out.sequences, out.sequences[:, -3:]], 1)
+    assert ids.shape[1] == 250
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2_moe"])
+@pytest.mark.parametrize("padding", [(0, 0, 0), (0, 7, 30)], ids=str)
+def test_a_returned_cache_with_spare_rows_goes_on(family: str, padding: tuple[int, ...]) -> None:
+    """Time and again, with what an end token made a step too many of taken back where the cache can."""
+    model, inputs = new_patched("int8", family), on_gpu(long_batch(padding))
+    flags = {**SAMPLE, "return_dict_in_generate": True}
+    ends = model.generate(**inputs, **GREEDY)[:, 80].unique().tolist()
+    caches, ids, mask = [None, None], inputs["input_ids"], inputs["attention_mask"]
+    for turn in range(4):
+        out = []
+        for i, how in enumerate(({}, {"disable_compile": True})):
+            torch.manual_seed(turn)
+            out.append(
+                model.generate(ids, attention_mask=mask, past_key_values=caches[i], eos_token_id=ends, **flags, **how)
+            )
+        assert torch.equal(out[0].sequences, out[1].sequences), turn
+        caches = [each.past_key_values for each in out]
+        ids = torch.cat([out[0].sequences, out[0].sequences[:, :3].clamp(min=2)], 1)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
 
 
 def test_a_returned_cache_goes_on() -> None:

@@ -188,12 +188,11 @@ def test_unpatching_weights_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "rows", "most"), [("w4a16", 1, 7), ("w16a16", 1, 7), ("w4a16", 64, 11), ("w16a16", 64, 14)]
+    ("weights", "rows", "most"), [("w4a16", 1, 5), ("w16a16", 1, 5), ("w4a16", 64, 9), ("w16a16", 64, 12)]
 )
 def test_nodes_of_a_layer_in_a_graph(weights: str, rows: int, most: int) -> None:
-    """Of up to 16 rows six, and one where attention is split; of more: norm, product, append, attention (two), product,
-    sum and norm, product, SwiGLU, product, sum. cuBLAS adds the last sum itself, but may divide each of four products
-    in two kernels."""
+    """Of up to 16 rows five; of more: norm, product, append and attention, product, sum and norm, product, SwiGLU,
+    product, sum. cuBLAS adds the last sum itself, but may divide each of four products in two kernels."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("on other GPUs products of many rows are two kernels")
     model = patched("llama", "static", weights=weights, hidden_size=2048, head_dim=128, intermediate_size=4096)
@@ -212,15 +211,19 @@ def test_nodes_of_a_layer_in_a_graph(weights: str, rows: int, most: int) -> None
 @pytest.mark.parametrize("kv_cache", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_rows_values_do_not_depend_on_the_batch(family: str, kv_cache: str, weights: str, steps: Calls) -> None:
-    """Bit for bit, for the layers' output: the last norm and the head are torch's, whose sums' order goes by the batch.
-    The prompt is one token, so that no other product is in it."""
+    """Bit for bit from two rows on, for the layers' output: the last norm and the head are torch's, whose sums' order
+    goes by the batch. The prompt is one token, so that no other product is in it."""
     ids = torch.randint(2, 199, (16, 24), generator=torch.Generator().manual_seed(9)).to("cuda")
     model = patched(family, kv_cache, weights=weights, hidden_size=2304, intermediate_size=4224)
     model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     full = step_logits(model, ids, 1)
     assert steps
-    for rows in (slice(0, 1), slice(5, 6), slice(3, 5), slice(2, 6), slice(1, 6), slice(0, 8), slice(4, 13)):
+    for rows in (slice(3, 5), slice(2, 6), slice(1, 6), slice(0, 8), slice(4, 13)):
         assert torch.equal(step_logits(model, ids[rows], 1), full[rows])
+    for row in (0, 5):  # one row has kernels of its own, which add in another order
+        alone = step_logits(model, ids[row : row + 1], 1)
+        assert torch.equal(step_logits(model, ids[row : row + 1], 1), alone)
+        torch.testing.assert_close(alone, full[row : row + 1], rtol=0.05, atol=0.02 * full.abs().max().item())
 
 
 def test_merging_takes_no_memory() -> None:

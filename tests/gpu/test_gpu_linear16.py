@@ -9,7 +9,7 @@ import linear16_cases
 import pytest
 import torch
 from fused_cases import EPS, exact_norm
-from gpu_common import DEVICE, GPU, poison
+from gpu_common import DEVICE, GPU, graph_nodes, poison
 from kernel_cases import DTYPES, SMALLEST, assert_within, generator, shifted
 from linear16_cases import Inputs, check_linear, check_swiglu
 from tiny_models import FAMILIES, long_batch
@@ -17,7 +17,8 @@ from torch import nn
 
 from hf_fastpath import patch_model
 from hf_fastpath.modules import DecodeHead, decode_head
-from hf_fastpath.ops import linear_16bit, linear_16bit_swiglu, rms_norm
+from hf_fastpath.modules.logits_target import logits_go_to
+from hf_fastpath.ops import linear_16bit, linear_16bit_into, linear_16bit_swiglu, rms_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -202,6 +203,13 @@ def test_bad_arguments_are_refused_in_words() -> None:
     for message, args in cases:
         with pytest.raises(RuntimeError, match=message):
             linear_16bit(*args)  # type: ignore[arg-type]
+    for message, out in (
+        ("out and x must have the same dtype", residual.float()),
+        (r"out must have shape \(M, N\)", residual[:3]),
+        ("out must be contiguous", residual.T.contiguous().T),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            linear_16bit_into(x, w, None, out)
     with pytest.raises(RuntimeError, match="each a multiple of 16, got 40 in all"):
         linear_16bit_swiglu(x, w, None, None, EPS)
     with pytest.raises(RuntimeError, match="a positive multiple of 8, got 12"):
@@ -214,6 +222,29 @@ def test_of_no_rows() -> None:
     assert inputs.swiglu().shape == (0, 16)
     assert inputs.norm_weight is not None
     assert rms_norm(inputs.x, inputs.norm_weight, EPS).shape == (0, 64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64])
+def test_a_head_writes_where_it_is_told(rows: int, bias: bool) -> None:
+    """The bits that it returns otherwise, in as many kernels, and nothing behind them."""
+    torch.manual_seed(rows)
+    head = nn.Linear(512, 3001, bias=bias, device=DEVICE, dtype=torch.bfloat16)
+    head.__class__ = DecodeHead
+    x = torch.randn(rows, 1, 512, device=DEVICE).bfloat16()
+    buffer = torch.full((rows + 2, 3001), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+
+    def into() -> torch.Tensor:
+        with logits_go_to(buffer[:rows]):
+            return head(x)
+
+    with torch.inference_mode():
+        expected, out = head(x), into()
+        assert out.data_ptr() == buffer.data_ptr()
+        assert out.shape == expected.shape
+        assert torch.equal(out, expected)
+        assert buffer[rows:].isnan().all()
+        assert graph_nodes(into) == graph_nodes(lambda: head(x))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])

@@ -83,7 +83,7 @@ def test_logits_on_cuda_agree_with_float32_on_the_same_weights(dtype: Any, shape
 
 def test_decoding_runs_in_the_kernels(count_calls: Callable[..., Any], padded: Any) -> None:
     model = patch_model(cuda_llama(), progress=False)
-    products, decodes = count_calls(w4a16_linear, "w4a16_linear"), count_calls(int8, "attn_decode_int8")
+    products, decodes = count_calls(w4a16_linear, "w4a16_linear"), count_calls(int8, "attn_step_int8")
     steps, expansions = count_calls(DecoderStep, "__call__"), count_calls(int8, "kv_int8_dequantize")
     generate(model, padded, do_sample=False, disable_compile=True)  # in a graph, a call is not seen
     assert len(decodes) == len(steps) == 2 * 11

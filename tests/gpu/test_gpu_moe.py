@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu_common import GPU, poison, randn
 from kernel_cases import DTYPES, generator, shifted
-from moe_cases import Mixture, check_experts, check_norm, check_router, make_mixture
+from moe_cases import Mixture, check_experts, check_norm, check_router, check_rows, make_mixture
 
 from hf_fastpath.ops import moe_experts, moe_norm_router, moe_router
 from hf_fastpath.ops.moe_experts import VARIANTS, moe_experts_reference
@@ -26,6 +26,8 @@ SHAPES = [  # rows, top_k, experts, experts in use, hidden and intermediate, gro
     (16, 8, 9, None, (192, 64), (64, 64), False),
     (64, 4, 12, None, (2048, 1792), (128, 128), True),  # more pairs than a round of the second kernel has
     (45, 4, 5, None, (512, 256), (128, 64), True),
+    (2, 16, 17, None, (384, 1152), (64, 32), True),  # a row alone: as many experts as its kernels take
+    (2, 17, 18, None, (384, 1152), (128, 128), False),  # and one more
 ]
 MANY = [
     (200, 2, 5, 3, (96, 160), (32, 32), True),
@@ -53,8 +55,8 @@ def test_a_few_rows(shape: tuple, dtype: torch.dtype) -> None:  # type: ignore[t
     full = run_poisoned(mixture)
     check_experts(mixture, full, VARIANTS[0])
     for m in range(1, rows, 1 if rows <= 16 else 7):
-        assert torch.equal(run_poisoned(mixture.rows(slice(0, m))), full[:m])
-        assert torch.equal(run_poisoned(mixture.rows(slice(m, m + 1))), full[m : m + 1])
+        for part in (slice(0, m), slice(m, m + 1)):
+            check_rows(mixture.rows(part), run_poisoned(mixture.rows(part)), full[part], VARIANTS[0])
 
 
 @pytest.mark.parametrize("variant", range(len(VARIANTS)), ids=lambda i: VARIANTS[i].name)

@@ -29,6 +29,8 @@ def test_replayed_and_profiled(make: Any, how: dict[str, Any]) -> None:
     attention_layers = kinds.count("full_attention")
     assert {"product", "attention", "append", "head", "choice"} <= set(found)
     assert sum(row["nodes"] for row in found["append"]) == attention_layers
+    assert sum(row["nodes"] for row in found["angles"]) == 1
+    assert not [row["kernel"] for row in rows if "emcpy" in row["kernel"]]  # the head writes where the choice reads
     assert sum(row["nodes"] for row in found["attention"]) >= attention_layers
     assert rows[0]["wall_us"] > rows[0]["idle_us"] >= 0
     assert replay.rate(2, at_most=8) > 0

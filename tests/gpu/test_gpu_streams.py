@@ -42,7 +42,7 @@ class Step:
         self.k_data, self.v_data = (torch.zeros(*shape, 64, dtype=torch.int8, device=device) for _ in range(2))
         self.k_scale, self.v_scale = (torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(2))
         self.cache = (self.k_data, self.k_scale, self.v_data, self.v_scale)
-        self.lengths = torch.full((2, 2), 600, dtype=torch.int32, device=device)
+        self.tickets = torch.zeros(4, dtype=torch.int32, device=device)
         prompt = randn(rng, 2, 2, 599, 64, dtype=dtype).to(device)
         self.lengths = torch.zeros(2, 2, dtype=torch.int32, device=device)
         self.append(prompt, prompt, 0)
@@ -52,7 +52,7 @@ class Step:
         kv_int8_append(key, value, (self.k_data, self.k_scale, self.v_data, self.v_scale, self.lengths))
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
-        return attn_decode_int8(query, (*self.cache, self.lengths), None, 0.125)
+        return attn_decode_int8(query, (*self.cache, self.lengths), None, 0.125, tickets=self.tickets)
 
     def run(self) -> list[torch.Tensor]:
         y = w4a16_linear(self.x, self.qweight, self.scales, None, None, 256, 128)
@@ -146,7 +146,7 @@ def test_opcheck() -> None:
         (ops.w4a16_dequantize.default, (step.qweight, step.scales, None, 512, 256, 128)),
         (
             ops.attn_decode_int8.default,
-            (step.x.view(2, 8, 64), *step.cache, step.lengths, None, 0.125, 0, 0.0, None),
+            (step.x.view(2, 8, 64), *step.cache, step.lengths, step.tickets, None, 0.125, 0, 0.0, None),
         ),
     ]
     for op, args in checks:
