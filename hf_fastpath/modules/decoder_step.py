@@ -4,8 +4,8 @@ norm, query, key and value | the heads' norms, RoPE, rotation, quantization, app
 output and residual | norm, gate, up and SwiGLU | down and residual.
 
 Over the caches fp8, int4 and h2o attention is apart from what is before it. Each is a kernel; with more than four rows
-a norm is one of its own. For more rows, and for weights in 16 bits, norms and residuals are apart from the products, the
-first residual being one with the second norm, and so is SwiGLU but for int4 products of up to 64 rows on compute
+a norm is one of its own. For more rows, and for weights in 16 bits, norms and residuals are apart from the products,
+the first residual being one with the second norm, and so is SwiGLU but for int4 products of up to 64 rows on compute
 capability 9.0. Prompts run so too, but for attention, which is what the cache and transformers make of it.
 """
 
