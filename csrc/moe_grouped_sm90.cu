@@ -84,8 +84,9 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
         }
       }
     };
-    consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty,
-                                             params.gemm.zeros != nullptr, schedule, cta, warp, lane, store_tile);
+    consume<T, kGroup, kTokenTiles, kStages, false>(acc, shared.stages, shared.full, shared.empty,
+                                                    params.gemm.zeros != nullptr, schedule, cta, warp, lane,
+                                                    store_tile);
   }
 #else
   __trap();  // launch_product() refuses before

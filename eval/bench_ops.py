@@ -3,11 +3,12 @@
 Each measurement captures a CUDA graph of enough calls on different inputs to read far more than the L2 holds, replays
 it, and divides each replay's time by its calls. Columns of the CSV, one row a measurement:
 
-op            linear (few rows), gemm, short_conv or conv_projection
+op            linear (few rows), gemm, gemm_swiglu, short_conv or conv_projection
 impl          linear: hf_fastpath_int4, tinygemm_int4, cublas_bf16; gemm: each variant of w4a16_gemm that the GPU runs,
               dequantize_cublas (the weight expanded to 16 bits in every call), cublas_bf16; short_conv: hf_fastpath,
               torch (the reference: a dozen operations), a step of m rows where k is 1, else m prompts of k tokens;
-              conv_projection, a step's norm, projection to B, C and x, and convolution: one_op, two_ops
+              gemm_swiglu, gate and up together, n of both, in each variant of w4a16_gemm that has it: one_op_...,
+              two_ops_...; conv_projection, a step's norm, projection to B, C and x, and convolution: one_op, two_ops
 m, k, n       rows of x, in and out features; of short_conv rows, tokens of each and channels
 bytes         what one call must move: each input read once, each output written once
 us_p20, us_p50, us_p80   microseconds a call, over the replays
@@ -34,12 +35,14 @@ import torch.nn.functional as F
 
 from hf_fastpath.build import load_library
 from hf_fastpath.eval.sizes import parse_rows, parse_shapes
-from hf_fastpath.heuristics import w4a16_gemm_runs_on
+from hf_fastpath.heuristics import w4a16_gemm_runs_on, w4a16_gemm_swiglu_has
 from hf_fastpath.ops import (
     short_conv_prefill,
     short_conv_step,
+    swiglu,
     w4a16_dequantize,
     w4a16_gemm,
+    w4a16_gemm_swiglu,
     w4a16_linear,
     w4a16_linear_fused,
     w4a16_short_conv,
@@ -62,6 +65,7 @@ LINEAR_SHAPES = [  # (K, N): the projections of Llama-3.1-8B and LFM2
 ]
 LINEAR_ROWS = (1, 16)
 GEMM_ROWS = (32, 64, 128, 512, 2048, 8192)
+SWIGLU_ROWS = (24, 32, 48, 64)
 CONV_SIZES = [(1, 1), (16, 1), (64, 1), (1, 512), (1, 8192), (16, 512)]  # rows, tokens of each
 CONV_CHANNELS, CONV_TAPS = 2048, 3  # of LFM2
 GROUP = 128
@@ -193,6 +197,27 @@ def gemm_rows(wanted: Wanted) -> Iterator[Row]:
                 yield result("gemm", impl, {"m": m, "k": k, "n": n}, moved + 2 * m * (k + n), partial(make, x, k, n))
 
 
+def gemm_swiglu_call(variant: int, one_op: bool, x: torch.Tensor, k: int, n: int) -> Call:
+    q, scales = int4_weight(k, n)
+    if one_op:
+        return lambda: w4a16_gemm_swiglu(x, q, scales, None, None, n // 2, GROUP, variant)
+    return lambda: swiglu(w4a16_gemm(x, q, scales, None, None, n, GROUP, variant))
+
+
+def gemm_swiglu_rows(wanted: Wanted) -> Iterator[Row]:
+    capability = torch.cuda.get_device_capability()
+    fitting = [i for i in range(len(VARIANTS)) if w4a16_gemm_swiglu_has(i) and w4a16_gemm_runs_on(i, capability)]
+    for k, n in wanted.shapes:
+        for m in wanted.rows or SWIGLU_ROWS:
+            x, moved = bf16(m, k), n * k // 2 + 2 * (n * k // GROUP) + m * (2 * k + n)
+            for variant in fitting:
+                for name in ("one_op", "two_ops"):
+                    impl = f"{name}_{VARIANTS[variant].name}"
+                    if wanted.has(impl):
+                        make = partial(gemm_swiglu_call, variant, name == "one_op", x, k, n)
+                        yield result("gemm_swiglu", impl, {"m": m, "k": k, "n": n}, moved, make)
+
+
 def short_conv_call(rows: int, tokens: int, reference: bool) -> Call:
     bcx, weight = bf16(rows, tokens, 3 * CONV_CHANNELS), bf16(CONV_CHANNELS, CONV_TAPS)
     state = bf16(rows, CONV_CHANNELS, CONV_TAPS)
@@ -239,6 +264,7 @@ PARTS = {
     "short_conv": short_conv_rows,
     "linear": linear_rows,
     "gemm": gemm_rows,
+    "gemm_swiglu": gemm_swiglu_rows,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,13 @@ def make_weight(
         group,
         target,
     )
+
+
+def with_far_scales(weight: Weight, rng: torch.Generator) -> Weight:
+    """The same weight with scales that differ by powers of two, as far as no weight is subnormal or infinite."""
+    low, high = (-8, 6) if weight.scales.dtype is torch.float16 else (-60, 20)
+    powers = torch.randint(low, high, weight.scales.shape, generator=rng).to(weight.scales.device)
+    return dataclasses.replace(weight, scales=torch.ldexp(weight.scales, powers).to(weight.scales.dtype))
 
 
 def shifted(x: torch.Tensor, *, offset: int = 1, extra: int = 3) -> torch.Tensor:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
-import kernel_cases
 import pytest
 import torch
 from emulated_ops import EmulatedOps
 from emulator import needs_emulator
-from kernel_cases import DTYPES, Target, Weight, check_gemm, generator, shifted
+from kernel_cases import (
+    DTYPES,
+    Target,
+    Weight,
+    check_gemm,
+    generator,
+    make_weight,
+    shifted,
+    with_far_scales,
+)
 
 from hf_fastpath.ops.w4a16_gemm import VARIANTS
 
@@ -36,7 +44,7 @@ def make(
     m: int, n: int, k: int, group: int, dtype: torch.dtype, with_zeros: bool
 ) -> tuple[Weight, torch.Tensor, torch.Tensor]:
     rng = generator(m, n, k, group, with_zeros, DTYPES.index(dtype))
-    weight = kernel_cases.make_weight(Target("cpu", EmulatedOps()), rng, n, k, group, dtype, with_zeros=with_zeros)
+    weight = make_weight(Target("cpu", EmulatedOps()), rng, n, k, group, dtype, with_zeros=with_zeros)
     return weight, torch.randn(m, k, generator=rng).to(dtype), torch.randn(n, generator=rng).to(dtype)
 
 
@@ -78,6 +86,19 @@ def test_a_residual_is_added_before_rounding(m: int, n: int, k: int, group: int,
     check_gemm(x, weight, bias, out, VARIANTS[variant], residual)
     apart = weight.gemm(x, variant, bias) + residual  # rounded twice
     assert not torch.equal(out, apart)
+
+
+@ALL_VARIANTS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_zeros", [False, True], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_weights_are_those_of_dequantize(group: int, with_zeros: bool, dtype: torch.dtype, variant: int) -> None:
+    """Bit by bit: rows of x that pick a column each. Every nibble meets every row of a packed tile."""
+    rng = generator(group, with_zeros)
+    weight = make_weight(Target("cpu", EmulatedOps()), rng, 48, 128, group, dtype, with_zeros=with_zeros)
+    weight = with_far_scales(weight, rng)
+    columns = torch.eye(128, dtype=dtype)
+    assert torch.equal(weight.gemm(columns, variant).T, weight.dequantize())
 
 
 @ALL_VARIANTS

@@ -49,6 +49,13 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// a * b + c of pairs of bf16, rounded once; subnormal numbers are numbers.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // ---- registers ------------------------------------------------------------------------------------------------------
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {

@@ -43,7 +43,7 @@ struct Shared {
   uint64_t full[kStages], empty[kStages], drained;
 };
 
-template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm, typename Schedule>
+template <typename T, int kGroup, int kTokenTiles, int kStages, int kCtasPerSm, bool kSymmetric, typename Schedule>
 __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
     w4a16_gemm_sm90_kernel(const __grid_constant__ Sm90Params<T, Schedule> params) {
 #ifdef HF_FASTPATH_SM90A
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(kSm90Threads<kCtasPerSm>, kCtasPerSm)
         store_fragments(sums, params.gemm, place, thread);
       }
     };
-    consume<T, kGroup, kTokenTiles, kStages>(acc, shared.stages, shared.full, shared.empty,
-                                             params.gemm.zeros != nullptr, params.schedule, cta, warp, lane,
-                                             store_tile);
+    consume<T, kGroup, kTokenTiles, kStages, kSymmetric>(acc, shared.stages, shared.full, shared.empty,
+                                                         params.gemm.zeros != nullptr, params.schedule, cta, warp, lane,
+                                                         store_tile);
     if (Memory::kHasOutput && thread % 128 == 0) tensor_stores_read();  // before the buffer is gone
     if (!whole) {
       store_sum_of_cluster(acc, reinterpret_cast<float4*>(shared.stages), &shared.drained, params, cta, thread);
@@ -138,7 +138,11 @@ cudaError_t launch_sm90_variant(const W4A16GemmArgs& a, int sm_count, cudaStream
   static_assert(kBytes <= (v.ctas_per_sm == 1 ? 227 : 113) * 1024);
   // Half the registers of a multiprocessor do not hold the sums of 64 tokens and twice the scales besides.
   constexpr int kCtasPerSm = kGroup == 32 && v.token_tiles == 8 ? 1 : v.ctas_per_sm;
-  const auto kernel = w4a16_gemm_sm90_kernel<T, kGroup, v.token_tiles, v.stages, kCtasPerSm, Schedule>;
+  constexpr bool kCanBeSymmetric = std::is_same_v<T, __nv_bfloat16>;
+  auto kernel = w4a16_gemm_sm90_kernel<T, kGroup, v.token_tiles, v.stages, kCtasPerSm, false, Schedule>;
+  if constexpr (kCanBeSymmetric) {
+    if (!a.zeros) kernel = w4a16_gemm_sm90_kernel<T, kGroup, v.token_tiles, v.stages, kCtasPerSm, true, Schedule>;
+  }
   if (!is_for_this_gpu(kernel)) return cudaErrorNoKernelImageForDevice;
   Sm90Params<T, Schedule> params = {};
   const cudaError_t error = make_params<T, kGroup, v.token_tiles>(params, a, sm_count);

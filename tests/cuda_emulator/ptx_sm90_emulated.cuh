@@ -68,6 +68,16 @@ inline uint64_t wgmma_descriptor(const void* buffer) {
   const uint64_t address = offset + cuda_emulator::kSharedWindow;
   return address >> 4 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
+// Float holds the exact results that its callers want: of a product of 16 bits and a sum near it.
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const auto half = [&](uint32_t pair) { return cuda_emulator::bf16_to_float(pair >> shift & 0xffff); };
+    const __nv_bfloat16 sum = __float2bfloat16_rn(std::fmaf(half(a), half(b), half(c)));
+    d |= uint32_t{__bfloat16_as_ushort(sum)} << shift;
+  }
+  return d;
+}
 inline void wgmma_fence(EMULATED_SITE) {
   cuda_emulator::wgmma_fence({file, line});
 }

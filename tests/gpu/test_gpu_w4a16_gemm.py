@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_common import DEVICE, make_weight, poison, randn
-from kernel_cases import DTYPES, check_gemm, generator, shifted
+from kernel_cases import DTYPES, check_gemm, generator, shifted, with_far_scales
 
 from hf_fastpath.heuristics import w4a16_gemm_runs_on
 from hf_fastpath.ops import w4a16_gemm
@@ -72,6 +72,19 @@ def test_a_residual_is_added_before_rounding(m: int, n: int, k: int, group: int,
     out = weight.gemm(x, variant, bias, residual)
     check_gemm(x, weight, bias, out, VARIANTS[variant], residual)
     assert not torch.equal(out, weight.gemm(x, variant, bias) + residual)
+
+
+@ALL_VARIANTS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_zeros", [False, True], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_weights_are_those_of_dequantize(group: int, with_zeros: bool, dtype: torch.dtype, variant: int) -> None:
+    """Bit by bit: rows of x that pick a column each. Every nibble meets every row of a packed tile."""
+    rng = generator(group, with_zeros)
+    weight = make_weight(rng, 272, 256, group, dtype, with_zeros=with_zeros)
+    weight = with_far_scales(weight, rng)
+    columns = torch.eye(256, dtype=dtype, device=DEVICE)
+    assert torch.equal(weight.gemm(columns, variant).T, weight.dequantize())
 
 
 @ALL_VARIANTS
