@@ -22,7 +22,7 @@ cudaError_t launch_attn_decode_int8(const AttnDecodeArgs& args, Dtype dtype, cud
 
 cudaError_t launch_attn_step_int8(const AttnDecodeArgs& args, const KvNewTokens& tokens, const KvInt8Storage& storage,
                                   Dtype dtype, cudaStream_t stream) {
-  if (attn::step_fits(args, tokens)) {
+  if (attn::step_fits(args, tokens) && attn::has_few_parts_for<Int8>(args)) {
     return attn::launch_step_for<Int8, kv::Int8>(args, tokens, storage, dtype, stream);
   }
   const cudaError_t error = launch_kv_int8_append(tokens, storage, dtype, stream);

@@ -21,7 +21,7 @@ cudaError_t launch_attn_decode_static(const AttnDecodeArgs& args, Dtype dtype, c
 
 cudaError_t launch_attn_step_static(const AttnDecodeArgs& args, const KvNewTokens& tokens,
                                     const KvStaticStorage& storage, Dtype dtype, cudaStream_t stream) {
-  if (attn::step_fits(args, tokens)) {
+  if (attn::step_fits(args, tokens) && attn::has_few_parts_for<Static>(args)) {
     return attn::launch_step_for<Static, kv::Plain>(args, tokens, storage, dtype, stream);
   }
   const cudaError_t error = launch_kv_static_append(tokens, storage, dtype, stream);

@@ -48,8 +48,8 @@ struct Params {
   __host__ __device__ int padded_experts() const { return (expert_count + 15) / 16 * 16; }
 };
 
-// A CTA's shared memory: [warp][expert][row] of a warp's sums, [expert][row] of the CTA's, and of the logits; chosen
-// experts of each row; 1 / rms of each row, for the norm.
+// A CTA's shared memory: [warp][expert][row] of a warp's sums; [CTA][expert][row] of the cluster's, in the first one;
+// [expert][row] of the logits; chosen experts of each row; 1 / rms of each row, for the norm.
 struct Memory {
   float4* parts;
   float4* sums;
@@ -57,13 +57,13 @@ struct Memory {
   int* chosen;
   float* inverse;
 
-  static __host__ __device__ int bytes(int padded) {
-    return padded * kRows * 4 * (kWarps + 2) + kRows * padded * 4 + kRows * 4;
+  static __host__ __device__ int bytes(int padded, int ctas) {
+    return padded * kRows * 4 * (kWarps + ctas + 1) + kRows * padded * 4 + kRows * 4;
   }
-  __device__ __forceinline__ explicit Memory(int padded) {
+  __device__ __forceinline__ Memory(int padded, int ctas) {
     parts = reinterpret_cast<float4*>(dynamic_shared());
     sums = parts + kWarps * padded * kRows / 4;
-    logits = reinterpret_cast<float*>(sums + padded * kRows / 4);
+    logits = reinterpret_cast<float*>(sums + ctas * padded * kRows / 4);
     chosen = reinterpret_cast<int*>(logits + padded * kRows);
     inverse = reinterpret_cast<float*>(chosen + padded * kRows);
   }
@@ -255,12 +255,19 @@ __device__ __forceinline__ void wait_for_sums() {
     __syncthreads();
   }
 }
+
+// Puts a CTA's sums where the first one of the cluster finds them.
 template <int kCtas>
-__device__ __forceinline__ void wait_for_readers() {
-  if constexpr (kCtas > 1) {
-    cluster_barrier_of_readers();
-  } else {
-    __syncthreads();
+__device__ __forceinline__ void send_sums(const Memory& memory, int quads, int rank) {
+  for (int i = threadIdx.x; i < quads; i += kThreads) {
+    float4 sum = memory.parts[i];
+#pragma unroll
+    for (int part = 1; part < kWarps; ++part) add(sum, memory.parts[part * quads + i]);
+    if constexpr (kCtas > 1) {
+      store_to_cluster(memory.sums + rank * quads + i, 0, sum);
+    } else {
+      memory.sums[i] = sum;
+    }
   }
 }
 
@@ -269,10 +276,8 @@ template <typename T, int kCtas>
 __device__ __forceinline__ void add_sums(const Memory& memory, int padded) {
   for (int i = threadIdx.x; i < padded * kRows / 4; i += kThreads) {
     float4 sum = memory.sums[i];
-    if constexpr (kCtas > 1) {
 #pragma unroll
-      for (int other = 1; other < kCtas; ++other) add(sum, load_from_cluster(memory.sums + i, other));
-    }
+    for (int other = 1; other < kCtas; ++other) add(sum, memory.sums[other * (padded * kRows / 4) + i]);
     const int expert = i / 2, row = i % 2 * 4;
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -284,7 +289,8 @@ template <typename T, int kCtas>
 __device__ __forceinline__ void route(const Params<T>& p) {
   const int padded = p.padded_experts(), quads = padded * kRows / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = blockIdx.x % kCtas, clusters = gridDim.x / kCtas;
-  const Memory memory(padded);
+  const Memory memory(padded, kCtas);
+  if constexpr (kCtas > 1) cluster_arrive();
   const Share share(p.hidden, rank, kCtas);
   for (int e = lane; e < p.expert_count; e += 32) {
     for (int step = share.first; step < share.end; ++step) {
@@ -304,12 +310,8 @@ __device__ __forceinline__ void route(const Params<T>& p) {
     }
     multiply(p, memory, share, first, early, raw_x);
     __syncthreads();
-    for (int i = threadIdx.x; i < quads; i += kThreads) {
-      float4 sum = memory.parts[i];
-#pragma unroll
-      for (int part = 1; part < kWarps; ++part) add(sum, memory.parts[part * quads + i]);
-      memory.sums[i] = sum;
-    }
+    if constexpr (kCtas > 1) cluster_wait();  // the first CTA has begun, and has read the last rows' sums
+    send_sums<kCtas>(memory, quads, rank);
     wait_for_sums<kCtas>();
     if (rank == 0) {
       add_sums<T, kCtas>(memory, padded);
@@ -323,7 +325,9 @@ __device__ __forceinline__ void route(const Params<T>& p) {
                lane);
       }
     }
-    wait_for_readers<kCtas>();
+    if (first + clusters * kRows >= p.rows) break;
+    __syncthreads();
+    if constexpr (kCtas > 1) cluster_arrive();
   }
 }
 
@@ -354,7 +358,8 @@ cudaError_t launch(const MoeRouterArgs& a, const void* norm_weight, float norm_e
                        static_cast<const T*>(norm_weight),
                        norm_eps,
                        static_cast<T*>(normalized)};
-  const int bytes = Memory::bytes(p.padded_experts()), blocks = (a.rows + kRows - 1) / kRows;
+  const int ctas = has_early_launch() ? kClusterSize : 1;
+  const int bytes = Memory::bytes(p.padded_experts(), ctas), blocks = (a.rows + kRows - 1) / kRows;
   if (has_early_launch()) {
     const int clusters = std::min(blocks, std::max(1, 2 * sm_count / kClusterSize));
     return launch_kernel_in_clusters(moe_router_kernel<T, kClusterSize>, clusters * kClusterSize, kThreads,

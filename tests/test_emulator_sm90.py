@@ -97,15 +97,29 @@ def test_stores_of_boxes_read_as_late_as_they_may() -> None:
     assert not torch.equal(out, source.T)
 
 
-def cluster(fault: int, ctas: int = 6, size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def cluster(fault: int, ctas: int = 6, size: int = 3, way: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     source = torch.arange(ctas * 256, dtype=torch.float32)
-    return source, run("run_cluster", source, ctas, size, fault, out=torch.empty_like(source))
+    return source, run(f"run_cluster{way}", source, ctas, size, fault, out=torch.empty_like(source))
 
 
+@pytest.mark.parametrize("way", ["", "_store"])
 @pytest.mark.parametrize(("ctas", "size"), [(6, 3), (8, 8), (2, 1)])
-def test_a_cluster_reads_its_neighbours(ctas: int, size: int) -> None:
-    source, out = cluster(0, ctas, size)
+def test_a_cluster_reads_its_neighbours(ctas: int, size: int, way: str) -> None:
+    """Or they write to it."""
+    source, out = cluster(0, ctas, size, way)
     assert torch.equal(out, source)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, "race: .* dynamic shared memory|which nobody wrote"),
+        (3, "of CTA 2: names rank 3 of a cluster of 3 at faults_sm90.cu"),
+    ],
+)
+def test_a_broken_store_in_a_cluster_is_noticed(fault: int, message: str) -> None:
+    with pytest.raises(KernelFault, match=message):
+        cluster(fault, way="_store")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@
 // long as both operands agree, so codes are read 16 bytes a lane and never rearranged. Every warp has a ring of tiles
 // in shared memory of its own, which it fills and empties without meeting the other warps.
 //
-// The CTAs' parts go through the scratch, and the CTA that is the last to be done adds them: a second kernel would cost
-// a launch, clusters were no faster than that, and much slower in batches: CTAs that wait for each other take room.
+// The CTAs' parts go through the scratch. Where they are few, the CTA that is the last to be done adds them: a second
+// kernel would cost a launch, clusters were no faster than that, and much slower in batches: CTAs that wait for each
+// other take room. Many are added by a kernel of their own, from compute capability 9.0 on there when they are done.
 //
 // A format F (format_*.cuh) has T, the tile's shape, Query, State, and: copy() a tile to shared memory, prefetch() it
 // to the L2, scores(), add_values().
@@ -18,28 +19,10 @@
 #include <mutex>
 
 #include "../common/launch.cuh"
-#include "combine.cuh"
+#include "combine_apart.cuh"
 #include "format_16bit.cuh"
 
 namespace hf_fastpath::attn {
-
-// The CTA's place: which heads of which row.
-struct Place {
-  int kv_head, group, head_count;
-  // pair: row and KV head; first_head: of the whole batch; parts: the first one
-  int64_t batch, pair, first_head, parts;
-
-  __device__ __forceinline__ explicit Place(const Params& p) {
-    const int ratio = p.a.heads / p.a.kv_heads;
-    group = static_cast<int>(blockIdx.y) % p.groups;
-    kv_head = static_cast<int>(blockIdx.y) / p.groups;
-    batch = blockIdx.z;
-    pair = batch * p.a.kv_heads + kv_head;
-    head_count = min(kHeadsPerCta, ratio - group * kHeadsPerCta);
-    first_head = batch * p.a.heads + kv_head * ratio + group * kHeadsPerCta;
-    parts = (batch * gridDim.y + blockIdx.y) * p.splits;
-  }
-};
 
 // Whether a token, or the token in a slot, may be attended, from the row's mask.
 template <typename F>
@@ -301,7 +284,8 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
       state, format, p, place, w, static_cast<const typename F::T*>(p.a.query) + place.first_head * p.a.dim, 0,
       [](unsigned char*, int) {}, warp, lane);
   share_part(state, format, p, place, w, warp, lane);
-  if (w.splits > 1 && is_last_cta<F>(p.a.tickets + place.pair, w.splits * p.groups)) add_parts_of_pair<F>(p, place, w);
+  if (w.splits == 1 || p.splits > kPartsAtOnce) return;
+  if (is_last_cta<F>(p.a.tickets + place.pair, w.splits * p.groups)) add_parts_of_pair<F>(p, place, w);
 }
 
 // What has_sm90_code() has found out: of a kernel on a GPU.
@@ -347,9 +331,14 @@ cudaError_t launch(const AttnDecodeArgs& a, cudaStream_t stream) {
   const Params p = make_params<F>(a);
   const dim3 grid(p.splits, a.kv_heads * p.groups, a.batch);
   constexpr int kThreads = 32 * F::Tuning::kWarps, kBytes = Shared<F>::kBytes;
-  const auto kernel = attn_decode_kernel<F>;
-  if (has_sm90_code<F>()) return launch_kernel_early(kernel, grid, kThreads, kBytes, stream, p);
-  return launch_kernel_with_shared(kernel, grid, kThreads, kBytes, stream, p);
+  const bool early = has_sm90_code<F>();
+  const cudaError_t error = early ? launch_kernel_early(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p)
+                                  : launch_kernel_with_shared(attn_decode_kernel<F>, grid, kThreads, kBytes, stream, p);
+  if (error != cudaSuccess || p.splits <= kPartsAtOnce) return error;
+  const int quads = std::min(a.heads / a.kv_heads, kHeadsPerCta) * a.dim / 4;
+  const dim3 combine_grid((quads + kQuadsPerCombineCta - 1) / kQuadsPerCombineCta, grid.y, grid.z);
+  if (early) return launch_kernel_early(attn_combine_kernel<F>, combine_grid, kCombineThreads, 0, stream, p);
+  return launch_kernel(attn_combine_kernel<F>, combine_grid, kCombineThreads, stream, p);
 }
 
 // launch() of the format Of<T, padded head dimension, whether that is the head dimension>::Format.
@@ -365,7 +354,13 @@ cudaError_t launch_for(const AttnDecodeArgs& a, Dtype dtype, cudaStream_t stream
   if (dtype == Dtype::kFloat16) return launch_for_dim<Of, __half>(a, stream);
   return launch_for_dim<Of, __nv_bfloat16>(a, stream);
 }
-// The same for every dtype.
+// The same for every dtype; and whether the parts are so few that a CTA adds them.
+template <template <typename, int, bool> typename Of>
+bool has_few_parts_for(const AttnDecodeArgs& a) {
+  if (a.dim == 64) return max_splits<typename Of<__half, 64, true>::Format>(a) <= kPartsAtOnce;
+  if (a.dim <= 128) return max_splits<typename Of<__half, 128, true>::Format>(a) <= kPartsAtOnce;
+  return max_splits<typename Of<__half, 256, false>::Format>(a) <= kPartsAtOnce;
+}
 template <template <typename, int, bool> typename Of>
 int64_t scratch_floats_for(const AttnDecodeArgs& a) {
   if (a.dim == 64) return scratch_floats<typename Of<__half, 64, true>::Format>(a);

@@ -29,6 +29,24 @@ struct Params {
   int groups;  // of up to 8 query heads that read a KV head
 };
 
+// The CTA's place: which heads of which row.
+struct Place {
+  int kv_head, group, head_count;
+  // pair: row and KV head; first_head: of the whole batch; parts: the first one
+  int64_t batch, pair, first_head, parts;
+
+  __device__ __forceinline__ explicit Place(const Params& p) {
+    const int ratio = p.a.heads / p.a.kv_heads;
+    group = static_cast<int>(blockIdx.y) % p.groups;
+    kv_head = static_cast<int>(blockIdx.y) / p.groups;
+    batch = blockIdx.z;
+    pair = batch * p.a.kv_heads + kv_head;
+    head_count = min(kHeadsPerCta, ratio - group * kHeadsPerCta);
+    first_head = batch * p.a.heads + kv_head * ratio + group * kHeadsPerCta;
+    parts = (batch * gridDim.y + blockIdx.y) * p.splits;
+  }
+};
+
 template <typename Tuning>
 __host__ __device__ inline int splits_of(int items) {
   const auto splits = [items](int each, int most) {

@@ -361,6 +361,21 @@ __device__ __forceinline__ void cluster_barrier() {
 __device__ __forceinline__ void cluster_barrier_of_readers() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Its halves: this thread has come, and now waits for all others. Nothing becomes visible by it.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Writes to the shared memory of another CTA of the cluster, where `own` is in this one's. That CTA must have begun.
+__device__ __forceinline__ void store_to_cluster(float4* own, int rank, const float4& value) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y),
+               "f"(value.z), "f"(value.w)
+               : "memory");
+}
 // Reads the shared memory of another CTA of the cluster, where `own` is in this one's. That CTA must not have ended.
 __device__ __forceinline__ float4 load_from_cluster(const float4* own, int rank) {
   uint32_t address;

@@ -156,6 +156,19 @@ __global__ void cluster_kernel(const float4* in, float4* out, int cluster_size, 
   if (fault != kEndTooEarly) cluster_barrier();
 }
 
+// The same, where each CTA puts what it has loaded where the next one finds it.
+__global__ void cluster_store_kernel(const float4* in, float4* out, int cluster_size, int fault) {
+  float4* own = reinterpret_cast<float4*>(dynamic_shared()) + threadIdx.x;
+  const int rank = blockIdx.x % cluster_size, next = (rank + 1) % cluster_size;
+  cluster_arrive();
+  const float4 value = in[blockIdx.x * blockDim.x + threadIdx.x];
+  cluster_wait();
+  store_to_cluster(own, fault == kNoSuchRank ? rank + 1 : next, value);
+  if (fault != kReadTooEarly) cluster_barrier();
+  const int before = (rank + cluster_size - 1) % cluster_size;
+  out[(blockIdx.x - rank + before) * blockDim.x + threadIdx.x] = *own;
+}
+
 }  // namespace
 }  // namespace hf_fastpath
 
@@ -176,5 +189,9 @@ EXPORT int run_box(const void* in, void* out, int rows, int cols, int fault) {
 }
 EXPORT int run_cluster(const void* in, void* out, int ctas, int cluster_size, int fault) {
   return launch_kernel_in_clusters(cluster_kernel, ctas, 64, cluster_size, 64 * 16, nullptr,
+                                   static_cast<const float4*>(in), static_cast<float4*>(out), cluster_size, fault);
+}
+EXPORT int run_cluster_store(const void* in, void* out, int ctas, int cluster_size, int fault) {
+  return launch_kernel_in_clusters(cluster_store_kernel, ctas, 64, cluster_size, 64 * 16, nullptr,
                                    static_cast<const float4*>(in), static_cast<float4*>(out), cluster_size, fault);
 }

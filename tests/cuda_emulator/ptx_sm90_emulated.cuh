@@ -133,6 +133,13 @@ inline void cluster_barrier(EMULATED_SITE) {
 inline void cluster_barrier_of_readers(EMULATED_SITE) {
   cuda_emulator::cluster_barrier({file, line});
 }
+inline void cluster_arrive() {}
+inline void cluster_wait(EMULATED_SITE) {
+  cuda_emulator::cluster_barrier({file, line});
+}
+inline void store_to_cluster(float4* own, int rank, const float4& value, EMULATED_SITE) {
+  *static_cast<float4*>(const_cast<void*>(cuda_emulator::in_cluster(own, rank, {file, line}))) = value;
+}
 inline float4 load_from_cluster(const float4* own, int rank, EMULATED_SITE) {
   return *static_cast<const float4*>(cuda_emulator::in_cluster(own, rank, {file, line}));
 }
