@@ -13,9 +13,12 @@ namespace hf_fastpath::linear {
 
 constexpr int kOneRowWarps = kWarpsOfRow, kOneRowThreads = 32 * kOneRowWarps;
 constexpr int kOneRowStages = 5;
-// Units that a warp asks for before x is there. More would be in x's way where the kernel before this one has just
-// ended.
+// How many of its units a warp asks for before x is there: not all, which would be in x's way where the kernel before
+// this one has just ended.
 constexpr int kEarlyUnits = 3;
+__device__ __forceinline__ int early_units(int units) {
+  return max(1, min(kEarlyUnits, units - 1));
+}
 constexpr int kMostBlocks = 8;  // whose sums shared memory has room for: a thread has an output of each tile
 static_assert(kMostBlocks * 2 * 16 <= kOneRowThreads);
 
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kOneRowThreads, 2)
     const bool whole = (block + 1) * kOwnTiles <= range.count;
     ring.begin(range.first + block * kOwnTiles, whole ? row_step<kEpilogue>(p) : 0);
   };
-  ring.fill(blocks, min(kEarlyUnits, ring.units()), start);
+  ring.fill(blocks, early_units(ring.units()), start);
   const auto loaded = [&] {
     let_next_kernel_begin();
     ring.fill_rest(start);

@@ -22,7 +22,8 @@ class ExpertsVariant:
     """One form of the CUDA kernels.
 
     instruction: "mma" (mma.sync, compute capability 8.0 and newer), made for a few rows: each row's bits are the same
-        whatever the others are. Or "wgmma" (9.0 only), which sorts the rows by expert first.
+        whatever the others are; a row alone has kernels of its own, and other bits. Or "wgmma" (9.0 only), which sorts
+        the rows by expert first.
     tokens: rows of an expert that its weights meet at a time.
     """
 

@@ -88,6 +88,7 @@ def w4a16_linear_fused(
             ignored.
 
     The norm rounds like LlamaRMSNorm (:func:`rms_norm`). Product, bias and residual are added in float32 and rounded
-    once, where separate modules round the product first. A row's result has the same bits for every M.
+    once, where separate modules round the product first. A row's result has the same bits for every M, but for one row
+    alone: see :func:`w4a16_linear`.
     """
     return _op(x, qweight, scales, zeros, bias, norm_weight, eps, residual, out_features, group_size)

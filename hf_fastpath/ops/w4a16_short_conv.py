@@ -78,6 +78,7 @@ def w4a16_short_conv(
             multiple of 16, and L is 2 to 8.
         mask: bool ``(M,)``, False for a row whose token is padding, or None.
 
-    Every rounding is that of the separate operations, and a row's result has the same bits for every M.
+    Every rounding is that of the separate operations, and a row's result has the same bits for every M, but for one row
+    alone: see :func:`w4a16_linear`.
     """
     return _op(x, qweight, scales, zeros, bias, norm_weight, eps, state, conv_weight, conv_bias, mask, group_size)

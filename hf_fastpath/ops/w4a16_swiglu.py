@@ -67,6 +67,6 @@ def w4a16_swiglu(
         bias: ``(2 I,)`` in ``x.dtype`` or None.
 
     gate, up, silu(gate) and the result are each rounded to ``x.dtype``, as separate modules do. A row's result has the
-    same bits for every M.
+    same bits for every M, but for one row alone: see :func:`w4a16_linear`.
     """
     return _op(x, qweight, scales, zeros, bias, norm_weight, eps, intermediate_size, group_size)
