@@ -202,9 +202,14 @@ bool takes_one_row(const Params<typename W::T>& p, int grid) {
 template <typename W, Epilogue kEpilogue>
 cudaError_t launch_one_row(const Params<typename W::T>& p, int grid, cudaStream_t stream) {
   const OneRowMemory<W, kEpilogue> memory(p, grid);
-  const auto kernel = p.norm_weight ? one_row_kernel<W, true, kEpilogue> : one_row_kernel<W, false, kEpilogue>;
-  if (has_early_launch()) return launch_kernel_early(kernel, grid, kOneRowThreads, memory.bytes(), stream, p, memory);
-  return launch_kernel_with_shared(kernel, grid, kOneRowThreads, memory.bytes(), stream, p, memory);
+  const auto queue = [&](auto kernel) {
+    if (has_early_launch()) return launch_kernel_early(kernel, grid, kOneRowThreads, memory.bytes(), stream, p, memory);
+    return launch_kernel_with_shared(kernel, grid, kOneRowThreads, memory.bytes(), stream, p, memory);
+  };
+  if constexpr (kEpilogue != Epilogue::kBias) {  // the plain product knows no norm
+    if (p.norm_weight) return queue(one_row_kernel<W, true, kEpilogue>);
+  }
+  return queue(one_row_kernel<W, false, kEpilogue>);
 }
 
 }  // namespace hf_fastpath::linear
