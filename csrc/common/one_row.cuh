@@ -12,14 +12,14 @@
 namespace hf_fastpath::linear {
 
 constexpr int kOneRowWarps = kWarpsOfRow, kOneRowThreads = 32 * kOneRowWarps;
-constexpr int kOneRowStages = 5;
+constexpr int kOneRowStages = 5;  // with six, two CTAs of 4,096 columns would not find room in a multiprocessor
 // How many of its units a warp asks for before x is there: not all, which would be in x's way where the kernel before
 // this one has just ended.
 constexpr int kEarlyUnits = 3;
 __device__ __forceinline__ int early_units(int units) {
   return max(1, min(kEarlyUnits, units - 1));
 }
-constexpr int kMostBlocks = 8;  // whose sums shared memory has room for: a thread has an output of each tile
+constexpr int kMostBlocks = 8;  // whose sums meet at a time: a thread finishes at most one output of theirs
 static_assert(kMostBlocks * 2 * 16 <= kOneRowThreads);
 
 // A CTA's shared memory: rings, the row, sums of [block][warp][output].
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kOneRowThreads, 2)
   }
 }
 
-// Whether the kernel takes a product: whole units of one row, and memory for two CTAs where a GPU has that.
+// Whether the kernel takes a product: one row of whole units, for which the GPU has shared memory.
 template <typename W, Epilogue kEpilogue>
 bool takes_one_row(const Params<typename W::T>& p, int grid) {
   return p.m == 1 && p.k % digits::kUnitCols == 0 && aligned_to(p.x, 16) && aligned_to(p.scales, 16) &&
