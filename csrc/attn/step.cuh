@@ -143,9 +143,8 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
 }
 
 // Whether the kernel takes such rows, if they have few parts: whole vectors, a CTA for each KV head, and few rows. With
-// many the memory is kept
-// busy by one kernel after the other, and what each CTA has to do besides costs more (64 rows of 768 tokens on an H200:
-// 59 us, and 48 of two kernels).
+// many the memory is kept busy by one kernel after the other, and what each CTA has to do besides costs more (64 rows
+// of 768 tokens on an H200: 59 us, and 48 of two kernels).
 constexpr int kStepRows = 16;
 inline bool step_fits(const AttnDecodeArgs& a, const KvNewTokens& n) {
   return n.tokens == 1 && a.batch <= kStepRows && a.heads / a.kv_heads <= kHeadsPerCta && kv::can_vectorize(n);
