@@ -3,8 +3,8 @@
 A graph is of one number of rows. That of all rows of a slot serves each batch that the slot is for: 5 to 8 rows share
 one. What comes out for a row must then not depend on how many others there are, or near ties greedy tokens would be
 others than those of the step by itself. It does not in our kernels for 2 to ``MAX_ROWS`` rows (one row alone, which has
-a slot of its own, has other bits); with more rows, in cuBLAS's products and in PyTorch's sums it does, and there a graph
-is of one batch size.
+a slot of its own, has other bits); with more rows, in cuBLAS's products and in PyTorch's sums it does, and there a
+graph is of one batch size.
 """
 
 from __future__ import annotations
