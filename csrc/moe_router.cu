@@ -358,9 +358,10 @@ cudaError_t launch(const MoeRouterArgs& a, const void* norm_weight, float norm_e
                        static_cast<const T*>(norm_weight),
                        norm_eps,
                        static_cast<T*>(normalized)};
-  const int ctas = has_early_launch() ? kClusterSize : 1;
-  const int bytes = Memory::bytes(p.padded_experts(), ctas), blocks = (a.rows + kRows - 1) / kRows;
-  if (has_early_launch()) {
+  const bool clustered = has_early_launch();
+  const int bytes = Memory::bytes(p.padded_experts(), clustered ? kClusterSize : 1);
+  const int blocks = (a.rows + kRows - 1) / kRows;
+  if (clustered) {
     const int clusters = std::min(blocks, std::max(1, 2 * sm_count / kClusterSize));
     return launch_kernel_in_clusters(moe_router_kernel<T, kClusterSize>, clusters * kClusterSize, kThreads,
                                      kClusterSize, bytes, stream, p);

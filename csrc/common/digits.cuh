@@ -82,30 +82,21 @@ __device__ __forceinline__ void store_digits(const Row& row, const uint4& x, int
   }
 }
 
-// The same by 16 lanes that have a unit's columns, eight each; all lanes of a warp take part.
-template <typename T>
-__device__ __forceinline__ void store_by_16_lanes(const Row& row, const uint4& x, int column, bool there) {
-  uint32_t largest = largest_bits(x);
-#pragma unroll
-  for (int offset = 8; offset; offset /= 2) largest = max(largest, __shfl_xor_sync(kFullWarp, largest, offset));
-  if (!there) return;
-  const Scale scale = Scale::of<T>(largest);
-  store_digits<T>(row, x, column, scale.inverse);
-  if (column % kUnitCols == 0) row.factors[column / kUnitCols] = scale.factor;
-}
-
-// And by four lanes, 32 columns each.
-template <typename T>
-__device__ __forceinline__ void store_by_4_lanes(const Row& row, const uint4 (&x)[4], int column, bool there) {
+// The same by neighbouring lanes that have a unit's columns, 8 * kParts each; all lanes of a warp take part.
+template <typename T, int kParts>
+__device__ __forceinline__ void store_unit(const Row& row, const uint4 (&x)[kParts], int column, bool there) {
+  constexpr int kLanes = kUnitCols / (8 * kParts);
   uint32_t largest = 0;
 #pragma unroll
   for (const uint4& part : x) largest = max(largest, largest_bits(part));
 #pragma unroll
-  for (int offset = 2; offset; offset /= 2) largest = max(largest, __shfl_xor_sync(kFullWarp, largest, offset));
+  for (int offset = kLanes / 2; offset; offset /= 2) {
+    largest = max(largest, __shfl_xor_sync(kFullWarp, largest, offset));
+  }
   if (!there) return;
   const Scale scale = Scale::of<T>(largest);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) store_digits<T>(row, x[i], column + 8 * i, scale.inverse);
+  for (int i = 0; i < kParts; ++i) store_digits<T>(row, x[i], column + 8 * i, scale.inverse);
   if (column % kUnitCols == 0) row.factors[column / kUnitCols] = scale.factor;
 }
 
@@ -133,7 +124,7 @@ __device__ __forceinline__ void store_rows(unsigned char* memory, const T* x, in
     for (int i = 0; i < kAtOnce; ++i) {
       if (begin + i * kThreads >= all) break;
       const int row = rows == 1 ? 0 : run(i) / runs, column = (run(i) - row * runs) * 32;
-      store_by_4_lanes<T>(Row(memory + row * row_bytes, columns / kUnitCols), v[i], column, run(i) < all);
+      store_unit<T>(Row(memory + row * row_bytes, columns / kUnitCols), v[i], column, run(i) < all);
     }
   }
 }

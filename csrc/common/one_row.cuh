@@ -67,7 +67,8 @@ class OneRowNorm {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (kColsAtOnce * i >= p.k) break;
-      digits::store_by_16_lanes<T>(row, normalized<T>(x[i], inverse, weight_[i]), column(i), column(i) < p.k);
+      const uint4 part[1] = {normalized<T>(x[i], inverse, weight_[i])};
+      digits::store_unit<T>(row, part, column(i), column(i) < p.k);
     }
   }
 
