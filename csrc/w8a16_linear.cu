@@ -17,6 +17,8 @@ struct Int8Weights {
   static constexpr bool kRowScales = true, kWideOutput = false;
   static constexpr int kGroups = 0;
 
+  static __device__ __forceinline__ uint4 prepared(const uint4& x) { return x; }
+
   template <int kTiles>
   struct StageOf {
     uint4 tile[kTiles][2][32];

@@ -15,8 +15,8 @@
 //
 // A weight format W (int4_weights.cuh, w8a16_linear.cu, weights_16bit.cuh) has: T, kUnitCols, kGroups (those of a unit
 // whose sums of x it wants, times kSumFactor; 0: none), kRowScales (one scale an output, applied at the end),
-// kWideOutput (whether it can put out float32), Stage (a unit in shared memory), Source (which fills it), multiply(),
-// and a Tuning.
+// kWideOutput (whether it can put out float32), Stage (a unit in shared memory), Source (which fills it), prepared()
+// (of eight values of x) and multiply(), and a Tuning.
 #pragma once
 
 #include "decode_epilogue.cuh"
@@ -41,7 +41,7 @@ struct Rows {
   }
 };
 
-// kWhole (see launch()): rows are aligned to 16 bytes and units are whole; an empty unit is the last one once more.
+// kWhole (see launch()): rows are aligned to 16 bytes and units are whole; an empty unit has some x, but no weights.
 template <bool kWhole, typename T, int kColTiles, int kUnitCols>
 __device__ __forceinline__ void load_activations(Activations<kColTiles, kUnitCols>& x, const Params<T>& p,
                                                  const Rows<T, kColTiles>& rows, int unit) {
@@ -61,7 +61,17 @@ __device__ __forceinline__ void load_activations(Activations<kColTiles, kUnitCol
   }
 }
 
-// The sums of x over each group of a unit, times a factor, for this lane's columns 2t and 2t + 1 of the C fragment.
+template <typename W, int kColTiles>
+__device__ __forceinline__ void prepare(Activations<kColTiles, W::kUnitCols>& x) {
+#pragma unroll
+  for (int c = 0; c < kColTiles; ++c) {
+#pragma unroll
+    for (uint4& part : x.half_tile[c]) part = W::prepared(part);
+  }
+}
+
+// The sums of prepared x over each group of a unit, times a factor, for this lane's columns 2t and 2t + 1 of the C
+// fragment.
 template <int kGroups, int kColTiles>
 struct GroupSums {
   float2 value[kGroups][kColTiles];
@@ -69,7 +79,7 @@ struct GroupSums {
   // The tensor core adds: A is ones.
   template <typename T, int kUnitCols>
   __device__ __forceinline__ void compute(const Activations<kColTiles, kUnitCols>& x, float factor) {
-    constexpr uint32_t kAllOnes[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
+    constexpr uint32_t kAllOnes[4] = {kNibbleOnes, kNibbleOnes, kNibbleOnes, kNibbleOnes};
     constexpr int kSteps = kUnitCols / 16 / kGroups;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -147,7 +157,7 @@ struct Tuning {
   }
   // Of a warp's ring. Three row tiles are half more, and those who want them have few units and one block.
   static __host__ __device__ constexpr int stages(Place place, int, int tiles) {
-    return place == Place::kHeld && tiles == 2 ? 6 : 3;
+    return place == Place::kHeld && tiles == 2 ? 4 : 3;
   }
   // Of a CTA with up to 8 rows of a long K, 16 chains.
   static constexpr int kLongWarps = 16;
@@ -176,7 +186,7 @@ __global__ void __launch_bounds__(32 * kWarps, Tuning<W>::ctas_per_sm(kPlace, kC
   const int blocks = (range.count + kBlockRows<kEpilogue> - 1) / kBlockRows<kEpilogue>;
   int left = blocks * (padded_units / kWarps), to_copy = left;
   const auto copy = [&](typename Memory::Stage* stage) {
-    if (to_copy > 0) source.copy(*stage, p, ahead, lane);
+    if (to_copy > 0 && (!kWhole || ahead.unit < p.units)) source.copy(*stage, p, ahead, lane);
     cp_async_commit();
     --to_copy;
     ahead.advance(padded_units);
@@ -195,7 +205,7 @@ __global__ void __launch_bounds__(32 * kWarps, Tuning<W>::ctas_per_sm(kPlace, kC
     norm.load(p);
     let_next_kernel_begin();
     const int pitch = Memory::x_pitch(p.units);
-    norm.store(Memory::x(p.units), pitch, W::kUnitCols * p.units, p);
+    norm.template store<W>(Memory::x(p.units), pitch, W::kUnitCols * p.units, p);
     shared_x = Memory::x(p.units) + min(lane / 4, p.m - 1) * pitch + 16 * (lane % 4);
   } else {
     wait_for_previous_kernel();
@@ -237,6 +247,7 @@ __global__ void __launch_bounds__(32 * kWarps, Tuning<W>::ctas_per_sm(kPlace, kC
       cp_async_wait<kStages - 2>();
       __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled now
       copy(last_read);
+      if (kHeldX ? first_block : !kSharedX) prepare<W, kColTiles>(x[d]);
       GroupSums<W::kGroups, kColTiles> sums;
       if constexpr (W::kGroups > 0) {
         float* kept = Memory::group_sums(unit);
@@ -247,8 +258,7 @@ __global__ void __launch_bounds__(32 * kWarps, Tuning<W>::ctas_per_sm(kPlace, kC
           sums.read(kept, lane);
         }
       }
-      // The last unit once more is not counted: it was loaded with scales of 0, or has none.
-      if (!kWhole || W::kGroups > 0 || unit < p.units) {
+      if (!kWhole || unit < p.units) {
 #pragma unroll
         for (int r = 0; r < kTiles; ++r) W::multiply(acc[d % kOwnChains][r], *stage, r, x[d], sums, lane);
       }

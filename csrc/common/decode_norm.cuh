@@ -65,6 +65,8 @@ class SharedNorm {
     }
   }
 
+  // As the weight format W wants x.
+  template <typename W>
   __device__ __forceinline__ void store(unsigned char* target, int pitch, int columns, const Params<T>& p) {
     __shared__ float squares[kRows][kWarpsOfRow];
 #pragma unroll
@@ -81,7 +83,7 @@ class SharedNorm {
       for (int i = 0; i < 2; ++i) {
         if (column(i) >= columns) continue;
         uint4* place = reinterpret_cast<uint4*>(target + row * pitch + sizeof(T) * column(i));
-        *place = normalized<T>(x_[row][i], inverse, weight_[i]);
+        *place = W::prepared(normalized<T>(x_[row][i], inverse, weight_[i]));
       }
     }
     __syncthreads();

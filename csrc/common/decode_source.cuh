@@ -28,6 +28,9 @@ struct Cursor {
   int rows_left;  // row tiles from the block's first to the CTA's last
   bool wrapped;   // the last move went to a new block
 
+  // Whether the block has its row tile r.
+  __device__ __forceinline__ bool there(int r) const { return kBlockRows<kEpilogue> == 1 || r < rows_left; }
+
   __device__ __forceinline__ void advance(int padded_units) {
     unit += kWarps;
     wrapped = unit >= padded_units;
@@ -71,18 +74,16 @@ class TileSource {
         walk_(p.qweight + (static_cast<int64_t>(first_row_tile) * p.col_tiles + 2 * (threadIdx.x / 32)) * 32 + lane,
               kBlockRows<kEpilogue> * static_cast<int64_t>(p.col_tiles) * 512, padded_units) {}
 
-  // What is not there (a tail of K, an empty unit, a row tile beyond the last) becomes 0 and is not read.
+  // A tail of K becomes 0 and is not read. Of a row tile beyond the last the first of the block is read instead.
   template <typename T>
   __device__ __forceinline__ void copy(uint4 (&tiles)[kRowTiles<kEpilogue>][2][32], const Params<T>& p,
                                        const Cursor<kEpilogue, kWarps>& at, int lane) const {
 #pragma unroll
     for (int r = 0; r < kRowTiles<kEpilogue>; ++r) {
-      const bool row_there = r % kBlockRows<kEpilogue> < at.rows_left;
-      const unsigned char* source = walk_.at() + r * row_step_;
+      const unsigned char* source = walk_.at() + (at.there(r) ? r * row_step_ : 0);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const bool there = kWhole ? at.unit < p.units : at.unit * 2 + c < p.col_tiles;
-        cp_async16(&tiles[r][c][lane], source + 512 * c, there && row_there);
+        cp_async16(&tiles[r][c][lane], source + 512 * c, kWhole || at.unit * 2 + c < p.col_tiles);
       }
     }
   }
@@ -94,13 +95,14 @@ class TileSource {
 };
 
 // Values of V, 16 for each group of a row tile: lane by lane four bytes, of all row tiles of a block in one go.
-template <typename V, int kGroups, Epilogue kEpilogue, int kWarps>
+template <typename V, int kGroups, Epilogue kEpilogue, bool kWhole, int kWarps>
 class ValueSource {
  public:
   template <typename T>
   __device__ __forceinline__ ValueSource(const V* values, const Params<T>& p, int groups, int first_row_tile,
                                          int padded_units, int lane)
-      : walk_(nullptr, kBlockRows<kEpilogue> * static_cast<int64_t>(groups) * kGroupBytes, padded_units) {
+      : row_bytes_(groups * kGroupBytes),
+        walk_(nullptr, kBlockRows<kEpilogue> * static_cast<int64_t>(groups) * kGroupBytes, padded_units) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int64_t row_tile = first_row_tile + static_cast<int64_t>(row(i, lane)) * row_step<kEpilogue>(p);
@@ -114,10 +116,10 @@ class ValueSource {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if (word(i, lane) >= kRowTiles<kEpilogue> * kRowWords) continue;
-      const bool row_there = row(i, lane) % kBlockRows<kEpilogue> < at.rows_left;
-      const bool there = word(i, lane) % kRowWords * 4 < groups_left * kGroupBytes;
+      const unsigned char* source = first_[i] - (at.there(row(i, lane)) ? 0 : row_bytes_);
+      const bool there = kWhole || word(i, lane) % kRowWords * 4 < groups_left * kGroupBytes;
       cp_async4(reinterpret_cast<unsigned char*>(target) + 4 * word(i, lane),
-                first_[i] + reinterpret_cast<intptr_t>(walk_.at()), there && row_there);
+                source + reinterpret_cast<intptr_t>(walk_.at()), there);
     }
   }
   __device__ __forceinline__ void advance(bool wrapped) { walk_.advance(wrapped); }
@@ -128,6 +130,7 @@ class ValueSource {
   static __device__ __forceinline__ int word(int i, int lane) { return 32 * i + lane; }
   static __device__ __forceinline__ int row(int i, int lane) { return word(i, lane) / kRowWords; }
 
+  int row_bytes_;
   const unsigned char* first_[kCopies];
   Walk<kGroups * kGroupBytes, kWarps> walk_;
 };

@@ -41,45 +41,37 @@ __device__ __forceinline__ void int4_fragment(uint32_t word, uint32_t zero_lo, u
   }
 }
 
-// What biased_int4_fragment() adds to every nibble.
-template <typename T>
-constexpr int kNibbleBias = 0;
-template <>
-constexpr int kNibbleBias<__half> = 64;
-template <>
-constexpr int kNibbleBias<__nv_bfloat16> = 128;
-
-// A packed word to the A fragment of q + kNibbleBias, exactly: one instruction a pair, and shifts.
-template <typename T>
-__device__ __forceinline__ void biased_int4_fragment(uint32_t word, uint32_t (&a)[4]);
-
-// In fp16 the last place of 64 is 1/16, so that a nibble counts in bits 4 to 7; of 1024 it would be in bits 0 to 3, but
-// the larger the bias, the more of the sum's precision it takes.
-template <>
-__device__ __forceinline__ void biased_int4_fragment<__half>(uint32_t word, uint32_t (&a)[4]) {
-  a[0] = and_or(word << 4, 0x00f000f0, 0x54005400);
-#pragma unroll
-  for (int i = 1; i < 4; ++i) a[i] = and_or(word >> (4 * i - 4), 0x00f000f0, 0x54005400);
+// A packed word to the A fragment of its nibbles as they stand: the low bits of a 16-bit float whose others are 0 are
+// an integer, in units of the smallest number that there is. The codes of row g + 8 count sixteenfold, by their place.
+__device__ __forceinline__ void nibble_fragment(uint32_t word, uint32_t (&a)[4]) {
+  constexpr uint32_t kRowLow = 0x000f000fu, kRowHigh = 0x00f000f0u;
+  const uint32_t next = word >> 8;
+  a[0] = word & kRowLow, a[1] = word & kRowHigh, a[2] = next & kRowLow, a[3] = next & kRowHigh;
 }
-template <>
-__device__ __forceinline__ void biased_int4_fragment<__nv_bfloat16>(uint32_t word, uint32_t (&a)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = and_or(word >> (4 * i), 0x000f000f, 0x43004300);
-}
+constexpr uint32_t kNibbleOnes = 0x00010001u;  // two ones of that kind
 
-// kNibbleBias + zero as a float, by way of bf16: the integer in the mantissa of the bias.
+// What makes numbers of such products again. Those of bf16 would be too small for fp32: x is scaled first.
 template <typename T>
-__device__ __forceinline__ float biased_zero(uint32_t zero) {
-  return bits_to_float<__nv_bfloat16>(kNibbleBias<T> == 64 ? 0x4280 | zero << 1 : 0x4300 | zero);
-}
+struct NibbleScale;
+template <>
+struct NibbleScale<__half> {
+  static constexpr float kProducts = 16777216.0f;  // 2^24
+  static __device__ __forceinline__ uint32_t scaled(uint32_t x) { return x; }
+};
+template <>
+struct NibbleScale<__nv_bfloat16> {
+  static constexpr float kProducts = 590295810358705651712.0f;  // 2^69: the smallest bf16 is 2^-133
+  // By 2^64, exactly: what is 2^-57 or more keeps all of fp32's bits, and below 2^64 nothing overflows.
+  static __device__ __forceinline__ uint32_t scaled(uint32_t x) {
+    return as_bits(__hmul2(as_pair<__nv_bfloat162>(x), as_pair<__nv_bfloat162>(0x5f805f80u)));
+  }
+};
 
-// Two ones.
-template <typename T>
-constexpr uint32_t kOnes = 0;
-template <>
-constexpr uint32_t kOnes<__half> = 0x3c003c00;
-template <>
-constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
+// A zero point as a float, and sixteen times as much, by way of bf16: the integer in a mantissa.
+__device__ __forceinline__ float zero_of_row(uint32_t zero, bool high) {
+  return high ? bits_to_float<__nv_bfloat16>(0x4500u | zero) - 2048.0f
+              : bits_to_float<__nv_bfloat16>(0x4300u | zero) - 128.0f;
+}
 
 // Bytes 0 and 2 of a word, as signed integers, to a pair of floats, exactly; shift the word by 8 for bytes 1 and 3.
 template <typename T>

@@ -1,10 +1,9 @@
 // Packed int4 weights (hf_fastpath/packing.py) as a weight format of decode_linear.cuh.
 //
-// The tensor core multiplies q + bias, which takes no subtraction to make; -(bias + zero) times the group's sum of x is
-// where the group's sum starts. All of it is exact but for the sums, which are fp32, and the group's sum is multiplied
-// by its scale in fp32: the scaled weight is never rounded to 16 bits, unlike in w4a16_dequantize. The bias costs
-// precision of the sum: bias / (a mean |q - zero| of 4) is 32 times fp32's last place in bf16 and 16 times in fp16, far
-// less than the result's own rounding.
+// The tensor core multiplies the codes q as they stand in their words (nibble_fragment()), which takes five
+// instructions a word; -zero times the group's sum of x is where the group's sum starts. All of it is exact but for the
+// sums, which are fp32, and the group's sum is multiplied by its scale in fp32: the scaled weight is never rounded to
+// 16 bits, unlike in w4a16_dequantize.
 #pragma once
 
 #include "decode_linear.cuh"
@@ -17,7 +16,13 @@ struct Int4Weights {
   static constexpr int kUnitCols = 128;  // one group of the largest size: two tiles
   static constexpr bool kRowScales = false, kHasZeros = kZeros, kWideOutput = false;
   static constexpr int kGroups = kUnitCols / kGroup;
-  static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f - kNibbleBias<T_>;
+  static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f;
+
+  // Eight values of x, as multiply() wants them.
+  static __device__ __forceinline__ uint4 prepared(const uint4& x) {
+    using Scale = NibbleScale<T>;
+    return make_uint4(Scale::scaled(x.x), Scale::scaled(x.y), Scale::scaled(x.z), Scale::scaled(x.w));
+  }
 
   template <int kTiles>
   struct StageOf {
@@ -49,8 +54,8 @@ struct Int4Weights {
    private:
     int groups_;
     TileSource<kEpilogue, kWhole, kWarps> tiles_;
-    ValueSource<uint16_t, kGroups, kEpilogue, kWarps> scales_;
-    ValueSource<uint8_t, kGroups, kEpilogue, kWarps> zeros_;
+    ValueSource<uint16_t, kGroups, kEpilogue, kWhole, kWarps> scales_;
+    ValueSource<uint8_t, kGroups, kEpilogue, kWhole, kWarps> zeros_;
   };
 
   // acc += scale * (the unit's products), for row tile r.
@@ -64,34 +69,32 @@ struct Int4Weights {
     const uint32_t words[8] = {tile[0].x, tile[0].y, tile[0].z, tile[0].w, tile[1].x, tile[1].y, tile[1].z, tile[1].w};
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const float zero_lo = kZeros ? biased_zero<T>(stage.zeros[r][group][g]) : 1.0f;
-      const float zero_hi = kZeros ? biased_zero<T>(stage.zeros[r][group][g + 8]) : 1.0f;
-      // Two sums, of the even and of the odd steps: the tensor core takes a step's result up only much later.
-      float sum[2][kColTiles][4] = {};
+      const float zero_lo = kZeros ? zero_of_row(stage.zeros[r][group][g], false) : 1.0f;
+      const float zero_hi = kZeros ? zero_of_row(stage.zeros[r][group][g + 8], true) : 16.0f;
+      float sum[kColTiles][4];
 #pragma unroll
       for (int c = 0; c < kColTiles; ++c) {
         const float2 start = sums.value[group][c];
-        sum[1][c][0] = zero_lo * start.x, sum[1][c][1] = zero_lo * start.y;
-        sum[1][c][2] = zero_hi * start.x, sum[1][c][3] = zero_hi * start.y;
+        sum[c][0] = zero_lo * start.x, sum[c][1] = zero_lo * start.y;
+        sum[c][2] = zero_hi * start.x, sum[c][3] = zero_hi * start.y;
       }
 #pragma unroll
       for (int i = group * kWords; i < (group + 1) * kWords; ++i) {
         uint32_t a[4];
-        biased_int4_fragment<T>(words[i], a);
+        nibble_fragment(words[i], a);
 #pragma unroll
         for (int c = 0; c < kColTiles; ++c) {
           const uint4& b = x.half_tile[c][i / 2];
-          mma_m16n8k16<T>(sum[i % 2][c], a, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+          mma_m16n8k16<T>(sum[c], a, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
         }
       }
-      const float scale_lo = bits_to_float<T>(stage.scales[r][group][g]);
-      const float scale_hi = bits_to_float<T>(stage.scales[r][group][g + 8]);
+      constexpr float kUnit = NibbleScale<T>::kProducts;
+      const float scale_lo = kUnit * bits_to_float<T>(stage.scales[r][group][g]);
+      const float scale_hi = kUnit / 16 * bits_to_float<T>(stage.scales[r][group][g + 8]);
 #pragma unroll
       for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          acc[c][i] = fmaf(sum[0][c][i] + sum[1][c][i], i < 2 ? scale_lo : scale_hi, acc[c][i]);
-        }
+        for (int i = 0; i < 4; ++i) acc[c][i] = fmaf(sum[c][i], i < 2 ? scale_lo : scale_hi, acc[c][i]);
       }
     }
   }

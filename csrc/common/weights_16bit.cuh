@@ -19,6 +19,8 @@ struct Weights16Bit {
   static constexpr bool kRowScales = false, kWideOutput = true;
   static constexpr int kGroups = 0;
 
+  static __device__ __forceinline__ uint4 prepared(const uint4& x) { return x; }
+
   template <int kTiles>
   struct StageOf {
     uint4 rows[kTiles][2][32];  // rows g, then rows g + 8, lane by lane

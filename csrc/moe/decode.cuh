@@ -262,6 +262,7 @@ __device__ __forceinline__ void multiply_slots(Memory<W, kTiles, kWarps, kStages
       copy(stage == 0 ? kStages - 1 : stage - 1);
 #pragma unroll
       for (int b = 0; b < kUnitBlocks; ++b) {
+        linear::prepare<W, 1>(rows[b]);
         GroupSums<W::kGroups, 1> sums;
         sums.template compute<T>(rows[b], W::kSumFactor);
 #pragma unroll
