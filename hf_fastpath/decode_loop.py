@@ -186,7 +186,7 @@ def decode(
         logits = steps(choice)
     choice.drop(surplus)
     random.take_back(surplus)
-    if surplus and cache.is_croppable:
+    if surplus and cache.can_forget:
         cache.crop(-surplus)
     if streamer is not None:
         streamer.end()

@@ -160,6 +160,21 @@ def test_end_tokens(patched: Any, how: dict[str, Any], returned: bool, padding: 
     assert streamers[0].seen[-1] == "end"
 
 
+@pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+@pytest.mark.parametrize("returned", [False, True])
+@pytest.mark.parametrize("padding", [(0,), (0, 4)])
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])
+def test_end_tokens_where_a_cache_cannot_forget_a_token(
+    family: str, padding: tuple[int, ...], returned: bool, how: dict[str, Any]
+) -> None:
+    model = with_graphs(patch_model(FAMILIES[family](), weights=None, kv_cache="int8"))
+    torch.manual_seed(1)
+    ends = model.generate(**long_batch(padding), **how)[:, 76].unique().tolist()
+    gc.collect()
+    got = check_alike(model, **long_batch(padding), **how, eos_token_id=ends, return_dict_in_generate=returned)
+    assert (got.sequences if returned else got).shape[1] < 70 + 12
+
+
 def test_what_a_user_adds_is_called_as_often(patched: Any) -> None:
     """A criterion of one's own may count its calls: the loop then waits for each token."""
     inputs, calls = long_batch((0,)), []
