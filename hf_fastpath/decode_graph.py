@@ -4,7 +4,8 @@ A graph replays fixed addresses. So what changes from token to token is in devic
 tokens, their positions and the padding mask in a :class:`Slot`, and what the caches hold in the tensors that the slot
 lends them. A slot serves batches up to its rows and any length up to its capacity, one cache at a time; its graphs
 outlive the cache. A step's graph is of all rows, where a row's bits do not hang on how many there are
-(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size, as the graphs are that choose tokens.
+(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size, as the graphs are that choose tokens. One graph may be of
+a step and of the choice behind it: between two graphs a GPU does nothing for some microseconds.
 """
 
 from __future__ import annotations
@@ -165,19 +166,33 @@ class Slot:
         self._order_streams()
         self._calls.run(key, call, keep)
 
-    def step(self, forward: Callable[..., Any]) -> None:
-        """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times."""
+    def step(
+        self, forward: Callable[..., Any], choose: Callable[[], None] | None = None, key: Any = None, keep: Any = None
+    ) -> None:
+        """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times.
+
+        Args:
+            choose: chooses the next tokens by the logits, in the same graph, for the rows of the step, which are those
+                of the batch. key, keep: what tells it from others, and what has to live as long as the graph.
+        """
         forward = self._offering_logits(forward)
         cache = self._cache()
         length = cache.get_seq_length()
-        self.run(("step", self.step_rows, self.masked), lambda: self._forward(forward, length))
+
+        def call() -> None:
+            self._forward(forward, length)
+            if choose is not None:
+                choose()
+
+        self.run(("step" if choose is None else "token", self.step_rows, self.masked, key), call, keep)
         for layer in cache.layers:
             layer.advance_to(length + 1)
 
     @property
     def captured(self) -> list[tuple[str, Graph]]:
-        """What was captured, ``"step"`` or ``"choice"``, and its graph; the one that was used last is at the end.
-        Replaying choice and step adds a token to each row, for which there has to be room."""
+        """What was captured, ``"step"``, ``"choice"`` or ``"token"``, which is a step and then a choice, and its graph;
+        the one that was used last is at the end. Replaying choice and step, or a token, adds a token to each row, for
+        which there has to be room."""
         return [(key[0], graph) for key, graph in self._calls.captured]
 
     def _cache(self) -> Any:
