@@ -17,7 +17,7 @@ weight_gb, patch_peak_gb, peak_gb   bytes of parameters and buffers; the most GP
 step_mb          what a step must read: weights once (of experts those that random choices need), and keys and values
                  at the mean length
 limit_tok_s, of_limit   what the rate of a large copy allows for step_mb; tok_s over it
-replay_tok_s     the graphs of a step, replayed back to back without generate()
+replay_tok_s     the graphs of a token, replayed back to back without generate()
 copy_gb_s        rate of a large copy, bytes read plus written, in the same run
 dtype, device, torch, transformers, commit
 

@@ -1,4 +1,4 @@
-"""The CUDA graphs of a decode step, replayed without generate(): what it could reach, and what a profiler is to see."""
+"""The CUDA graphs of a token, replayed without generate(): what it could reach, and what a profiler is to see."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class Replay:
     """The graphs of one slot for one batch size. Keep it as long as they are replayed: it holds the cache.
 
     Attributes:
-        model_step, choice: replay the model's step, and what chooses the next tokens.
+        model_step: replays the model's step, with the choice of the next tokens where one graph is of both.
+        choice: replays the choice where it has a graph of its own; None: it has none.
         room: how many more steps fit into the slot.
     """
 
     model_step: Callable[[], None]
-    choice: Callable[[], None]
+    choice: Callable[[], None] | None
     room: int
     cache: Any
     device: torch.device
 
     def step(self) -> None:
-        """The model's step.
+        """The model's step, with the choice if that is in its graph.
 
         Raises:
             ValueError: the slot is full, and a kernel would write behind its end.
@@ -41,8 +42,9 @@ class Replay:
         self.model_step()
 
     def token(self) -> None:
-        """One token a row: the choice, and the step that follows it."""
-        self.choice()
+        """One token a row: the choice, and the step that follows it; or a step with the choice behind it."""
+        if self.choice is not None:
+            self.choice()
         self.step()
 
     def rate(self, rows: int, at_most: int = 512) -> float:
@@ -82,9 +84,11 @@ def replay_of(model: Any, inputs: dict[str, torch.Tensor], new: int, **how: Any)
     slot = graphs.slot_of(cache)
     if slot is None:
         raise Unsupported("no graph to replay: generate() did not use one for this cache")
-    used = slot.captured[-2:]  # a call ends with a choice
-    if [name for name, _ in used] != ["step", "choice"]:
-        raise Unsupported("no graph to replay: how tokens are chosen is not captured")
-    (_, step), (_, choice) = used
     most = min(slot.capacity, getattr(model.config, "max_position_embeddings", slot.capacity))
-    return Replay(step.replay, choice.replay, most - cache.get_seq_length() - 1, cache, slot.device)
+    room, used = most - cache.get_seq_length() - 1, slot.captured[-2:]
+    match [name for name, _ in used]:  # a call ends with a choice
+        case [*_, "token"]:
+            return Replay(used[-1][1].replay, None, room, cache, slot.device)
+        case ["step", "choice"]:
+            return Replay(used[0][1].replay, used[1][1].replay, room, cache, slot.device)
+    raise Unsupported("no graph to replay: how tokens are chosen is not captured")

@@ -1,6 +1,6 @@
 """What runs on the GPU for one token of a patched model: kernels by role, for ``hf-fastpath bench generate --profile``.
 
-The graphs of a step are replayed under torch.profiler. One row of the CSV is one kernel with one grid; columns:
+The graphs of a token are replayed under torch.profiler. One row of the CSV is one kernel with one grid; columns:
 
 model, variant, choice, batch, prompt   see hf_fastpath.eval.bench_generate
 role             see :func:`role_of`; head: the step's last product
@@ -50,7 +50,7 @@ _OURS = (
     ("append", r"append|finish_chunk|::kv"),
     ("angles", r"rope_angles"),
     ("experts", r"moe|expert|gate_up|down_kernel|grouped|sort_kernel|gather|combine"),
-    (CHOICE, r"cho|argmax|sample|softmax|top_"),
+    (CHOICE, r"best_of_parts|note_tokens|sampling"),
     ("activation", r"swiglu|gelu|silu"),
     (PRODUCT, r"linear|gemm|gemv|product"),
     ("convolution", r"conv|step_kernel|chunks_kernel"),
@@ -134,7 +134,8 @@ def wall_and_idle(kernels: list[Kernel]) -> tuple[float, float]:
 
 
 def with_roles(step: list[Kernel], tokens: int) -> list[tuple[str, Kernel]]:
-    """Each kernel of ``tokens`` steps of the model with its role; a step's last product is the head's."""
+    """Each kernel of ``tokens`` steps of the model, with choices behind them or without, and its role; a step's last
+    product is the head's."""
     roles = [role_of(kernel.name) for kernel in step]
     each, rest = divmod(len(step), tokens)
     if not rest:
@@ -174,12 +175,14 @@ def profile(replay: Replay) -> list[Row]:
     tokens = min(TOKENS, replay.room // 3 - 1)  # some room is left
     if tokens < 1:
         raise ValueError(f"a profile needs room for {3 * 2} tokens, and there is room for {replay.room}")
-    step, choice, both = (record(call, tokens) for call in (replay.step, replay.choice, replay.token))
-    return rows_of(step, choice, both, tokens)
+    step = record(replay.step, tokens)
+    choice = [] if replay.choice is None else record(replay.choice, tokens)
+    return rows_of(step, choice, record(replay.token, tokens), tokens)
 
 
 def rows_of(step: list[Kernel], choice: list[Kernel], both: list[Kernel], tokens: int) -> list[Row]:
-    """:func:`profile` of what was recorded: of the model's steps, of the choices, of both in turn."""
+    """:func:`profile` of what was recorded: of the model's steps; of the choices, if they are in graphs of their own;
+    of both in turn."""
     if not step or not both:
         raise ValueError("the profiler saw no kernel: it may need permission to use the GPU's counters")
     found = by_kernel([*with_roles(step, tokens), *((CHOICE, kernel) for kernel in choice)], tokens)

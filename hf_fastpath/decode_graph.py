@@ -4,22 +4,21 @@ A graph replays fixed addresses. So what changes from token to token is in devic
 tokens, their positions and the padding mask in a :class:`Slot`, and what the caches hold in the tensors that the slot
 lends them. A slot serves batches up to its rows and any length up to its capacity, one cache at a time; its graphs
 outlive the cache. A step's graph is of all rows, where a row's bits do not hang on how many there are
-(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size, as the graphs are that choose tokens.
+(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size, as the graphs are that choose tokens. One graph may be of
+a step and of the choice behind it: between two graphs a GPU does nothing for some microseconds.
 """
 
 from __future__ import annotations
 
-import functools
-import gc
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
 
+from hf_fastpath.capture import Capture, CapturedCalls, CudaCapture, Graph
 from hf_fastpath.modules.logits_target import logits_go_to
 from hf_fastpath.ops import TokenState
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
@@ -30,85 +29,10 @@ from hf_fastpath.spare_rows import SpareRows, empty_rows, repeat_rows, spare_row
 CAPACITY_TOKENS = 2048
 LEAST_CAPACITY_TOKENS = 256
 
-# Of a slot: steps, and ways to choose tokens for each batch size. Capturing again takes a tenth of a second.
-MAX_GRAPHS = 32
-
 # Slots that no cache uses are kept while they take at most this part of the GPU's memory.
 KEPT_PART_OF_MEMORY = 1 / 16
 
 OUTPUT_HOOKS = "transformers.utils.output_capturing"
-
-
-class Graph(Protocol):
-    """Recorded kernels."""
-
-    def replay(self) -> None:
-        """Runs them again, on the current stream."""
-
-
-# Records what a call puts on the GPU, without running it.
-Capture = Callable[[Callable[[], None]], Graph]
-
-
-_capturing = threading.Lock()
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures of a GPU: libraries keep a workspace for each stream that they ever saw."""
-    return torch.cuda.Stream(device)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of PyTorch, CUDA or cuBLAS says that there is too little GPU memory."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
-
-
-class CudaCapture:
-    """Captures into one memory pool for all graphs of a slot: what a replay leaves there is read before the next."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
-
-    def __call__(self, call: Callable[[], None]) -> Graph:
-        """Calls ``call`` twice where memory was short the first time: what PyTorch keeps for later cannot be given to
-        the pool of a graph while there is a capture."""
-        with _capturing:
-            try:
-                return self._record(call)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    error.add_note(
-                        "hf_fastpath was capturing a CUDA graph: patch_model(model, cuda_graphs=False) needs none"
-                    )
-                    raise
-            torch.cuda.empty_cache()
-            return self._record(call)
-
-    def _record(self, call: Callable[[], None]) -> Graph:
-        # Not torch.cuda.graph: it first gives all memory that PyTorch keeps back to the driver, which costs
-        # milliseconds, and lets other processes take what the next call needs.
-        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-        torch.cuda.synchronize(self.device)
-        gc.disable()  # a finalizer may do what a capture forbids
-        try:
-            with torch.cuda.device(self.device), torch.cuda.stream(_capture_stream(self.device)):
-                # Another thread may allocate meanwhile, which the default mode takes for a mistake; but not capture.
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                try:
-                    call()
-                finally:
-                    graph.capture_end()
-        finally:
-            if collects:
-                gc.enable()
-            # All graphs read from one place where their random numbers start. PyTorch (2.11, not 2.13) puts 0 there on
-            # the capture's stream as a capture begins, and on the replay's what is right as a replay does, and orders
-            # neither behind the other. A capture that failed has done so, too.
-            _capture_stream(self.device).synchronize()
-        return graph
 
 
 def batch_bucket(batch: int) -> int:
@@ -139,12 +63,12 @@ class Slot:
     def __init__(
         self, cache: Any, rows: int, capacity: int, capture: Capture, device: torch.device, spare: SpareRows
     ) -> None:
-        self.cache, self.kind, self.rows, self.capacity, self.capture = cache, cache.kind, rows, capacity, capture
+        self.cache, self.kind, self.rows, self.capacity = cache, cache.kind, rows, capacity
         self.device, self.spare = device, spare if rows <= MAX_ROWS else SpareRows.NONE
         self.owner: weakref.ref[Any] | None = None
-        self.batch, self.masked, self.short_of_memory = 0, False, False
+        self.batch, self.masked = 0, False
         self.logits: torch.Tensor | None = None
-        self._graphs: dict[Any, tuple[Graph | None, Any]] = {}
+        self._calls = CapturedCalls(capture)
         self._stream: Any = None
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
             self._inputs, self.unfinished, self.tokens, self.count = (
@@ -192,7 +116,7 @@ class Slot:
         self.positions[:batch].copy_(positions - 1)
         self.unfinished.fill_(1)
         self.count.zero_()
-        self.short_of_memory = False
+        self._calls.short_of_memory = False
         self.masked = mask is not None and not bool(mask.all())
         if mask is not None and self.masked:
             self.mask.fill_(True)
@@ -237,56 +161,39 @@ class Slot:
         self.positions[: self.batch] += 1
         self.put_spare()
 
-    def run(self, key: Any, call: Callable[[], None], keep: Any = None) -> None:
-        """Calls ``call`` the first time that ``key`` comes, captures it the second time, and replays it from then on:
-        libraries set themselves up in their first call, which a capture forbids. ``keep`` lives as long as the graph.
-
-        ``call`` may be called once more where it was captured in vain, for want of memory.
-        """
+    def run(self, key: tuple[Any, ...], call: Callable[[], None], keep: Any = None) -> None:
+        """:meth:`CapturedCalls.run` of these graphs. The first part of ``key`` says what ``call`` is."""
         self._order_streams()
-        known = self._graphs.pop(key, None)
-        if known is None:
-            if len(self._graphs) >= MAX_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]  # the one that was not used for longest
-            self._graphs[key] = None, None
-            call()
-            return
-        graph, kept = known
-        if graph is None:
-            graph, kept = self._captured(call), keep
-        self._graphs[key] = graph, kept
-        if graph is None:
-            call()
-        else:
-            graph.replay()
+        self._calls.run(key, call, keep)
 
-    def _captured(self, call: Callable[[], None]) -> Graph | None:
-        """A graph of ``call``; None when there is no memory for it, which is not tried again before :meth:`begin`."""
-        if self.short_of_memory:
-            return None
-        try:
-            return self.capture(call)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            warnings.warn(f"generate() goes on without a CUDA graph, and slower: {error}", stacklevel=2)
-            self.short_of_memory = True
-            return None
+    def step(
+        self, forward: Callable[..., Any], choose: Callable[[], None] | None = None, key: Any = None, keep: Any = None
+    ) -> None:
+        """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times.
 
-    def step(self, forward: Callable[..., Any]) -> None:
-        """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times."""
+        Args:
+            choose: chooses the next tokens by the logits, in the same graph, for the rows of the step, which are those
+                of the batch. key, keep: what tells it from others, and what has to live as long as the graph.
+        """
         forward = self._offering_logits(forward)
         cache = self._cache()
         length = cache.get_seq_length()
-        self.run(("step", self.step_rows, self.masked), lambda: self._forward(forward, length))
+
+        def call() -> None:
+            self._forward(forward, length)
+            if choose is not None:
+                choose()
+
+        self.run(("step" if choose is None else "token", self.step_rows, self.masked, key), call, keep)
         for layer in cache.layers:
             layer.advance_to(length + 1)
 
     @property
     def captured(self) -> list[tuple[str, Graph]]:
-        """What was captured, ``"step"`` or ``"choice"``, and its graph; the one that was used last is at the end.
-        Replaying choice and step adds a token to each row, for which there has to be room."""
-        return [(key[0], graph) for key, (graph, _) in self._graphs.items() if graph is not None]
+        """What was captured, ``"step"``, ``"choice"`` or ``"token"``, which is a step and then a choice, and its graph;
+        the one that was used last is at the end. Replaying choice and step, or a token, adds a token to each row, for
+        which there has to be room."""
+        return [(key[0], graph) for key, graph in self._calls.captured]
 
     def _cache(self) -> Any:
         cache = None if self.owner is None else self.owner()

@@ -117,9 +117,11 @@ class _Steps:
         slot, count = self.slot, self.count
         self.count += 1
         if slot is not None and self.cache.get_seq_length() < slot.capacity:
-            if not isinstance(choice, InGraph):
+            if isinstance(choice, InGraph):
+                choice.step(self.model.forward)
+            else:
                 slot.put(choice.latest)
-            slot.step(self.model.forward)
+                slot.step(self.model.forward)
             return _logits(slot)
         mask = self.mask
         out = self.model(
@@ -186,7 +188,7 @@ def decode(
         logits = steps(choice)
     choice.drop(surplus)
     random.take_back(surplus)
-    if surplus and cache.is_croppable:
+    if surplus and cache.can_forget:
         cache.crop(-surplus)
     if streamer is not None:
         streamer.end()

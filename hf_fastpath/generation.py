@@ -236,7 +236,6 @@ def _decode(
     returned = wants_more or getattr(cache, "_is_user_defined", False)
     # What is not transformers' own may count its calls, and some caches cannot forget a token.
     own = all(type(part).__module__.startswith("transformers.") for part in (*logits_processor, *stopping_criteria))
-    forgets = cache.is_croppable and cache.padding is None
     with model._optimize_model_for_decode():
         decoded = decode(
             model,
@@ -246,7 +245,7 @@ def _decode(
             rule=dataclasses.replace(rule, key=_key_of(rule), filters=filters_of(logits_processor)),
             inputs=model_kwargs,
             streamer=streamer,
-            lag=1 if own and (forgets or not returned) else 0,
+            lag=1 if own and (cache.can_forget or not returned) else 0,
         )
     if not wants_more:
         return decoded.sequences

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -120,15 +120,29 @@ class InGraph:
         self.scores = self.logits = None
         self.latest = slot.ids[: slot.batch, 0]
         self.done = None if rule.end is None else slot.done
+        # Of more rows a step's graph serves several batch sizes, that of a choice only one.
+        self._chooses_in_step, self._has_chosen = slot.batch == 1 and not rule.do_sample, False
 
     latest: torch.Tensor
     done: torch.Tensor | None
 
     def __call__(self, logits: torch.Tensor) -> None:
         rule, slot = self.rule, self.slot
-        # Only the rule is kept with the graph, whose tensors it reads: not the prompt, not the slot itself.
-        slot.run(("choice", slot.batch, rule.key), lambda: _choose(rule, slot), keep=rule)
+        if not self._has_chosen:
+            # Only the rule is kept with the graph, whose tensors it reads: not the prompt, not the slot itself.
+            slot.run(("choice", slot.batch, rule.key), lambda: _choose(rule, slot), keep=rule)
+        self._has_chosen = False
         self.count += 1
+
+    def step(self, forward: Callable[..., Any]) -> None:
+        """The slot's step with the model's ``forward``. If one graph is of that and of the choice by its logits, the
+        next call, which is for these logits, finds the tokens chosen."""
+        rule, slot = self.rule, self.slot
+        if self._chooses_in_step:
+            slot.step(forward, lambda: _choose(rule, slot), rule.key, keep=rule)
+        else:
+            slot.step(forward)
+        self._has_chosen = self._chooses_in_step
 
     def drop(self, count: int) -> None:
         self.count -= count

@@ -226,20 +226,22 @@ class CalledAgain:
         self.call()
 
 
-def test_the_graphs_of_a_step_are_replayed_as_far_as_there_is_room() -> None:
+@pytest.mark.parametrize(("rows", "graphs_of_a_token"), [(1, 1), (2, 2)])
+def test_the_graphs_of_a_token_are_replayed_as_far_as_there_is_room(rows: int, graphs_of_a_token: int) -> None:
     log: list[Any] = []
     model = patch_model(make_llama(), weights=None, kv_cache="int8")
     model._fastpath.graphs = DecodeGraphs(lambda *_: lambda call: CalledAgain(call, log))
     model._fastpath.graphs.watch(model)
-    inputs = {"input_ids": torch.randint(2, 199, (2, 1000)), "attention_mask": torch.ones(2, 1000, dtype=torch.long)}
+    ids = torch.randint(2, 199, (rows, 1000))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     replay = replay_of(model, inputs, 10, do_sample=False)
     (slot,) = model._fastpath.graphs.slots
     assert replay.room == slot.capacity - 1003 - 1
     before, positions = int(slot.count), slot.positions.clone()
     log.clear()
-    rate = replay.rate(2, at_most=5)
+    rate = replay.rate(rows, at_most=5)
     assert rate > 0
-    assert len(log) == 10
+    assert len(log) == 5 * graphs_of_a_token
     assert int(slot.count) == before + 5
     assert replay.room == slot.capacity - 1003 - 1 - 5
     assert torch.equal(slot.positions, positions + 5)

@@ -332,6 +332,12 @@ class FastCache(Cache):
         return not any(layer.has_storage for layer in cast(list[Any], self.layers))
 
     @property
+    def can_forget(self) -> bool:
+        """Whether ``crop()`` takes tokens back without ``activate_past_recording()`` before they came, which short
+        convolutions need."""
+        return self.is_croppable and self.padding is None
+
+    @property
     def attends_in_kernel(self) -> bool:
         """Whether the attention of a new token is a kernel that finds the length in GPU memory."""
         return all(layer.attends_in_kernel for layer in self._fast_layers)

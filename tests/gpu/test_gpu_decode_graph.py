@@ -16,7 +16,8 @@ from tiny_models import FAMILIES, long_batch, make_llama
 
 from hf_fastpath import patch_model, unpatch_model
 from hf_fastpath.caches.conv_state import ConvStateLayer
-from hf_fastpath.decode_graph import CudaCapture, Slot, _capture_stream
+from hf_fastpath.capture import CudaCapture, _capture_stream
+from hf_fastpath.decode_graph import Slot
 from hf_fastpath.spare_rows import SpareRows
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +51,7 @@ def on_gpu(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def captured(model: Any) -> int:
     """How many graphs there are."""
-    return sum(graph is not None for slot in model._fastpath.graphs.slots for graph, _ in slot._graphs.values())
+    return sum(len(slot.captured) for slot in model._fastpath.graphs.slots)
 
 
 def check_alike(model: Any, **inputs: Any) -> Any:
@@ -93,10 +94,11 @@ def test_other_families(family: str, padding: tuple[int, ...]) -> None:
         check_alike(patched("int8", family), **on_gpu(long_batch(padding)), **how)
 
 
+@pytest.mark.parametrize("padding", [(5,), (0, 7, 30)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "lfm2_moe"])
-def test_weights_as_they_are(family: str) -> None:
+def test_weights_as_they_are(family: str, padding: tuple[int, ...]) -> None:
     model = patch_model(FAMILIES[family](torch.bfloat16).cuda(), weights=None, kv_cache="int8", progress=False)
-    check_alike(model, **on_gpu(long_batch((0, 7, 30))), **GREEDY)
+    check_alike(model, **on_gpu(long_batch(padding)), **GREEDY)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "lfm2", "lfm2_moe", "gpt2"])
@@ -152,13 +154,26 @@ def test_modes_without_graphs(how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("how", [GREEDY, SAMPLE, {**SAMPLE, "repetition_penalty": 1.2}], ids=str)
 @pytest.mark.parametrize("returned", [False, True])
-def test_end_tokens(how: dict[str, Any], returned: bool) -> None:
+@pytest.mark.parametrize("padding", [(4,), (0, 4)], ids=str)
+@pytest.mark.parametrize("family", ["", "lfm2_moe"])
+def test_end_tokens(family: str, padding: tuple[int, ...], how: dict[str, Any], returned: bool) -> None:
     """Stopping is seen a token late, and leaves nothing behind."""
-    model, inputs = patched("int4"), on_gpu(long_batch((0, 4)))
+    model, inputs = patched("int4", family), on_gpu(long_batch(padding))
     torch.manual_seed(1)
     tokens = model.generate(**inputs, **how)
-    ends = [int(tokens[0, 90]), int(tokens[1, 95])]
+    ends = [int(row[90 + 5 * i]) for i, row in enumerate(tokens)]
     check_alike(model, **inputs, **how, eos_token_id=ends, return_dict_in_generate=returned)
+
+
+def test_one_row_that_draws_nothing_has_one_graph_a_token() -> None:
+    """For each set of end tokens and with padding; what draws or needs more than logits keeps its own."""
+    model = new_patched("int8")
+    for padding, how in (((0,), GREEDY), ((5,), GREEDY), ((0,), {**GREEDY, "eos_token_id": 5}), ((0,), SAMPLE)):
+        for new in (1, 2, 3, 40):
+            check_alike(model, **on_gpu(long_batch(padding)), **(how | {"max_new_tokens": new}))
+            gc.collect()
+    (slot,) = model._fastpath.graphs.slots
+    assert sorted(name for name, _ in slot.captured) == ["choice"] * 3 + ["step"] + ["token"] * 3
 
 
 def test_lengths_of_a_batch_share_one_capture() -> None:
@@ -282,10 +297,12 @@ def test_a_returned_cache_goes_on() -> None:
     assert torch.equal(continued, model.generate(more, past_key_values=kept, **GREEDY, disable_compile=True))
 
 
-def test_no_token_waits_for_the_gpu() -> None:
-    model, inputs = patched("int8"), on_gpu(long_batch((0, 3)))
-    for how in (GREEDY, {**SAMPLE, "eos_token_id": 198}):
-        model.generate(**inputs, **how)
+@pytest.mark.parametrize("padding", [(3,), (0, 3)], ids=str)
+def test_no_token_waits_for_the_gpu(padding: tuple[int, ...]) -> None:
+    model, inputs = patched("int8"), on_gpu(long_batch(padding))
+    for how in (GREEDY, {**GREEDY, "eos_token_id": 199}, {**SAMPLE, "eos_token_id": 199}):  # a token that never comes
+        for _ in range(2):  # the first token of one row is chosen by a graph from the third call on
+            model.generate(**inputs, **how)
         syncs = []
         for tokens in (10, 40):
             torch.cuda.set_sync_debug_mode("warn")
@@ -316,9 +333,12 @@ def test_threads_one_after_the_other_and_at_once() -> None:
 
 
 @pytest.mark.parametrize("how", [GREEDY, SAMPLE], ids=["greedy", "sample"])
-def test_a_capture_that_finds_no_memory(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("padding", [(7,), (0, 7)], ids=str)
+def test_a_capture_that_finds_no_memory(
+    padding: tuple[int, ...], how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Then the step runs as it is, and later calls are captured: nothing that failed is left behind."""
-    model, inputs = new_patched("int8"), on_gpu(long_batch((0, 7)))
+    model, inputs = new_patched("int8"), on_gpu(long_batch(padding))
     torch.manual_seed(1)
     want = model.generate(**inputs, **how, disable_compile=True)
     take, failing = Slot.take, {"left": 4}  # two attempts each of two calls

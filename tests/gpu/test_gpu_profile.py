@@ -18,14 +18,15 @@ SAMPLE = {"do_sample": True, "top_k": 20, "top_p": 0.9}
 
 
 @pytest.mark.parametrize("how", [{"do_sample": False}, SAMPLE], ids=["greedy", "sample"])
+@pytest.mark.parametrize("padding", [(0,), (0, 0)], ids=len)
 @pytest.mark.parametrize("make", [make_llama, make_lfm2_moe])
-def test_replayed_and_profiled(make: Any, how: dict[str, Any]) -> None:
+def test_replayed_and_profiled(make: Any, padding: tuple[int, ...], how: dict[str, Any]) -> None:
     model = make(torch.bfloat16).cuda()
     for module in model.modules():
         if hasattr(module, "inv_freq"):  # which a cast of the whole model has rounded, so that it would stay as it is
             module.inv_freq = module.inv_freq.float()
     patch_model(model, scale_search="absmax", progress=False)
-    inputs = {name: tensor.cuda() for name, tensor in long_batch((0, 0)).items()}
+    inputs = {name: tensor.cuda() for name, tensor in long_batch(padding).items()}
     replay = replay_of(model, inputs, 60, **how)
     rows = profile_decode.profile(replay)
     found = profile_decode.roles(rows)
@@ -34,10 +35,13 @@ def test_replayed_and_profiled(make: Any, how: dict[str, Any]) -> None:
     assert {"product", "attention", "head", "choice"} <= set(found)
     assert "append" not in found  # of the int8 cache: it is in the attention
     assert sum(row["nodes"] for row in found["angles"]) == 1
+    if not how["do_sample"]:
+        assert sum(row["nodes"] for row in found["choice"]) == 2
+        assert (replay.choice is None) == (len(padding) == 1)
     assert not [row["kernel"] for row in rows if "emcpy" in row["kernel"]]  # the head writes where the choice reads
     assert sum(row["nodes"] for row in found["attention"]) == attention_layers
     assert rows[0]["wall_us"] > rows[0]["idle_us"] >= 0
-    assert replay.rate(2, at_most=8) > 0
+    assert replay.rate(len(padding), at_most=8) > 0
     del replay
     torch.manual_seed(1)
     got = model.generate(**inputs, **how, max_new_tokens=40)
