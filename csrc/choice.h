@@ -14,8 +14,8 @@ struct ChooseTokensArgs {
   int end_count;
   const int64_t* pad;
   int64_t *ids, *positions, *unfinished;  // (rows,)
-  bool* done;
-  int64_t* tokens;  // (rows, capacity), rows token_row_stride elements apart
+  int64_t* done;                          // 0; set to *count as the last row is finished
+  int64_t* tokens;                        // (rows, capacity), rows token_row_stride elements apart
   int64_t token_row_stride, capacity;
   int64_t* count;
   uint64_t* parts;  // (rows, choose_tokens_parts()) to work with

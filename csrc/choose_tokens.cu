@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(32 * kNoteWarps) note_tokens_kernel(const Choo
   if (!a.end) return;
 #pragma unroll
   for (int w = 0; w < kNoteWarps; ++w) any_unfinished |= has_unfinished[w];
-  *a.done = !any_unfinished;
+  if (!any_unfinished && *a.done == 0) *a.done = count + 1;
 }
 
 template <typename T, bool kNoise>

@@ -47,9 +47,7 @@ void choose_tokens(const Tensor& scores, const std::optional<Tensor>& noise, con
   check.dtype(tokens, ScalarType::Long, "tokens", "int64");
   check(tokens.stride(1) == 1 || tokens.size(1) == 1, "the last dimension of tokens must be contiguous");
   check.same_device(scores, tokens, "tokens");
-  check.dtype(done, ScalarType::Bool, "done", "bool");
   check.shape(done, {}, "done", "()");
-  check.same_device(scores, done, "done");
   ChooseTokensArgs args = {};
   if (end) {
     check.shape(*end, {-1}, "end", "(E,)");
@@ -61,13 +59,13 @@ void choose_tokens(const Tensor& scores, const std::optional<Tensor>& noise, con
   args.ids = integers(check, scores, ids, "ids");
   args.positions = integers(check, scores, positions, "positions");
   args.unfinished = integers(check, scores, unfinished, "unfinished");
+  args.done = integers(check, scores, done, "done");
   args.count = integers(check, scores, count, "count");
   if (rows == 0) return;
   const Launch launch(scores);
   args.scores = data(scores);
   args.score_row_stride = scores.stride(0);
   args.noise = data<float>(noise);
-  args.done = static_cast<bool*>(done.data_ptr());
   args.tokens = static_cast<int64_t*>(tokens.data_ptr());
   args.token_row_stride = tokens.stride(0);
   args.capacity = tokens.size(1);

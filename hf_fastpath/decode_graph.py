@@ -57,7 +57,8 @@ class Slot:
             are chosen, the positions before.
         logits: ``(rows, V)`` in the model's dtype, of the latest step; None before the first.
         unfinished: int64 ``(rows,)``, 1 until a row has its end token. tokens: int64 ``(rows, capacity)``, those that
-            were chosen, ``count`` ``(1, 1)`` of them. done: bool ``()``, whether no row is unfinished.
+            were chosen, ``count`` ``(1, 1)`` of them. done: int64 ``()``, 0 while a row is
+            unfinished, then how many tokens had been chosen when the last one was finished.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Slot:
             )
             self.ids, self.positions = self._inputs
             self.mask = torch.ones((rows, 1, 1, capacity), dtype=torch.bool, device=device)
-            self.done = torch.zeros((), dtype=torch.bool, device=device)
+            self.done = torch.zeros((), dtype=torch.long, device=device)
 
     @property
     def free(self) -> bool:
@@ -116,6 +117,7 @@ class Slot:
         self.positions[:batch].copy_(positions - 1)
         self.unfinished.fill_(1)
         self.count.zero_()
+        self.done.zero_()
         self._calls.short_of_memory = False
         self.masked = mask is not None and not bool(mask.all())
         if mask is not None and self.masked:

@@ -20,7 +20,7 @@ def new_state(rng: torch.Generator, rows: int, capacity: int = 7, device: str = 
         ids=torch.full((rows, 1), -7, device=device),
         positions=torch.randint(0, 99, (rows, 1), generator=rng).to(device),
         unfinished=torch.randint(0, 2, (rows,), generator=rng).to(device),
-        done=torch.tensor(False, device=device),
+        done=torch.tensor(0, device=device),
         tokens=tokens[:rows, :capacity],
         counted=torch.tensor([[2]], device=device),
     )

@@ -79,7 +79,7 @@ struct GroupSums {
   // The tensor core adds: A is ones.
   template <typename T, int kUnitCols>
   __device__ __forceinline__ void compute(const Activations<kColTiles, kUnitCols>& x, float factor) {
-    constexpr uint32_t kAllOnes[4] = {kNibbleOnes, kNibbleOnes, kNibbleOnes, kNibbleOnes};
+    constexpr uint32_t kOnes = Nibbles<T>::kOnes, kAllOnes[4] = {kOnes, kOnes, kOnes, kOnes};
     constexpr int kSteps = kUnitCols / 16 / kGroups;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {

@@ -41,36 +41,54 @@ __device__ __forceinline__ void int4_fragment(uint32_t word, uint32_t zero_lo, u
   }
 }
 
-// A packed word to the A fragment of its nibbles as they stand: the low bits of a 16-bit float whose others are 0 are
-// an integer, in units of the smallest number that there is. The codes of row g + 8 count sixteenfold, by their place.
-__device__ __forceinline__ void nibble_fragment(uint32_t word, uint32_t (&a)[4]) {
-  constexpr uint32_t kRowLow = 0x000f000fu, kRowHigh = 0x00f000f0u;
-  const uint32_t next = word >> 8;
-  a[0] = word & kRowLow, a[1] = word & kRowHigh, a[2] = next & kRowLow, a[3] = next & kRowHigh;
-}
-constexpr uint32_t kNibbleOnes = 0x00010001u;  // two ones of that kind
-
-// What makes numbers of such products again. Those of bf16 would be too small for fp32: x is scaled first.
+// int4 codes for the tensor core as they stand in their words: the low bits of a 16-bit float whose others are 0 are an
+// integer, in units of the smallest number that there is. The tensor core aligns such products as if they were numbers
+// of the smallest exponent, so what a code lacks to that costs bits of the sum.
+//
+// fragment(): a packed word to an A fragment. kRowHigh: what the codes of rows g + 8 count more than those of g, by
+// their place. kOnes: two numbers that count kOnesCount, as precise as can be. prepared(): two values of x. kUnit: what
+// products of all that are in units of, reversed.
 template <typename T>
-struct NibbleScale;
+struct Nibbles;
+
+// fp16: all codes in bits 4 to 7, two bits below what is precise.
 template <>
-struct NibbleScale<__half> {
-  static constexpr float kProducts = 16777216.0f;  // 2^24
-  static __device__ __forceinline__ uint32_t scaled(uint32_t x) { return x; }
+struct Nibbles<__half> {
+  static constexpr int kRowHigh = 1;
+  static constexpr float kUnit = 1048576.0f, kOnesCount = 64;  // 2^20
+  static constexpr uint32_t kOnes = 0x04000400u;
+
+  static __device__ __forceinline__ void fragment(uint32_t word, uint32_t (&a)[4]) {
+    constexpr uint32_t kCodes = 0x00f000f0u;
+    a[0] = word << 4 & kCodes, a[1] = word & kCodes, a[2] = word >> 4 & kCodes, a[3] = word >> 8 & kCodes;
+  }
+  static __device__ __forceinline__ uint32_t prepared(uint32_t x) { return x; }
 };
+
+// bf16: in bits 0 to 3, three bits below, or 4 to 7. Products would be too small for fp32, the smallest bf16 being
+// 2^-133: x comes times 2^64, exactly. Then what is 2^-57 or more keeps all bits, and below 2^64 nothing overflows.
 template <>
-struct NibbleScale<__nv_bfloat16> {
-  static constexpr float kProducts = 590295810358705651712.0f;  // 2^69: the smallest bf16 is 2^-133
-  // By 2^64, exactly: what is 2^-57 or more keeps all of fp32's bits, and below 2^64 nothing overflows.
-  static __device__ __forceinline__ uint32_t scaled(uint32_t x) {
+struct Nibbles<__nv_bfloat16> {
+  static constexpr int kRowHigh = 16;
+  static constexpr float kUnit = 590295810358705651712.0f, kOnesCount = 128;  // 2^69
+  static constexpr uint32_t kOnes = 0x00800080u;
+
+  static __device__ __forceinline__ void fragment(uint32_t word, uint32_t (&a)[4]) {
+    constexpr uint32_t kLow = 0x000f000fu, kHigh = 0x00f000f0u;
+    const uint32_t next = word >> 8;
+    a[0] = word & kLow, a[1] = word & kHigh, a[2] = next & kLow, a[3] = next & kHigh;
+  }
+  static __device__ __forceinline__ uint32_t prepared(uint32_t x) {
     return as_bits(__hmul2(as_pair<__nv_bfloat162>(x), as_pair<__nv_bfloat162>(0x5f805f80u)));
   }
 };
 
-// A zero point as a float, and sixteen times as much, by way of bf16: the integer in a mantissa.
-__device__ __forceinline__ float zero_of_row(uint32_t zero, bool high) {
-  return high ? bits_to_float<__nv_bfloat16>(0x4500u | zero) - 2048.0f
-              : bits_to_float<__nv_bfloat16>(0x4300u | zero) - 128.0f;
+// A zero point, below 16, as a float, kFactor (1 or 16) times: the integer in a bf16's mantissa.
+template <int kFactor>
+__device__ __forceinline__ float zero_as_float(uint32_t zero) {
+  static_assert(kFactor == 1 || kFactor == 16);
+  constexpr uint32_t kBase = kFactor == 1 ? 0x4300u : 0x4500u;  // 128, 2,048
+  return bits_to_float<__nv_bfloat16>(kBase | zero) - 128.0f * kFactor;
 }
 
 // Bytes 0 and 2 of a word, as signed integers, to a pair of floats, exactly; shift the word by 8 for bytes 1 and 3.

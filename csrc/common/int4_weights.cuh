@@ -1,9 +1,9 @@
 // Packed int4 weights (hf_fastpath/packing.py) as a weight format of decode_linear.cuh.
 //
-// The tensor core multiplies the codes q as they stand in their words (nibble_fragment()), which takes five
-// instructions a word; -zero times the group's sum of x is where the group's sum starts. All of it is exact but for the
-// sums, which are fp32, and the group's sum is multiplied by its scale in fp32: the scaled weight is never rounded to
-// 16 bits, unlike in w4a16_dequantize.
+// The tensor core multiplies the codes q as they stand in their words (Nibbles), which takes five instructions a word in
+// bf16; -zero times the group's sum of x is where the group's sum starts. All of it is exact but for the sums, which are
+// fp32, and the group's sum is multiplied by its scale in fp32: the scaled weight is never rounded to 16 bits, unlike in
+// w4a16_dequantize.
 #pragma once
 
 #include "decode_linear.cuh"
@@ -13,15 +13,15 @@ namespace hf_fastpath::linear {
 template <typename T_, int kGroup, bool kZeros>
 struct Int4Weights {
   using T = T_;
+  using Codes = Nibbles<T>;
   static constexpr int kUnitCols = 128;  // one group of the largest size: two tiles
   static constexpr bool kRowScales = false, kHasZeros = kZeros, kWideOutput = false;
   static constexpr int kGroups = kUnitCols / kGroup;
-  static constexpr float kSumFactor = kZeros ? -1.0f : -8.0f;
+  static constexpr float kSumFactor = (kZeros ? -1.0f : -8.0f) / Codes::kOnesCount;
 
   // Eight values of x, as multiply() wants them.
   static __device__ __forceinline__ uint4 prepared(const uint4& x) {
-    using Scale = NibbleScale<T>;
-    return make_uint4(Scale::scaled(x.x), Scale::scaled(x.y), Scale::scaled(x.z), Scale::scaled(x.w));
+    return make_uint4(Codes::prepared(x.x), Codes::prepared(x.y), Codes::prepared(x.z), Codes::prepared(x.w));
   }
 
   template <int kTiles>
@@ -63,14 +63,14 @@ struct Int4Weights {
   static __device__ __forceinline__ void multiply(float (&acc)[kColTiles][4], const StageOf<kTiles>& stage, int r,
                                                   const Activations<kColTiles, kUnitCols>& x,
                                                   const GroupSums<kGroups, kColTiles>& sums, int lane) {
-    constexpr int kWords = 8 / kGroups;
+    constexpr int kWords = 8 / kGroups, kHigh = Codes::kRowHigh;
     const int g = lane / 4;
     const uint4 tile[2] = {stage.tile[r][0][lane], stage.tile[r][1][lane]};
     const uint32_t words[8] = {tile[0].x, tile[0].y, tile[0].z, tile[0].w, tile[1].x, tile[1].y, tile[1].z, tile[1].w};
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const float zero_lo = kZeros ? zero_of_row(stage.zeros[r][group][g], false) : 1.0f;
-      const float zero_hi = kZeros ? zero_of_row(stage.zeros[r][group][g + 8], true) : 16.0f;
+      const float zero_lo = kZeros ? zero_as_float<1>(stage.zeros[r][group][g]) : 1.0f;
+      const float zero_hi = kZeros ? zero_as_float<kHigh>(stage.zeros[r][group][g + 8]) : kHigh;
       float sum[kColTiles][4];
 #pragma unroll
       for (int c = 0; c < kColTiles; ++c) {
@@ -81,16 +81,15 @@ struct Int4Weights {
 #pragma unroll
       for (int i = group * kWords; i < (group + 1) * kWords; ++i) {
         uint32_t a[4];
-        nibble_fragment(words[i], a);
+        Codes::fragment(words[i], a);
 #pragma unroll
         for (int c = 0; c < kColTiles; ++c) {
           const uint4& b = x.half_tile[c][i / 2];
           mma_m16n8k16<T>(sum[c], a, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
         }
       }
-      constexpr float kUnit = NibbleScale<T>::kProducts;
-      const float scale_lo = kUnit * bits_to_float<T>(stage.scales[r][group][g]);
-      const float scale_hi = kUnit / 16 * bits_to_float<T>(stage.scales[r][group][g + 8]);
+      const float scale_lo = Codes::kUnit * bits_to_float<T>(stage.scales[r][group][g]);
+      const float scale_hi = Codes::kUnit / kHigh * bits_to_float<T>(stage.scales[r][group][g + 8]);
 #pragma unroll
       for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll

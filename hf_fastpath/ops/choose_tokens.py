@@ -19,7 +19,8 @@ class TokenState(NamedTuple):
 
     Attributes:
         ids, positions: int64 ``(B, 1)``, the tokens chosen last, and where they stand.
-        unfinished: int64 ``(B,)``, 1 until a row has an end token, then 0. done: bool ``()``, whether no row is left.
+        unfinished: int64 ``(B,)``, 1 until a row has an end token, then 0. done: int64 ``()``, 0 as long
+            as there is such a row, then how many tokens had been chosen as the last one got its end token.
         tokens: int64 ``(B, capacity)``, rows any distance apart, of which ``counted`` ``(1, 1)`` were chosen so far.
     """
 
@@ -47,7 +48,7 @@ def choose_tokens_reference(
     if end is not None and pad is not None:
         chosen = chosen * unfinished + pad * (1 - unfinished)
         unfinished &= ~torch.isin(chosen, end)
-        done.copy_(unfinished.max() == 0)
+        done += torch.where((done == 0) & (unfinished.max() == 0), count[0, 0] + 1, 0)
     ids.copy_(chosen[:, None])
     tokens.scatter_(1, count.expand(tokens.shape[0], 1), chosen[:, None])
     count += 1
