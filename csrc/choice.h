@@ -14,8 +14,9 @@ struct ChooseTokensArgs {
   int end_count;
   const int64_t* pad;
   int64_t *ids, *positions, *unfinished;  // (rows,)
-  int64_t* done;                          // 0; set to *count as the last row is finished
-  int64_t* tokens;                        // (rows, capacity), rows token_row_stride elements apart
+  int64_t* done;    // the number of a call << 48 | how many tokens had been chosen as the last row was finished << 24
+  int64_t* report;  // gets *done | *count, with `end`; may be in the host's memory
+  int64_t* tokens;  // (rows, capacity), rows token_row_stride elements apart
   int64_t token_row_stride, capacity;
   int64_t* count;
   uint64_t* parts;  // (rows, choose_tokens_parts()) to work with

@@ -129,7 +129,9 @@ __global__ void __launch_bounds__(32 * kNoteWarps) note_tokens_kernel(const Choo
   if (!a.end) return;
 #pragma unroll
   for (int w = 0; w < kNoteWarps; ++w) any_unfinished |= has_unfinished[w];
-  if (!any_unfinished && *a.done == 0) *a.done = count + 1;
+  int64_t done = *a.done;
+  if (!any_unfinished && (done >> 24 & 0xffffff) == 0) *a.done = done |= (count + 1) << 24;
+  *static_cast<volatile int64_t*>(a.report) = done | (count + 1);
 }
 
 template <typename T, bool kNoise>

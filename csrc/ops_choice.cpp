@@ -19,6 +19,15 @@ int64_t* integers(const Check& check, const Tensor& scores, const Tensor& t, con
   return static_cast<int64_t*>(t.data_ptr());
 }
 
+// int64, in memory that the GPU may write, be it the host's.
+int64_t* reported_to(const Check& check, const Tensor& t) {
+  check.dtype(t, ScalarType::Long, "report", "int64");
+  cudaPointerAttributes found = {};
+  const bool known = cudaPointerGetAttributes(&found, t.data_ptr()) == cudaSuccess;
+  check(known && found.devicePointer != nullptr, "report must be on the GPU or in the host's pinned memory, got ", t);
+  return static_cast<int64_t*>(found.devicePointer);
+}
+
 void check_noise(const Check& check, const Tensor& scores, const Tensor& noise) {
   check.dtype(scores, ScalarType::Float, "scores with noise", "float32");
   check.dtype(noise, ScalarType::Float, "noise", "float32");
@@ -30,7 +39,8 @@ void check_noise(const Check& check, const Tensor& scores, const Tensor& noise) 
 
 void choose_tokens(const Tensor& scores, const std::optional<Tensor>& noise, const std::optional<Tensor>& end,
                    const std::optional<Tensor>& pad, const Tensor& ids, const Tensor& positions,
-                   const Tensor& unfinished, const Tensor& done, const Tensor& tokens, const Tensor& count) {
+                   const Tensor& unfinished, const Tensor& done, const Tensor& tokens, const Tensor& count,
+                   const Tensor& report) {
   constexpr Check check{"choose_tokens"};
   check.shape(scores, {-1, -1}, "scores", "(B, V)");
   const Dtype dtype = scores_dtype(check, scores);
@@ -47,7 +57,9 @@ void choose_tokens(const Tensor& scores, const std::optional<Tensor>& noise, con
   check.dtype(tokens, ScalarType::Long, "tokens", "int64");
   check(tokens.stride(1) == 1 || tokens.size(1) == 1, "the last dimension of tokens must be contiguous");
   check.same_device(scores, tokens, "tokens");
+  check(tokens.size(1) < 1 << 24, "tokens may have 2^24 - 1 columns at most, got ", tokens);
   check.shape(done, {}, "done", "()");
+  check.shape(report, {}, "report", "()");
   ChooseTokensArgs args = {};
   if (end) {
     check.shape(*end, {-1}, "end", "(E,)");
@@ -61,6 +73,7 @@ void choose_tokens(const Tensor& scores, const std::optional<Tensor>& noise, con
   args.unfinished = integers(check, scores, unfinished, "unfinished");
   args.done = integers(check, scores, done, "done");
   args.count = integers(check, scores, count, "count");
+  args.report = reported_to(check, report);
   if (rows == 0) return;
   const Launch launch(scores);
   args.scores = data(scores);

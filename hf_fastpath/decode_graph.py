@@ -23,6 +23,7 @@ from hf_fastpath.modules.logits_target import logits_go_to
 from hf_fastpath.ops import TokenState
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
+from hf_fastpath.progress import Progress
 from hf_fastpath.spare_rows import SpareRows, empty_rows, repeat_rows, spare_rows_of
 
 # A call that needs a little more than the last one finds the same slot; all rows of a slot together have about this.
@@ -57,8 +58,8 @@ class Slot:
             are chosen, the positions before.
         logits: ``(rows, V)`` in the model's dtype, of the latest step; None before the first.
         unfinished: int64 ``(rows,)``, 1 until a row has its end token. tokens: int64 ``(rows, capacity)``, those that
-            were chosen, ``count`` ``(1, 1)`` of them. done: int64 ``()``, 0 while a row is
-            unfinished, then how many tokens had been chosen when the last one was finished.
+            were chosen, ``count`` ``(1, 1)`` of them. done, and what reports it and
+            the count to the host, ``progress``: see :class:`~hf_fastpath.ops.TokenState`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Slot:
         self.logits: torch.Tensor | None = None
         self._calls = CapturedCalls(capture)
         self._stream: Any = None
+        self.progress = Progress(device)
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
             self._inputs, self.unfinished, self.tokens, self.count = (
                 torch.zeros(shape, dtype=torch.long, device=device)
@@ -117,7 +119,7 @@ class Slot:
         self.positions[:batch].copy_(positions - 1)
         self.unfinished.fill_(1)
         self.count.zero_()
-        self.done.zero_()
+        self.progress.begin(self.done)
         self._calls.short_of_memory = False
         self.masked = mask is not None and not bool(mask.all())
         if mask is not None and self.masked:
@@ -154,7 +156,8 @@ class Slot:
         """What is noted of the rows of the batch as tokens are chosen."""
         rows = slice(0, self.batch)
         return TokenState(
-            *(self.ids[rows], self.positions[rows], self.unfinished[rows], self.done, self.tokens[rows], self.count)
+            *(self.ids[rows], self.positions[rows], self.unfinished[rows], self.done, self.tokens[rows], self.count),
+            self.progress.report,
         )
 
     def put(self, tokens: torch.Tensor) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,80 +26,66 @@ class Decoded:
 
 
 class StopWatch:
-    """Learns ``lag`` steps late that all rows are finished, and streams tokens as late: the host reads what was copied
-    while later steps run."""
+    """Learns ``lag`` steps late that all rows are finished, and streams tokens as late: the host reads what was
+    reported or copied while later steps run."""
 
     def __init__(self, lag: int, batch: int, device: torch.device, streamer: Any) -> None:
         self.lag, self.streamer = lag, streamer
         self._free = [_Copy(batch, device) for _ in range(lag + 1)]
-        self._pending: collections.deque[_Copy] = collections.deque()
+        self._pending: collections.deque[tuple[int, _Copy | None]] = collections.deque()
         self._steps = 0
 
     def __call__(self, choice: Choice, last: bool) -> int | None:
         """After a step was queued, the last one of all or not: how many steps were queued too many; None: go on."""
         self._steps += 1
-        if choice.done is None and self.streamer is None:  # nothing to wait for
-            return 0 if last else None
-        copy = self._free.pop()
-        copy.start(self._steps, choice.done, None if self.streamer is None else choice.latest, choice.lasting)
-        self._pending.append(copy)
+        self._pending.append((self._steps, self._copy_of(choice)))
         while self._pending and (last or len(self._pending) > self.lag):
-            copy = self._pending.popleft()
-            stop = copy.says_stop()
-            if self.streamer is not None:
-                self.streamer.put(copy.tokens.clone())
-            self._free.append(copy)
-            if stop:
+            step, copy = self._pending.popleft()
+            stop = copy is not None and self._take(copy)
+            if stop or 0 < choice.finished_by(step) <= step:
                 return len(self._pending)
         return 0 if last else None
+
+    def _copy_of(self, choice: Choice) -> _Copy | None:
+        """What is on its way to the host; None: nobody wants anything that is not reported."""
+        if choice.done is None and self.streamer is None:
+            return None
+        copy = self._free.pop()
+        copy.start(choice.done, None if self.streamer is None else choice.latest)
+        return copy
+
+    def _take(self, copy: _Copy) -> bool:
+        stop = copy.wait()
+        if self.streamer is not None:
+            self.streamer.put(copy.tokens.clone())
+        self._free.append(copy)
+        return stop
 
 
 class _Copy:
     """A step's outcome on its way to the host."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.done = torch.zeros((), dtype=torch.long, pin_memory=self.on_gpu)
+        self.on_gpu = device.type == "cuda"
+        self.done = torch.zeros((), dtype=torch.bool, pin_memory=self.on_gpu)
         self.tokens = torch.zeros(batch, dtype=torch.long, pin_memory=self.on_gpu)
-        self._arrived: Any = torch.cuda.Event() if self.on_gpu else None
-        self._step, self._has_flag = 0, False
+        self._arrived = torch.cuda.Event() if self.on_gpu else None
+        self._has_flag = False
 
-    def start(self, step: int, done: torch.Tensor | None, tokens: torch.Tensor | None, lasting: bool) -> None:
-        """Queues the copy of a step's outcome.
-
-        What is ``lasting`` goes by a stream of its own: between two graphs a copy keeps the GPU idle for as long as
-        some kernels take. It may be read after later steps, then, or, when the loop has ended and nobody asks for it
-        any more, after what is next.
-        """
-        self._step, self._has_flag = step, done is not None
-        if not self.on_gpu:
-            self._copy(done, tokens)
-        elif not lasting:
-            self._copy(done, tokens)
-            self._arrived.record()
-        else:
-            stream = _copy_stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                self._copy(done, tokens)
-                self._arrived.record()
-
-    def _copy(self, done: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
+    def start(self, done: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
+        self._has_flag = done is not None
         if done is not None:
             self.done.copy_(done, non_blocking=True)
         if tokens is not None:
             self.tokens.copy_(tokens, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
 
-    def says_stop(self) -> bool:
-        """Whether all rows were finished with this step, once it is known."""
-        if self.on_gpu:
+    def wait(self) -> bool:
+        """Whether all rows were finished, once it is known."""
+        if self._arrived is not None:
             self._arrived.synchronize()
-        return self._has_flag and 0 < int(self.done) <= self._step
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+        return self._has_flag and bool(self.done)
 
 
 class _Random:

@@ -56,19 +56,18 @@ class Choice(Protocol):
 
     Attributes:
         latest: int64 ``(B,)``, the tokens of the last call.
-        done: int64 ``()``, after how many calls all rows were finished, 0 as long as they are not; None: only their
-            length finishes them.
-        lasting: whether later calls leave what ``latest`` was where it was, and ``done`` alone once it is not 0.
+        done: bool ``()``, whether all rows are finished with them; None: :meth:`finished_by` says so.
     """
 
-    lasting: bool
+    latest: torch.Tensor
     done: torch.Tensor | None
-
-    @property
-    def latest(self) -> torch.Tensor: ...
 
     def __call__(self, logits: torch.Tensor) -> None:
         """Chooses by logits ``(B, V)`` in the model's dtype, which it does not change."""
+
+    def finished_by(self, count: int) -> int:
+        """Waits for the first ``count`` calls where ``done`` is None; then how many it took until all rows were
+        finished, if that is known, or 0."""
 
     def drop(self, count: int) -> None:
         """Forgets the last ``count`` calls."""
@@ -80,12 +79,9 @@ class Choice(Protocol):
 class CallByCall:
     """Any rule."""
 
-    lasting = False
-
     def __init__(self, rule: Rule, prompt: torch.Tensor) -> None:
         self.rule, self.ids = rule, prompt
         self.unfinished = torch.ones(prompt.shape[0], dtype=torch.long, device=prompt.device)
-        self.count = 0
         self.scores: tuple[torch.Tensor, ...] | None = () if rule.keep_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if rule.keep_logits else None
         self.latest, self.done = prompt[:, -1:], None
@@ -108,8 +104,10 @@ class CallByCall:
             tokens = tokens * self.unfinished + rule.pad * (1 - self.unfinished)
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
         self.unfinished = self.unfinished & ~rule.criteria(self.ids, self.scores)
-        self.count += 1
-        self.latest, self.done = tokens, (self.unfinished.max() == 0) * self.count
+        self.latest, self.done = tokens, self.unfinished.max() == 0
+
+    def finished_by(self, count: int) -> int:
+        return 0
 
     def drop(self, count: int) -> None:
         if count:
@@ -127,16 +125,12 @@ class InGraph:
     def __init__(self, rule: Rule, prompt: torch.Tensor, slot: Slot) -> None:
         self.rule, self.prompt, self.slot, self.count = rule, prompt, slot, 0
         self.scores = self.logits = None
-        self.done = None if rule.end is None else slot.done
+        self.latest, self.done = slot.ids[: slot.batch, 0], None
         # Of more rows a step's graph serves several batch sizes, that of a choice only one.
         self._chooses_in_step, self._has_chosen = slot.batch == 1 and not rule.do_sample, False
 
-    lasting = True
+    latest: torch.Tensor
     done: torch.Tensor | None
-
-    @property
-    def latest(self) -> torch.Tensor:
-        return self.slot.tokens[: self.slot.batch, self.count - 1]
 
     def __call__(self, logits: torch.Tensor) -> None:
         rule, slot = self.rule, self.slot
@@ -155,6 +149,9 @@ class InGraph:
         else:
             slot.step(forward)
         self._has_chosen = self._chooses_in_step
+
+    def finished_by(self, count: int) -> int:
+        return 0 if self.rule.end is None else self.slot.progress.finished_by(count)
 
     def drop(self, count: int) -> None:
         self.count -= count

@@ -20,9 +20,10 @@ def new_state(rng: torch.Generator, rows: int, capacity: int = 7, device: str = 
         ids=torch.full((rows, 1), -7, device=device),
         positions=torch.randint(0, 99, (rows, 1), generator=rng).to(device),
         unfinished=torch.randint(0, 2, (rows,), generator=rng).to(device),
-        done=torch.tensor(0, device=device),
+        done=torch.tensor(5 << 48, device=device),
         tokens=tokens[:rows, :capacity],
         counted=torch.tensor([[2]], device=device),
+        report=torch.tensor(0, pin_memory=device != "cpu"),
     )
 
 
@@ -49,11 +50,16 @@ def check_choice(
     want_whole = whole.cpu().clone()
     rows, capacity = state.tokens.shape
     want = TokenState(
-        *(x.cpu().clone() for x in state[:4]), tokens=want_whole[:rows, :capacity], counted=state.counted.cpu().clone()
+        *(x.cpu().clone() for x in state[:4]),
+        tokens=want_whole[:rows, :capacity],
+        counted=state.counted.cpu().clone(),
+        report=state.report.clone(),
     )
     inputs = [None if x is None else x.cpu() for x in (scores, noise, end, pad)]
     choose_tokens_reference(*inputs, *want)  # type: ignore[arg-type]
     target.ops.choose_tokens(scores, noise, end, pad, state)
+    if state.ids.is_cuda:
+        torch.cuda.synchronize()
     for mine, theirs, name in zip(state, want, TokenState._fields, strict=True):
         assert torch.equal(mine.cpu(), theirs), name
     assert torch.equal(whole.cpu(), want_whole)

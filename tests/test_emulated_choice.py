@@ -53,12 +53,12 @@ def test_all_rows_are_done_when_the_last_one_is() -> None:
     state.unfinished.copy_(torch.tensor([0, 1, 1]))
     scores = torch.zeros(3, 16)
     scores[0, 1] = scores[1, 5] = scores[2, 6] = 1
-    assert check_choice(target(), scores, None, end, torch.tensor(0), state).done == 0
+    assert check_choice(target(), scores, None, end, torch.tensor(0), state).report == (5 << 48) + 3
     assert state.ids[:, 0].tolist() == [0, 5, 6]
     scores[2, 9] = 2
-    assert check_choice(target(), scores, None, end, torch.tensor(0), state).done == 4  # two before, and these two
+    assert check_choice(target(), scores, None, end, torch.tensor(0), state).report == (5 << 48) + (4 << 24) + 4
     assert state.ids[:, 0].tolist() == [0, 0, 9]
-    assert check_choice(target(), scores, None, end, torch.tensor(0), state).done == 4
+    assert check_choice(target(), scores, None, end, torch.tensor(0), state).report == (5 << 48) + (4 << 24) + 5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -252,7 +252,7 @@ def expert_stack(rows: int, columns: int) -> list[torch.Tensor]:
 
 def token_state(rows: int) -> ops.TokenState:
     integers = [torch.ones(shape, dtype=torch.long) for shape in ((rows, 1), (rows, 1), (rows,), (rows, 5), (1, 1))]
-    return ops.TokenState(*integers[:3], torch.tensor(0), *integers[3:])
+    return ops.TokenState(*integers[:3], torch.tensor(0), *integers[3:], torch.tensor(0))
 
 
 def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:

@@ -10,8 +10,12 @@ from hf_fastpath.ops import _library
 
 SCHEMA = (
     "choose_tokens(Tensor scores, Tensor? noise, Tensor? end, Tensor? pad, Tensor(a!) ids, Tensor(b!) positions, "
-    "Tensor(c!) unfinished, Tensor(d!) done, Tensor(e!) tokens, Tensor(f!) count) -> ()"
+    "Tensor(c!) unfinished, Tensor(d!) done, Tensor(e!) tokens, Tensor(f!) count, Tensor(g!) report) -> ()"
 )
+
+# Of TokenState.done and .report: the number of a call, how many tokens had been chosen when the last row was finished,
+# and in a report how many are.
+CALL_SHIFT, DONE_SHIFT, COUNT_MASK = 48, 24, (1 << 24) - 1
 
 
 class TokenState(NamedTuple):
@@ -19,9 +23,13 @@ class TokenState(NamedTuple):
 
     Attributes:
         ids, positions: int64 ``(B, 1)``, the tokens chosen last, and where they stand.
-        unfinished: int64 ``(B,)``, 1 until a row has an end token, then 0. done: int64 ``()``, 0 as long
-            as there is such a row, then how many tokens had been chosen as the last one got its end token.
-        tokens: int64 ``(B, capacity)``, rows any distance apart, of which ``counted`` ``(1, 1)`` were chosen so far.
+        unfinished: int64 ``(B,)``, 1 until a row has an end token, then 0.
+        done: int64 ``()``, any number of a call below 2^15 times 2^48, plus, once no row is unfinished, 2^24 times how
+            many tokens had been chosen when the last one got its end token.
+        tokens: int64 ``(B, capacity)``, capacity below 2^24, rows any distance apart, of which ``counted`` ``(1, 1)``
+            were chosen so far.
+        report: int64 ``()``, of a GPU in its own or in the host's pinned memory: ``done + counted`` afterwards, if
+            there are end tokens.
     """
 
     ids: torch.Tensor
@@ -30,6 +38,7 @@ class TokenState(NamedTuple):
     done: torch.Tensor
     tokens: torch.Tensor
     counted: torch.Tensor
+    report: torch.Tensor
 
 
 def choose_tokens_reference(
@@ -43,12 +52,15 @@ def choose_tokens_reference(
     done: torch.Tensor,
     tokens: torch.Tensor,
     count: torch.Tensor,
+    report: torch.Tensor,
 ) -> None:
     chosen = (scores if noise is None else scores / noise).argmax(-1)
     if end is not None and pad is not None:
         chosen = chosen * unfinished + pad * (1 - unfinished)
         unfinished &= ~torch.isin(chosen, end)
-        done += torch.where((done == 0) & (unfinished.max() == 0), count[0, 0] + 1, 0)
+        first = (unfinished.max() == 0) & (done >> DONE_SHIFT & COUNT_MASK == 0)
+        done += torch.where(first, count[0, 0] + 1 << DONE_SHIFT, 0)
+        report.copy_(done + count[0, 0] + 1)
     ids.copy_(chosen[:, None])
     tokens.scatter_(1, count.expand(tokens.shape[0], 1), chosen[:, None])
     count += 1
@@ -66,6 +78,7 @@ def _fake(
     done: torch.Tensor,
     tokens: torch.Tensor,
     count: torch.Tensor,
+    report: torch.Tensor,
 ) -> None:
     return None
 

@@ -289,9 +289,9 @@ EXPORT int emulated_moe_experts(const void* x, const int64_t* experts, const voi
 
 EXPORT int emulated_choose_tokens(const void* scores, int64_t score_row_stride, const float* noise, const int64_t* end,
                                   int end_count, const int64_t* pad, int64_t* ids, int64_t* positions,
-                                  int64_t* unfinished, void* done, int64_t* tokens, int64_t token_row_stride,
-                                  int64_t capacity, int64_t* count, void* parts, int rows, int vocabulary, int dtype,
-                                  int sm_count) {
+                                  int64_t* unfinished, int64_t* done, int64_t* report, int64_t* tokens,
+                                  int64_t token_row_stride, int64_t capacity, int64_t* count, void* parts, int rows,
+                                  int vocabulary, int dtype, int sm_count) {
   const ChooseTokensArgs args{scores,
                               score_row_stride,
                               noise,
@@ -301,7 +301,8 @@ EXPORT int emulated_choose_tokens(const void* scores, int64_t score_row_stride, 
                               ids,
                               positions,
                               unfinished,
-                              static_cast<bool*>(done),
+                              done,
+                              report,
                               tokens,
                               token_row_stride,
                               capacity,

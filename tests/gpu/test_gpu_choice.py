@@ -89,6 +89,9 @@ def test_what_is_wrong_is_said() -> None:
         choose_tokens(torch.zeros(2, 4, device=DEVICE).half(), torch.ones(2, 4, device=DEVICE), None, None, state)
     with pytest.raises(RuntimeError, match=r"ids must have shape \(B, 1\)"):
         choose_tokens(torch.zeros(3, 4, device=DEVICE), None, None, None, state)
+    pageable = state._replace(report=torch.tensor(0))
+    with pytest.raises(RuntimeError, match="report must be on the GPU or in the host's pinned memory"):
+        choose_tokens(torch.zeros(2, 4, device=DEVICE), None, None, None, pageable)
 
 
 @pytest.mark.parametrize("kind", KINDS)
