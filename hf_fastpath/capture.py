@@ -46,7 +46,7 @@ class CudaCapture:
     """Captures into one memory pool for all its graphs: what a replay leaves there is read before the next."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.device, self.pool, self._holds_pool = device, torch.cuda.graph_pool_handle(), False
 
     def __call__(self, call: Callable[[], None]) -> Graph:
         """Calls ``call`` twice where memory was short the first time: what PyTorch keeps for later cannot be given to
@@ -77,6 +77,11 @@ class CudaCapture:
                     call()
                 finally:
                     graph.capture_end()
+            self._holds_pool = True
+        except BaseException:
+            if not self._holds_pool:  # nor does the graph that failed: PyTorch does not take such a pool again
+                self.pool = torch.cuda.graph_pool_handle()
+            raise
         finally:
             if collects:
                 gc.enable()
