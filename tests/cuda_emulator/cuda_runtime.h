@@ -20,10 +20,12 @@
 #undef __device__
 #undef __launch_bounds__
 #undef __grid_constant__
+#undef __forceinline__
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __forceinline__ inline  // a hint: big functions take g++ several times as long as many small ones
 // Shared memory is a static variable: one CTA runs at a time. (Those of a cluster run together; each has dynamic shared
 // memory of its own, and a kernel launched in clusters must have no other.) The emulator learns from the library's
 // symbol table which variables these are (g++ drops a section attribute in templates), and takes their contents away

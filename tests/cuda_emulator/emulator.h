@@ -70,13 +70,22 @@ struct Current {
   uint32_t tick, fences;  // see mbarrier.cpp
   const uint32_t* seen;
 };
-const Current& current();
+extern Current running;
+inline const Current& current() {
+  return running;
+}
 void set_clock(uint32_t tick, uint32_t fences, const uint32_t* seen);
 std::string thread_name(int64_t cta, int thread);
 
 // ---- memory.cpp -----------------------------------------------------------------------------------------------------
 // `code`: where in the program, for the message.
-void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code);
+void check_memory(const void* pointer, size_t size, bool write, size_t alignment, const void* code);
+inline void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code) {
+  const Current& now = current();
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (!now.in_kernel || (address >= now.stack_begin && address + size <= now.stack_end)) return;
+  check_memory(pointer, size, write, alignment, code);
+}
 void set_image(uintptr_t begin, uintptr_t end);
 void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes, unsigned cluster);
 void begin_cluster();

@@ -3,8 +3,10 @@
 // write, race unless a barrier lies between them that both threads took part in; threads of different CTAs have none,
 // but may have drawn tickets.
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -32,17 +34,43 @@ struct Byte {
   bool under_copy = false;
 };
 
+// Made page by page: most of a large buffer is not touched.
+constexpr size_t kPageBytes = 256;
+using Page = std::array<Byte, kPageBytes>;
+
 struct Region {
   std::string name;
   uintptr_t begin, end;
   bool writable;
-  bool used;
-  std::vector<Byte> bytes;  // of writable regions
+  bool defined = false;  // what nobody has touched yet
+  bool used = false;
+  std::vector<std::unique_ptr<Page>> pages = {};  // of writable regions: those of which a byte was touched
+
+  Byte& byte(uintptr_t address) {
+    std::unique_ptr<Page>& page = pages[(address - begin) / kPageBytes];
+    if (!page) {
+      page = std::make_unique<Page>();
+      for (Byte& byte : *page) byte.defined = defined;
+    }
+    return (*page)[(address - begin) % kPageBytes];
+  }
+  void forget_bytes() {
+    pages.clear();
+    pages.resize((end - begin + kPageBytes - 1) / kPageBytes);
+  }
+  void forget_accesses() {
+    for (std::unique_ptr<Page>& page : pages) {
+      if (!page) continue;
+      for (Byte& byte : *page) byte.read = byte.write = Access{};
+    }
+  }
 };
 
 std::vector<Region> buffers, shared;
-Region params{"the kernel's parameters", 0, 0, false, false, {}};
+Region params{"the kernel's parameters", 0, 0, false};
 std::vector<Region> dynamic;  // of the CTAs of a cluster
+std::array<Region*, 256> recently_found;
+bool overlap = false;  // of buffers
 uintptr_t image_begin, image_end;
 
 Access this_access() {
@@ -144,7 +172,7 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
   Access now = this_access();
   now.atomic = atomic;
   for (uintptr_t i = address; i < address + size; ++i) {
-    Byte& byte = region.bytes[i - region.begin];
+    Byte& byte = region.byte(i);
     if (!ordered(byte.write, now) && !(atomic && byte.write.atomic)) {
       fault(std::string("race: ") + (write ? "writes " : "reads ") + place(region, i, code) +
             ", without a barrier after " + who(byte.write) + " wrote it");
@@ -164,18 +192,26 @@ void check_bytes(Region& region, uintptr_t address, size_t size, bool write, con
   }
 }
 
-Region* find(uintptr_t address) {
-  if (address >= params.begin && address < params.end) return &params;
-  for (Region& region : dynamic) {
-    if (address >= region.begin && address < region.end) return &region;
-  }
-  for (Region& region : shared) {
-    if (address >= region.begin && address < region.end) return &region;
-  }
-  for (Region& region : buffers) {
-    if (address >= region.begin && address < region.end) return &region;
+bool has(const Region& region, uintptr_t address) {
+  return address >= region.begin && address < region.end;
+}
+
+Region* search(uintptr_t address) {
+  if (has(params, address)) return &params;
+  for (auto* list : {&dynamic, &shared, &buffers}) {
+    for (Region& region : *list) {
+      if (has(region, address)) return &region;
+    }
   }
   return nullptr;
+}
+
+// Where regions overlap, the one that comes first counts.
+Region* find(uintptr_t address) {
+  if (overlap) return search(address);
+  Region*& recent = recently_found[address / kPageBytes % recently_found.size()];
+  if (!recent || !has(*recent, address)) recent = search(address);
+  return recent;
 }
 
 // For the message: the buffer that a stray address was probably meant for.
@@ -196,28 +232,26 @@ const Region* nearest(uintptr_t address) {
 
 void make_undefined(Region& region) {
   memset(reinterpret_cast<void*>(region.begin), 0xff, region.end - region.begin);  // NaN, -1
-  region.bytes.assign(region.end - region.begin, Byte{});
+  region.forget_bytes();
   region.used = false;
 }
 
 }  // namespace
 
-void check(const void* pointer, size_t size, bool write, size_t alignment, const void* code) {
-  const Current& now = current();
+void check_memory(const void* pointer, size_t size, bool write, size_t alignment, const void* code) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  if (!now.in_kernel || (address >= now.stack_begin && address + size <= now.stack_end)) return;
   Region* region = find(address);
-  const std::string verb = write ? "writes " : "reads ";
+  const auto verb = [write] { return std::string(write ? "writes " : "reads "); };
   if (!region) {
     if (!write && address >= image_begin && address + size <= image_end) return;  // a constant
     const Region* meant = nearest(address);
-    return fault(verb + (meant ? place(*meant, address, code) : "where no buffer is"));
+    return fault(verb() + (meant ? place(*meant, address, code) : "where no buffer is"));
   }
   if (address + size > region->end)
-    return fault(verb + std::to_string(size) + " bytes at " + place(*region, address, code));
+    return fault(verb() + std::to_string(size) + " bytes at " + place(*region, address, code));
   if (address % alignment)
-    return fault(verb + std::to_string(size) + " bytes, misaligned, at " + place(*region, address, code));
-  if (write && !region->writable) return fault(verb + "the input " + place(*region, address, code));
+    return fault(verb() + std::to_string(size) + " bytes, misaligned, at " + place(*region, address, code));
+  if (write && !region->writable) return fault(verb() + "the input " + place(*region, address, code));
   region->used = true;
   if (region->writable) check_bytes(*region, address, size, write, code);
 }
@@ -231,8 +265,7 @@ void check_atomic(uint32_t* pointer, const void* code) {
   }
   region->used = true;
   for (uintptr_t i = address; i < address + sizeof *pointer; ++i) {
-    if (!region->bytes[i - region->begin].defined)
-      fault("an atomic adds to " + place(*region, i, code) + ", which nobody wrote");
+    if (!region->byte(i).defined) fault("an atomic adds to " + place(*region, i, code) + ", which nobody wrote");
   }
   check_bytes(*region, address, sizeof *pointer, true, code, true);
 }
@@ -267,15 +300,14 @@ void begin_grid(const void* call, size_t bytes, size_t dynamic_bytes, unsigned c
   dynamic.clear();
   for (unsigned rank = 0; rank < cluster; ++rank) {
     const uintptr_t begin = first + rank * pitch;
-    dynamic.push_back({"dynamic shared memory", begin, begin + dynamic_bytes, true, false, {}});
+    dynamic.push_back({"dynamic shared memory", begin, begin + dynamic_bytes, true});
     make_undefined(dynamic.back());
   }
+  recently_found.fill(nullptr);
   params.begin = reinterpret_cast<uintptr_t>(call);
   params.end = params.begin + bytes;
   draws.clear();
-  for (Region& region : buffers) {  // kernels of a stream run one after the other
-    for (Byte& byte : region.bytes) byte.read = byte.write = Access{};
-  }
+  for (Region& region : buffers) region.forget_accesses();  // kernels of a stream run one after the other
 }
 
 void begin_cluster() {
@@ -314,7 +346,7 @@ void begin_copy(void* target, const void* source, size_t bytes) {
     return fault("copies to what is not shared memory");
   }
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
-    Byte& byte = region->bytes[i - region->begin];
+    Byte& byte = region->byte(i);
     byte.defined = false;
     byte.under_copy = true;
   }
@@ -325,7 +357,7 @@ void end_copy(void* target, const void* data, size_t bytes, bool by_engine) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(target);
   Region& region = *find(begin);
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
-    Byte& byte = region.bytes[i - region.begin];
+    Byte& byte = region.byte(i);
     byte.write = this_access();
     byte.write.by_engine = by_engine;
     byte.defined = true;
@@ -337,9 +369,9 @@ void end_copy(void* target, const void* data, size_t bytes, bool by_engine) {
 void check_async_read(const void* pointer, size_t bytes, const char* reader) {
   check(pointer, bytes, false, bytes, __builtin_return_address(0));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
-  const Region* region = find(begin);
+  Region* region = find(begin);
   for (uintptr_t i = begin; i < begin + bytes; ++i) {
-    const Access& write = region->bytes[i - region->begin].write;
+    const Access& write = region->byte(i).write;
     if (!write.by_engine && proxy_fences(write.thread) <= write.fences) {
       return fault(std::string(reader) + " reads " + place(*region, i, nullptr) + ", without a proxy fence after " +
                    who(write) + " wrote it");
@@ -356,21 +388,22 @@ enum BufferKind { kInput, kInOut, kOutput };
 
 EXPORT void emulator_add_buffer(const char* name, void* pointer, int64_t bytes, int kind) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
-  cuda_emulator::buffers.push_back({name, begin, begin + bytes, kind != kInput, false, {}});
+  for (const auto& other : cuda_emulator::buffers) {
+    if (begin < other.end && other.begin < begin + bytes) cuda_emulator::overlap = true;
+  }
+  cuda_emulator::buffers.push_back({name, begin, begin + bytes, kind != kInput, kind == kInOut});
   auto& region = cuda_emulator::buffers.back();
   if (kind == kOutput) cuda_emulator::make_undefined(region);
-  if (kind == kInOut) {
-    region.bytes.resize(bytes);
-    for (auto& byte : region.bytes) byte.defined = true;
-  }
+  if (kind == kInOut) region.forget_bytes();
 }
 
 EXPORT void emulator_clear_buffers() {
   cuda_emulator::buffers.clear();
+  cuda_emulator::overlap = false;
 }
 
 // A variable in shared memory.
 EXPORT void emulator_add_shared(const char* name, uintptr_t address, int64_t bytes) {
-  cuda_emulator::shared.push_back({name, address, address + bytes, true, false, {}});
+  cuda_emulator::shared.push_back({name, address, address + bytes, true});
   cuda_emulator::make_undefined(cuda_emulator::shared.back());
 }

@@ -40,6 +40,9 @@ cuda_emulator_switch:
 )");
 
 namespace cuda_emulator {
+
+Current running{};
+
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10, kGuardBytes = 4 << 10;
@@ -80,7 +83,7 @@ struct Cluster {
 int cluster_order = 0;  // of a grid: 0 as they are numbered, 1 the last one first, else by chance
 
 Cluster all;
-Current now{};
+Current& now = running;
 void* scheduler_stack_pointer;
 std::string fault_message;
 
@@ -205,10 +208,6 @@ void run_cluster() {
 std::string at(Site site) {
   const char* name = strrchr(site.file, '/');
   return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
-}
-
-const Current& current() {
-  return now;
 }
 
 void set_clock(uint32_t tick, uint32_t fences, const uint32_t* seen) {
