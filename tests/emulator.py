@@ -10,6 +10,7 @@ The compiled library is kept in ``build/emulator`` and made again when a source 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -99,6 +100,12 @@ def build_emulator() -> Path:
     include = cuda_include()
     assert include is not None, missing()
     CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:  # one process compiles, and others find the objects
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(include)
+
+
+def _build(include: Path) -> Path:
     csrc = build.source_dir()
     header_files = sorted([*HERE.glob("*.h"), *HERE.glob("*.cuh"), *csrc.glob("*.h"), *csrc.glob("*/*.cuh")])
     headers = "".join(file.read_text() for file in header_files) + f"{COMMON_FLAGS}{include}"
