@@ -1,9 +1,9 @@
 // Packed int4 weights (hf_fastpath/packing.py) as a weight format of decode_linear.cuh.
 //
-// The tensor core multiplies the codes q as they stand in their words (Nibbles), which takes five instructions a word in
-// bf16; -zero times the group's sum of x is where the group's sum starts. All of it is exact but for the sums, which are
-// fp32, and the group's sum is multiplied by its scale in fp32: the scaled weight is never rounded to 16 bits, unlike in
-// w4a16_dequantize.
+// The tensor core multiplies the codes q as they stand in their words (Nibbles), which takes five instructions a word
+// in bf16; -zero times the group's sum of x is where the group's sum starts. All of it is exact but for the sums, which
+// are fp32, and the group's sum is multiplied by its scale in fp32: the scaled weight is never rounded to 16 bits,
+// unlike in w4a16_dequantize.
 #pragma once
 
 #include "decode_linear.cuh"
