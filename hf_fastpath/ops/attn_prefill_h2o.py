@@ -118,8 +118,10 @@ def _keep(
     used, last = slots.used(start), start + key.shape[2] - 1
     count = min(slots.k_data.shape[2], last + 1)
     order = priorities(gained, held, slots.counts[..., 1], last, window, sinks)
-    # The newer one of two alike stays: a stable sort of the tokens from the last to the first.
-    chosen = held.shape[2] - 1 - order.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    # The newer one of two alike stays: a stable sort of the tokens from the newest to the oldest. Slots have no order.
+    newest = held.argsort(dim=-1, descending=True)
+    best = order.gather(2, newest).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    chosen = newest.gather(2, best)
     chosen = chosen.gather(2, held.gather(2, chosen).argsort(dim=-1))
     is_old, new = chosen < used, (chosen - used).clamp(min=0)
     for x, data, scale in ((key, slots.k_data, slots.k_scale), (value, slots.v_data, slots.v_scale)):
