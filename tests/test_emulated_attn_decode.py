@@ -8,7 +8,7 @@ import attention_cases
 import pytest
 import torch
 from attention_cases import FORMATS, FP8, Attention
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import needs_emulator
 from kernel_cases import DTYPES, Target, generator, masks
 

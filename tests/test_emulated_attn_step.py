@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import needs_emulator
 from kernel_cases import DTYPES, Target
 from step_cases import FORMATS, Step

@@ -15,7 +15,7 @@ from choice_cases import (
     make_scores,
     new_state,
 )
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from kernel_cases import Target, generator
 

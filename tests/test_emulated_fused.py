@@ -5,7 +5,7 @@ from __future__ import annotations
 import kernel_cases
 import pytest
 import torch
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from fused_cases import FusedInputs, check_fused_linear, check_fused_rows, check_swiglu, make_fused_inputs
 from kernel_cases import DTYPES, Target, Weight, generator, shifted

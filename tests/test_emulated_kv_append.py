@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from append_cases import Case
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import needs_emulator
 from kernel_cases import DTYPES, Target
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from fused_cases import EPS, exact_norm
 from kernel_cases import DTYPES, SMALLEST, Target, assert_within, generator, shifted

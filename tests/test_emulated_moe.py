@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from kernel_cases import DTYPES, Target, generator
 from moe_cases import check_experts, check_norm, check_router, check_rows, make_mixture

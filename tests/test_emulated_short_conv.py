@@ -8,7 +8,7 @@ import kernel_cases
 import pytest
 import torch
 from conv_cases import DTYPES, MASKS, FusedStep, ShortConvCase
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import KernelFault, needs_emulator
 from fused_cases import make_fused_inputs
 from kernel_cases import Target, generator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import kernel_cases
 import pytest
 import torch
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import needs_emulator
 from kernel_cases import DTYPES, Target, Weight, check_linear, check_rows, generator, shifted
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import needs_emulator
 from kernel_cases import (
     DTYPES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated_ops import EmulatedOps
+from emulated import EmulatedOps
 from emulator import needs_emulator
 from fused_cases import Int8Weight, check_int8_linear, make_int8_weight
 from kernel_cases import DTYPES, Target, generator, shifted
