@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.modules import module as torch_module
 
 from hf_fastpath.capture import Capture, CapturedCalls, CudaCapture, Graph
+from hf_fastpath.model_watch import ModelWatch
 from hf_fastpath.modules.logits_target import logits_go_to
 from hf_fastpath.ops import TokenState
 from hf_fastpath.ops.w4a16_linear import MAX_ROWS
@@ -32,8 +32,6 @@ LEAST_CAPACITY_TOKENS = 256
 
 # Slots that no cache uses are kept while they take at most this part of the GPU's memory.
 KEPT_PART_OF_MEMORY = 1 / 16
-
-OUTPUT_HOOKS = "transformers.utils.output_capturing"
 
 
 def batch_bucket(batch: int) -> int:
@@ -108,8 +106,8 @@ class Slot:
         """Before the first of a row of steps, each of which adds a token that is no padding.
 
         Args:
-            positions: int64 ``(B, 1)``, of the next tokens. mask: ``(B, T)`` of 0 and 1, of all tokens so far, for
-                which the host waits; None: no padding.
+            positions: int64 ``(B, 1)``, of the next tokens. mask: ``(B, T)`` of 0 and 1, of all tokens so far; None:
+                no padding.
         """
         self._order_streams()
         batch = self.batch = positions.shape[0]
@@ -121,8 +119,8 @@ class Slot:
         self.count.zero_()
         self.progress.begin(self.done)
         self._calls.short_of_memory = False
-        self.masked = mask is not None and not bool(mask.all())
-        if mask is not None and self.masked:
+        self.masked = mask is not None
+        if mask is not None:
             self.mask.fill_(True)
             self.mask[:batch, 0, 0, : mask.shape[1]].copy_(mask)
         self._begin_spare_rows(cache.get_seq_length())
@@ -261,22 +259,16 @@ class DecodeGraphs:
         self.slots: list[Slot] = []
         self._lock = threading.Lock()
         self.spare = SpareRows.NONE
-        self._modules: list[tuple[weakref.ref[Any], type]] = []
-        self._root_hooks: tuple[Any, ...] = ()
-        self._addresses: list[int] = []
+        self._watch: ModelWatch | None = None
+        self._vetted: weakref.ref[Any] | None = None
 
     def __reduce__(self) -> Any:
         return DecodeGraphs, ()
 
     def watch(self, model: Any) -> None:
         """Notes what the model consists of; :meth:`why_not` tells when that was changed."""
-        self._modules = [(weakref.ref(module), type(module)) for module in model.modules()]
-        self._root_hooks = tuple(model._forward_pre_hooks)
-        self._see_tensors(model)
-
-    def _see_tensors(self, model: Any) -> None:
         self.spare = spare_rows_of(model)  # which merges weights that were not
-        self._addresses = _addresses(model)
+        self._watch = ModelWatch(model)
 
     def lend(self, cache: Any, batch: int, tokens: int, device: torch.device) -> None:
         """Puts a slot for ``batch`` rows of ``tokens`` tokens behind a FastCache that never held anything."""
@@ -325,40 +317,30 @@ class DecodeGraphs:
             return "the model is in training mode"
         if torch.is_autocast_enabled(model.device.type):
             return "autocast is on"
-        if not self._modules:
+        if self._watch is None:
             self.watch(model)
-        modules = list(model.named_modules())
-        noted = [(module(), kind) for module, kind in self._modules]
-        if len(modules) != len(noted) or any(
-            module is not known or type(module) is not kind
-            for (_, module), (known, kind) in zip(modules, noted, strict=True)
-        ):
-            return "modules were added, wrapped or replaced after patch_model()"
-        has_global_hooks = torch_module._has_any_global_hook()
-        for name, module in modules:
-            hooks: Any = module._forward_pre_hooks if name else tuple(model._forward_pre_hooks) != self._root_hooks
-            # transformers leaves hooks behind for hidden states and attention weights, which do nothing otherwise.
-            after = (getattr(hook, "__module__", "") for hook in module._forward_hooks.values())
-            hooks = hooks or any(name_of != OUTPUT_HOOKS for name_of in after)
-            if hooks or "forward" in module.__dict__ or has_global_hooks:
-                return f"{name or 'the model'} has a forward hook"
-        if _addresses(model) != self._addresses:
-            self._see_tensors(model)
+        assert self._watch is not None
+        if reason := self._watch.why_not(model):
+            return reason
+        if self._watch.tensors_moved:
+            self.spare = spare_rows_of(model)
+            self._watch.note_addresses()
             self.release()
         return ""
+
+    def vet(self, model: Any, cache: Any) -> bool:
+        """Whether :meth:`why_not` has nothing against a generate() call that begins, with this cache; None: with one
+        that gets no slot."""
+        fits = cache is not None and not self.why_not(model)
+        self._vetted = weakref.ref(cache) if fits else None
+        return fits
+
+    def why_not_now(self, model: Any, cache: Any) -> str:
+        """:meth:`why_not`, which is not asked twice in the call that :meth:`vet` was asked for."""
+        vetted, self._vetted = self._vetted, None
+        return "" if vetted is not None and vetted() is cache else self.why_not(model)
 
     def release(self) -> None:
         """Forgets all graphs and their memory; a cache that is in use keeps what it stores into."""
         with self._lock:
             self.slots = []
-
-
-def _addresses(model: Any) -> list[int]:
-    """Where the tensors of a model are."""
-    return [
-        tensor.data_ptr()
-        for module in model.modules()
-        for tensors in (module._parameters, module._buffers)
-        for tensor in tensors.values()
-        if tensor is not None
-    ]

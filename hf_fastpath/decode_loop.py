@@ -111,7 +111,7 @@ class _Steps:
     """The model's steps behind a prompt: by the graphs of a slot as long as the cache is in one."""
 
     def __init__(self, model: Any, slot: Slot | None, cache: Any, positions: torch.Tensor, mask: Any) -> None:
-        """positions: int64 ``(B, 1)``, of the first tokens. mask: ``(B, T)`` of the prompt, or None: no padding."""
+        """positions: int64 ``(B, 1)``, of the first tokens. mask: ``(B, T)`` of the prompt; None: no padding."""
         self.model, self.slot, self.cache, self.positions, self.mask = model, slot, cache, positions, mask
         self.count = 0
         if slot is not None:
@@ -175,6 +175,8 @@ def decode(
             are taken back if it can.
     """
     cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+    if mask is not None and bool(mask.all()):  # the host waits here, not behind the prompt
+        mask = None
     out, batch = prefill(), prompt.shape[0]
     slot, positions = slot_of(cache), inputs["position_ids"][:, -1:].expand(batch, -1) + 1
     steps = _Steps(model, slot, cache, positions, mask)

@@ -140,7 +140,8 @@ def prepare_default_cache(
     else:
         type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
     mode = kwargs.get("generation_mode", args[0] if args else None)
-    if mode in _STEPPING_MODES and not generation_config.is_assistant and _fits_graphs(self, cache):
+    steps = mode in _STEPPING_MODES and not generation_config.is_assistant and _can_be_lent_to(self, cache)
+    if state.graphs is not None and state.graphs.vet(self, cache if steps else None):
         batch = kwargs.get("batch_size", args[1] if len(args) > 1 else 1) * generation_config.num_return_sequences
         positions = model_kwargs.get("position_ids")
         prompt = 0 if positions is None else positions.shape[-1]
@@ -148,14 +149,11 @@ def prepare_default_cache(
         state.graphs.lend(cache, batch, max(tokens, cache.initial_tokens), self.device)
 
 
-def _fits_graphs(model: Any, cache: Any) -> bool:
+def _can_be_lent_to(model: Any, cache: Any) -> bool:
     """Whether a slot can be put behind a cache: it holds nothing, and attention finds in GPU memory where it ends."""
-    state = model._fastpath
-    if state.graphs is None or not isinstance(cache, FastCache) or not cache.untouched:
+    if not isinstance(cache, FastCache) or not cache.untouched:
         return False
-    if model.config._attn_implementation != ATTENTION_NAME or not cache.attends_in_kernel:
-        return False
-    return not state.graphs.why_not(model)
+    return bool(model.config._attn_implementation == ATTENTION_NAME and cache.attends_in_kernel)
 
 
 def _wrap_sample() -> None:
@@ -205,7 +203,7 @@ def _why_stock_loop(model: Any, input_ids: torch.Tensor, generation_config: Any,
         return "positions or logits are special"
     if input_ids.device != model.device or not model_kwargs.get("use_cache", True):
         return "the tokens are on another device, or nothing is cached"
-    return str(graphs.why_not(model))
+    return str(graphs.why_not_now(model, cache))
 
 
 def _decode(

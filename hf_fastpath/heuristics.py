@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 
 import torch
 
@@ -164,6 +165,7 @@ def w4a16_gemm_runs_on(variant: int, capability: tuple[int, int]) -> bool:
     return capability == (9, 0) if VARIANTS[variant].instruction == "wgmma" else capability >= (8, 0)
 
 
+@functools.lru_cache(maxsize=4096)  # a prompt asks some times a layer
 def w4a16_gemm_variant(
     rows: int, out_features: int, in_features: int, capability: tuple[int, int], sm_count: int
 ) -> int:

@@ -269,6 +269,30 @@ def test_hooks_wrappers_and_foreign_caches_run_as_before(patched: Any) -> None:
     assert log_of(patched)
 
 
+def test_the_model_is_looked_at_once_a_call(patched: Any, count_calls: Callable[[Any, str], list[Any]]) -> None:
+    asked, inputs = count_calls(DecodeGraphs, "why_not"), long_batch((0,))
+    for _ in range(2):
+        patched.generate(**inputs, **GREEDY)
+    assert len(asked) == 2
+    out = patched.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    longer = {"input_ids": torch.cat([out.sequences, torch.tensor([[7]])], 1), "past_key_values": out.past_key_values}
+    before = len(log_of(patched))
+    patched.generate(**longer, **GREEDY)
+    assert len(asked) == 4
+    assert len(log_of(patched)) > before
+
+
+def test_what_was_found_of_a_call_that_failed_is_forgotten(patched: Any) -> None:
+    inputs, cache, seen = long_batch((0,)), Int8KVCache(patched.config), []
+    with pytest.raises(ValueError, match="bad_words_ids"):
+        patched.generate(**inputs, **GREEDY, past_key_values=cache, bad_words_ids=[[-1]])
+    assert patched._fastpath.graphs.slot_behind(cache) is not None
+    patched.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    patched.generate(**inputs, **GREEDY, past_key_values=cache)
+    assert len(seen) == 12
+    assert log_of(patched) == []
+
+
 def test_an_empty_cache_of_ours_gets_a_slot(patched: Any) -> None:
     caches: list[Callable[[], Any]] = [
         lambda: Int8KVCache(patched.config),
