@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_fastpath.decode_graph import Slot
+from hf_fastpath.slot import Slot
 from hf_fastpath.token_choice import CallByCall, Choice, InGraph, Rule
 
 

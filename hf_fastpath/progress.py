@@ -38,7 +38,7 @@ def _take_word(pinned: bool) -> torch.Tensor:
 
 
 class Progress:
-    """Of one slot of :mod:`hf_fastpath.decode_graph`.
+    """Of one :class:`hf_fastpath.slot.Slot`.
 
     Attributes:
         report: int64 ``()`` in the host's memory, what :func:`hf_fastpath.ops.choose_tokens` reports to.

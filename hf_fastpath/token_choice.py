@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_fastpath.decode_graph import Slot
 from hf_fastpath.ops import choose_tokens, sampling_weights
 from hf_fastpath.ops.sampling_weights import MAX_VOCABULARY
+from hf_fastpath.slot import Slot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, long_batch
 from transformers import TextStreamer
 
 from hf_fastpath import capture, patch_model
-from hf_fastpath.decode_graph import Slot
+from hf_fastpath.slot import Slot
 
 FLAGS = {**GREEDY, "return_dict_in_generate": True}
 

@@ -17,7 +17,7 @@ from tiny_models import FAMILIES, long_batch, make_llama
 from hf_fastpath import patch_model, unpatch_model
 from hf_fastpath.caches.conv_state import ConvStateLayer
 from hf_fastpath.capture import CudaCapture, _capture_stream
-from hf_fastpath.decode_graph import Slot
+from hf_fastpath.slot import Slot
 from hf_fastpath.spare_rows import SpareRows
 
 pytestmark = pytest.mark.gpu
