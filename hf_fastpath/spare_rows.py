@@ -29,7 +29,7 @@ class SpareRows(enum.Enum):
 
 
 class StoredRows(Protocol):
-    """What a layer of a cache shows of its rows: see :class:`hf_fastpath.caches.base.FastLayer`."""
+    """What a layer of a cache shows of its rows: see :class:`hf_fastpath.caches.layer.FastLayer`."""
 
     @property
     def zero_if_empty(self) -> torch.Tensor: ...

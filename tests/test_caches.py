@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, long_batch, make_llama
 
 from hf_fastpath import Fp8KVCache, H2OKVCache, Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported
 from hf_fastpath.caches import attention
-from hf_fastpath.caches.base import BLOCK_TOKENS
+from hf_fastpath.caches.layer import BLOCK_TOKENS
 from hf_fastpath.caches.lazy import LazyKV
 
 make_mistral = FAMILIES["mistral"]

@@ -13,8 +13,8 @@ from tiny_models import FAMILIES, long_batch
 from torch import nn
 
 from hf_fastpath import Int8KVCache, heuristics, patch_model
-from hf_fastpath.caches.base import FastLayer
 from hf_fastpath.caches.h2o import H2OKVLayer
+from hf_fastpath.caches.layer import FastLayer
 from hf_fastpath.heuristics import Experts16Variant, W4A16Variant
 from hf_fastpath.modules import experts16
 from hf_fastpath.spare_rows import SpareRows, keeps_row_bits, spare_rows_of

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from hf_fastpath.caches.base import FastCache, FastLayer
+from hf_fastpath.caches.base import FastCache
 from hf_fastpath.caches.chunks import attend_in_tiles
+from hf_fastpath.caches.layer import FastLayer
 from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_supports

@@ -50,7 +50,7 @@ class ConvStateLayer(LinearAttentionLayer):
     inference mode that it was made in.
     """
 
-    # As in hf_fastpath.caches.base.FastLayer: whose first rows are the state, and for how many a lender makes room.
+    # As in hf_fastpath.caches.layer.FastLayer: whose first rows are the state, and for how many a lender makes room.
     lender: ConvStateLayer | None = None
     lent_rows = 0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_fastpath.caches.base import FastCache, FastLayer
+from hf_fastpath.caches.base import FastCache
+from hf_fastpath.caches.layer import FastLayer
 from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.errors import Unsupported
 from hf_fastpath.heuristics import attn_decode_supports, kv_append_supports
