@@ -312,9 +312,12 @@ Tensor w4a16_gemm(const Tensor& x, const Tensor& qweight, const Tensor& scales, 
   Tensor y = launch.empty({x.size(0), out_features}, x.scalar_type());
   if (x.size(0) == 0) return y;
   W4A16GemmArgs args = gemm_args(x, qweight, scales, zeros, bias, y, out_features, group_size, variant);
-  const Tensor workspace = launch.empty(
-      {w4a16_gemm_workspace_floats(args.m, args.n, args.k, args.variant, launch.sm_count())}, ScalarType::Float);
-  args.workspace = static_cast<float*>(workspace.data_ptr());
+  const int64_t floats = w4a16_gemm_workspace_floats(args.m, args.n, args.k, args.variant, launch.sm_count());
+  std::optional<Tensor> workspace;
+  if (floats) {
+    workspace = launch.empty({floats}, ScalarType::Float);
+    args.workspace = static_cast<float*>(workspace->data_ptr());
+  }
   args.residual = data(residual);
   check_gemm_launched(check, variant, launch_w4a16_gemm(args, dtype, launch.sm_count(), launch.stream()));
   return y;

@@ -15,9 +15,6 @@
 // to the L2, scores(), add_values().
 #pragma once
 
-#include <map>
-#include <mutex>
-
 #include "../common/launch.cuh"
 #include "combine_apart.cuh"
 #include "format_16bit.cuh"
@@ -288,26 +285,10 @@ __global__ void __launch_bounds__(32 * F::Tuning::kWarps, F::Tuning::kCtasPerSm)
   if (is_last_cta<F>(p.a.tickets + place.pair, w.splits * p.groups)) add_parts_of_pair<F>(p, place, w);
 }
 
-// What has_sm90_code() has found out: of a kernel on a GPU.
-inline std::mutex known_sm90_code_lock;
-inline std::map<std::pair<const void*, int>, bool> known_sm90_code;
-
-// Whether the current GPU has programmatic dependent launch, and the kernels were compiled for it. Remembered, since
-// the runtime takes microseconds to answer.
+// Whether the current GPU has programmatic dependent launch, and the kernels were compiled for it.
 template <typename F>
 bool has_sm90_code() {
-  const auto kernel = attn_decode_kernel<F>;
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  const std::lock_guard<std::mutex> guard(known_sm90_code_lock);
-  const auto [answer, is_new] =
-      known_sm90_code.emplace(std::pair(reinterpret_cast<const void*>(kernel), device), false);
-  if (is_new) {
-    cudaFuncAttributes attributes = {};
-    answer->second =
-        has_early_launch() && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-  }
-  return answer->second;
+  return has_early_launch() && ptx_version_of(attn_decode_kernel<F>) >= 90;
 }
 
 template <typename F>

@@ -3,57 +3,11 @@
 
 #include <cuda_runtime.h>
 
-#include <map>
-#include <mutex>
 #include <utility>
 
+#include "kernel_notes.cuh"
+
 namespace hf_fastpath {
-
-// What allow_shared_bytes() has asked for: bytes, of a kernel on a GPU.
-inline std::mutex allowed_shared_bytes_lock;
-inline std::map<std::pair<const void*, int>, int> allowed_shared_bytes;
-
-// More than 48 KiB of shared memory, a kernel's static share included, is granted only to kernels that asked for it.
-// Remembered, since the runtime takes microseconds to answer and a token takes hundreds of launches; never lowered,
-// since another thread may be about to launch.
-template <typename Kernel>
-cudaError_t allow_shared_bytes(Kernel* kernel, int bytes) {
-  if (bytes <= 32 * 1024) return cudaSuccess;
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const std::lock_guard<std::mutex> guard(allowed_shared_bytes_lock);
-  int& known = allowed_shared_bytes[{reinterpret_cast<const void*>(kernel), device}];
-  if (bytes <= known) return cudaSuccess;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    known = bytes;
-  } else {
-    cudaGetLastError();  // else the next launch's error would be this one
-  }
-  return error;
-}
-
-// Kernels that a GPU knows as ones that share their multiprocessors with the kernel after them.
-inline std::mutex neighbourly_kernels_lock;
-inline std::map<std::pair<const void*, int>, bool> neighbourly_kernels;
-
-// Has a kernel run with as much of a multiprocessor's memory as shared memory as there can be: the split with the L1
-// only changes while a multiprocessor is empty, so that a kernel that wants more of it could not begin beside this one.
-template <typename Kernel>
-void make_room_for_next_kernel(Kernel* kernel) {
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return;
-  const std::lock_guard<std::mutex> guard(neighbourly_kernels_lock);
-  bool& known = neighbourly_kernels[{reinterpret_cast<const void*>(kernel), device}];
-  if (known) return;
-  known = true;
-  // A wish: where a GPU does not grant it, results are the same.
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
-      cudaSuccess) {
-    cudaGetLastError();
-  }
-}
 
 // The shared memory that a CTA can have on the current GPU.
 inline int max_shared_bytes() {
@@ -143,15 +97,13 @@ cudaError_t launch_kernel_early_if_possible(void (*kernel)(Params...), dim3 grid
 
 // Whether this GPU's code of the kernel is the one with wgmma: compiled for sm_90a, not PTX of another architecture.
 template <typename Kernel>
-inline bool is_for_this_gpu(Kernel kernel) {
+bool is_for_this_gpu(Kernel* kernel) {
   int device = 0, major = 0, minor = 0;
-  cudaFuncAttributes attributes = {};
   const bool known = cudaGetDevice(&device) == cudaSuccess &&
                      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
   if (!known) cudaGetLastError();
-  return known && major == 9 && minor == 0 && attributes.ptxVersion == 90;
+  return known && major == 9 && minor == 0 && ptx_version_of(kernel) == 90;
 }
 
 }  // namespace hf_fastpath
