@@ -184,15 +184,16 @@ def decode(
     del out  # the logits of a whole prompt may be large
     choice, watch = _choice(rule, prompt, slot), StopWatch(lag, batch, device, streamer)
     random, length = _Random(device, lag), prompt.shape[1]
-    while True:
-        if rule.do_sample:
-            random.note()
-        choice(logits)
-        length += 1
-        surplus = watch(choice, rule.max_length is not None and length >= rule.max_length)
-        if surplus is not None:
-            break
-        logits = steps(choice)
+    with model._optimize_model_for_decode():  # which has experts run in a form whose memory grows with the tokens
+        while True:
+            if rule.do_sample:
+                random.note()
+            choice(logits)
+            length += 1
+            surplus = watch(choice, rule.max_length is not None and length >= rule.max_length)
+            if surplus is not None:
+                break
+            logits = steps(choice)
     choice.drop(surplus)
     random.take_back(surplus)
     if surplus and cache.can_forget:

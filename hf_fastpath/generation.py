@@ -234,17 +234,16 @@ def _decode(
     returned = wants_more or getattr(cache, "_is_user_defined", False)
     # What is not transformers' own may count its calls, and some caches cannot forget a token.
     own = all(type(part).__module__.startswith("transformers.") for part in (*logits_processor, *stopping_criteria))
-    with model._optimize_model_for_decode():
-        decoded = decode(
-            model,
-            slot_of=model._fastpath.graphs.slot_of,
-            prompt=input_ids,
-            prefill=lambda: model._prefill(input_ids, config, model_kwargs, is_first_iteration=True),
-            rule=dataclasses.replace(rule, key=_key_of(rule), filters=filters_of(logits_processor)),
-            inputs=model_kwargs,
-            streamer=streamer,
-            lag=1 if own and (cache.can_forget or not returned) else 0,
-        )
+    decoded = decode(
+        model,
+        slot_of=model._fastpath.graphs.slot_of,
+        prompt=input_ids,
+        prefill=lambda: model._prefill(input_ids, config, model_kwargs, is_first_iteration=True),
+        rule=dataclasses.replace(rule, key=_key_of(rule), filters=filters_of(logits_processor)),
+        inputs=model_kwargs,
+        streamer=streamer,
+        lag=1 if own and (cache.can_forget or not returned) else 0,
+    )
     if not wants_more:
         return decoded.sequences
     made: Any = decoded

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -280,6 +281,28 @@ def test_the_model_is_looked_at_once_a_call(patched: Any, count_calls: Callable[
     patched.generate(**longer, **GREEDY)
     assert len(asked) == 4
     assert len(log_of(patched)) > before
+
+
+def test_the_prompt_is_not_run_as_steps_are(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers switches experts to an implementation for few tokens meanwhile, whose memory grows with them."""
+    seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def for_steps(model: Any) -> Iterator[None]:
+        seen.append("steps")
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr(type(patched), "_optimize_model_for_decode", for_steps)
+    forward = type(patched.model).forward
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(patched.model), "forward", noting)
+    patched.generate(**long_batch((0,)), do_sample=False, max_new_tokens=4)
+    assert seen == [70, "steps", 1, 1, 1, "end"]
 
 
 def test_what_was_found_of_a_call_that_failed_is_forgotten(patched: Any) -> None:
