@@ -215,21 +215,27 @@ def measure(
 
 def measure_graphs(
     subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str, profiled: bool
-) -> tuple[Row, list[Row]]:
-    """The columns and the rows of a profile that a variant with CUDA graphs has; nothing for another one."""
+) -> tuple[Row, list[list[Row]]]:
+    """The columns that a variant with CUDA graphs has, none for another one; and the profiles that are wanted."""
     how = CHOICES[choice] | subject.options
+    profiles = []
+    if profiled:
+        profiles.append(
+            profile_decode.profile_prompt(lambda: subject.model.generate(**inputs, **how, max_new_tokens=1))
+        )
     try:
         replay = replay_of(subject.model, inputs, new if profiled else 0, **how)
     except Unsupported:
-        return {}, []
-    kernels = profile_decode.profile(replay) if profiled else []
-    return {"replay_tok_s": round(replay.rate(inputs["input_ids"].shape[0], new), 1)}, kernels
+        return {}, profiles
+    if profiled:
+        profiles.append(profile_decode.profile(replay))
+    return {"replay_tok_s": round(replay.rate(inputs["input_ids"].shape[0], new), 1)}, profiles
 
 
 def rows(
     source: Source, variants: tuple[str, ...], sizes: Sizes, say: Callable[[str], None], profiled: bool = False
-) -> Iterator[tuple[Row, list[Row]]]:
-    """One row of the CSV after the other, each with those of its profile. ``say`` is told what cannot be measured."""
+) -> Iterator[tuple[Row, list[list[Row]]]]:
+    """One row of the CSV after the other, each with those of its profiles. ``say`` is told what cannot be measured."""
     device = torch.device(source.device)
     copy_gb_s = bench_gemm.copy_rate(device)
     where = machine(device, sizes.commit)
@@ -244,11 +250,11 @@ def rows(
             inputs = prompt_of(subject, batch, prompt)
             try:
                 row = subject.facts | measure(subject, inputs, new, choice, sizes.runs, copy_gb_s)
-                graphs, profile = measure_graphs(subject, inputs, new, choice, profiled)
+                graphs, found = measure_graphs(subject, inputs, new, choice, profiled)
             except torch.OutOfMemoryError:
                 say(f"Not measured: {variant}, {batch} rows of {prompt} + {new} tokens: out of memory")
                 continue
-            yield row | graphs | where, [row | each | where for each in profile]
+            yield row | graphs | where, [[row | each | where for each in profile] for profile in found]
         del subject
         free(device)
 
@@ -307,12 +313,12 @@ def run(
     total = sum(len(sizes.of(variant)) for variant in variants if not why_not(variant, device))
     with Progress(console=console) as progress, Writer(out, append) as writer:
         task = progress.add_task("Measuring", total=total)
-        for row, kernels in rows(source, variants, sizes, progress.console.print, profile is not None):
+        for row, of_row in rows(source, variants, sizes, progress.console.print, profile is not None):
             found.append(row)
-            profiles += kernels
             writer.write(row)
             progress.advance(task)
-            if kernels:
+            for kernels in of_row:
+                profiles += kernels
                 profile_decode.show(kernels, progress.console)
     if not found:
         raise Unsupported("none of the variants could be measured here")

@@ -102,11 +102,13 @@ def _side_by_side(found: dict[int, Row], batches: list[int], column: str) -> str
 
 
 def profile_markdown(rows: list[Row]) -> str:
-    """Of the CSV rows of profiles, as strings: a line a role, a column a profile: nodes and microseconds a token."""
+    """Of the CSV rows of profiles, as strings: a line a role, a column a profile: nodes and microseconds a token,
+    or a prompt."""
     profiles: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        profiles.setdefault((row["model"], row["variant"], row["batch"], row["choice"]), []).append(row)
-    heads = [f"{model}, {variant}, {batch} row(s), {choice}" for model, variant, batch, choice in profiles]
+        what = row["choice"] if row["phase"] == profile_decode.TOKEN else f"a prompt of {row['prompt']}"
+        profiles.setdefault((row["model"], row["variant"], row["batch"], what), []).append(row)
+    heads = [f"{model}, {variant}, {batch} row(s), {what}" for model, variant, batch, what in profiles]
     found = [profile_decode.roles(each) for each in profiles.values()]
     lines = [f"| nodes, us | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for role in dict.fromkeys(role for each in found for role in each):
@@ -114,7 +116,7 @@ def profile_markdown(rows: list[Row]) -> str:
     firsts = [each[0] for each in profiles.values()]
     totals = {
         "all": [f"{float(row['nodes_total']):g}, {float(row['sum_us']):,.0f}" for row in firsts],
-        "time of a token": [f"{float(row['wall_us']):,.0f} us" for row in firsts],
+        "time": [f"{float(row['wall_us']):,.0f} us" for row in firsts],
         "of it no kernel runs": [f"{float(row['idle_us']):,.0f} us" for row in firsts],
     }
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in totals.items()]

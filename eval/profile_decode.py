@@ -1,15 +1,20 @@
-"""What runs on the GPU for one token of a patched model: kernels by role, for ``hf-fastpath bench generate --profile``.
+"""What runs on the GPU for one token of a patched model, and for a prompt of any model: kernels by role, for
+``hf-fastpath bench generate --profile``.
 
-The graphs of a token are replayed under torch.profiler. One row of the CSV is one kernel with one grid; columns:
+The graphs of a token are replayed under torch.profiler; a prompt is one generate() call with one new token. One row of
+the CSV is one kernel with one grid; columns:
 
 model, variant, choice, batch, prompt   see hf_fastpath.eval.bench_generate
-role             see :func:`role_of`; head: the step's last product
+phase            "token" or "prompt"
+role             see :func:`role_of`; head: the last product of a step or a prompt
 kernel, grid     its name without namespaces, its CTAs
-nodes            how often it runs for a token
-us               microseconds for a token, summed over its nodes
+nodes            how often it runs for a token, or for a prompt
+us               microseconds for it, summed over its nodes
 share            us over the sum of all kernels' us
 nodes_total, sum_us   of all kernels
-wall_us, idle_us the time of a token, and how much of it no kernel ran
+wall_us, idle_us the time from the first kernel to the end of the last one, and how much of it no kernel ran. Of a
+                 prompt, what first_token_ms has more is the host's time before the first kernel; and each launch takes
+                 longer under the profiler
 device, torch, transformers, commit
 
 A kernel that is launched early (programmatic dependent launch) runs while the one before it still does, waits for that
@@ -35,11 +40,14 @@ from rich.table import Table
 from hf_fastpath.eval.graph_replay import Replay
 
 COLUMNS = (
-    *("model", "variant", "choice", "batch", "prompt", "role", "kernel", "grid", "nodes", "us", "share"),
+    *("model", "variant", "choice", "batch", "prompt", "phase", "role", "kernel", "grid", "nodes", "us", "share"),
     *("nodes_total", "sum_us", "wall_us", "idle_us", "device", "torch", "transformers", "commit"),
 )
 TOKENS = 16  # that are replayed for each measurement
+PROMPTS = 3  # that are measured, one at a time; the one of median length counts
+TOKEN, PROMPT = "token", "prompt"
 PRODUCT, HEAD, CHOICE, OTHER = "product", "head", "choice", "other"
+NOTHING_SEEN = "the profiler saw no kernel: it may need permission to use the GPU's counters"
 OVERLAP = "kernels that are launched early overlap the one before, so their sum is more than the time of a token"
 
 # The first pattern that is found in the name of a kernel of ours, without its template arguments, gives its role.
@@ -184,14 +192,33 @@ def rows_of(step: list[Kernel], choice: list[Kernel], both: list[Kernel], tokens
     """:func:`profile` of what was recorded: of the model's steps; of the choices, if they are in graphs of their own;
     of both in turn."""
     if not step or not both:
-        raise ValueError("the profiler saw no kernel: it may need permission to use the GPU's counters")
+        raise ValueError(NOTHING_SEEN)
     found = by_kernel([*with_roles(step, tokens), *((CHOICE, kernel) for kernel in choice)], tokens)
-    wall, idle = wall_and_idle(both)
+    return _with_totals(found, TOKEN, both, tokens)
+
+
+def profile_prompt(prompt: Callable[[], None]) -> list[Row]:
+    """As :func:`profile`, of a call that reads a prompt."""
+    return rows_of_prompts([record(prompt, 1) for _ in range(PROMPTS)])
+
+
+def rows_of_prompts(runs: list[list[Kernel]]) -> list[Row]:
+    """:func:`profile_prompt` of what was recorded of each run."""
+    if not all(runs):
+        raise ValueError(NOTHING_SEEN)
+    kernels = sorted(runs, key=wall_and_idle)[len(runs) // 2]
+    return _with_totals(by_kernel(with_roles(kernels, 1), 1), PROMPT, kernels, 1)
+
+
+def _with_totals(found: list[Row], phase: str, kernels: list[Kernel], times: int) -> list[Row]:
+    """Rows of one profile, with what they have in common; kernels: those of ``times`` tokens or prompts in turn."""
+    wall, idle = wall_and_idle(kernels)
     totals = {
+        "phase": phase,
         "nodes_total": round(sum(row["nodes"] for row in found), 1),
         "sum_us": round(sum(row["us"] for row in found), 1),
-        "wall_us": round(wall / tokens, 1),
-        "idle_us": round(idle / tokens, 1),
+        "wall_us": round(wall / times, 1),
+        "idle_us": round(idle / times, 1),
     }
     return [row | totals for row in found]
 
@@ -208,10 +235,11 @@ def show(rows: list[Row], console: Console) -> None:
             for part in parts:
                 out.add_row(f"  {part['kernel']}, {part['grid']} CTAs", *_cells([part]), style="dim")
     out.add_row("all", *_cells(rows))
-    title = f"One token of {first['model']}, {first['variant']}, {first['batch']} row(s), {first['choice']}:"
+    what = "One token" if first["phase"] == TOKEN else f"The first token, {first['prompt']} of prompt,"
+    title = f"{what} of {first['model']}, {first['variant']}, {first['batch']} row(s), {first['choice']}:"
     console.print(title, out, highlight=False)
-    times = f"{first['wall_us']} us a token, of which {first['idle_us']} us no kernel runs; {OVERLAP}."
-    console.print(times, highlight=False)
+    times = f"{first['wall_us']} us a {first['phase']}, of which {first['idle_us']} us no kernel runs"
+    console.print(f"{times}; {OVERLAP}." if first["phase"] == TOKEN else f"{times}.", highlight=False)
 
 
 def roles(rows: list[Row]) -> dict[str, list[Row]]:

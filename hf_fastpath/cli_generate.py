@@ -47,7 +47,8 @@ Out = Annotated[Path | None, typer.Option("--out", help="Also write a CSV file, 
 Append = Annotated[bool, typer.Option("--append", help="Add to the rows of --out.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw a PNG, SVG or PDF.")]
 Profile = Annotated[
-    Path | None, typer.Option("--profile", help="Also profile a decode step kernel by kernel, into this CSV file.")
+    Path | None,
+    typer.Option("--profile", help="Also profile tokens and prompts kernel by kernel, into this CSV file."),
 ]
 Commit = Annotated[str | None, typer.Option("--commit", help="To name in every row. Default: what git says.")]
 

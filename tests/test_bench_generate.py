@@ -17,10 +17,18 @@ import hf_fastpath.eval
 from hf_fastpath import cli, patch_model
 from hf_fastpath.decode_graph import DecodeGraphs
 from hf_fastpath.errors import Unsupported
-from hf_fastpath.eval import bench_gemm, bench_generate, decode_bytes, generate_models, generate_tables
+from hf_fastpath.eval import (
+    bench_gemm,
+    bench_generate,
+    decode_bytes,
+    generate_models,
+    generate_tables,
+    profile_decode,
+)
 from hf_fastpath.eval.bench_generate import Sizes, Subject
 from hf_fastpath.eval.generate_models import VARIANTS, Source, random_model
 from hf_fastpath.eval.graph_replay import replay_of
+from hf_fastpath.eval.profile_decode import Kernel
 
 LAYERS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY = {
@@ -147,6 +155,23 @@ def test_memory_that_runs_out_is_a_row_less(monkeypatch: pytest.MonkeyPatch) -> 
     found = bench_generate.rows(Source("tiny-llama"), ("w4a16+int8",), sizes, said.append)
     assert [row["batch"] for row, _ in found] == [1, 3]
     assert said == ["Not measured: w4a16+int8, 2 rows of 4 + 5 tokens: out of memory"]
+
+
+def test_a_prompt_is_profiled_of_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is, where there are graphs, and there are none here. What the profiler would see is made up."""
+
+    def record(call: Any, times: int) -> list[Kernel]:
+        call()
+        return [Kernel("void hf_fastpath::rms_norm_kernel<X>(Y)", (1, 1, 1), 2.0 * i, 1.5) for i in range(4 * times)]
+
+    monkeypatch.setattr(profile_decode, "record", record)
+    sizes = Sizes((2,), (4,), 5, runs=1)
+    found = list(bench_generate.rows(Source("tiny-llama"), ("stock", "w4a16+int8"), sizes, print, profiled=True))
+    for (row, profiles), variant in zip(found, ("stock", "w4a16+int8"), strict=True):
+        ((kernel,),) = profiles
+        assert (row["variant"], kernel["variant"], kernel["phase"], kernel["batch"]) == (variant, variant, "prompt", 2)
+        assert (kernel["role"], kernel["nodes"], kernel["us"]) == ("norm", 4, 6)
+        assert (kernel["wall_us"], kernel["idle_us"], kernel["commit"]) == (7.5, 1.5, row["commit"])
 
 
 class Clockwork:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,22 @@ def test_the_rows_of_a_profile() -> None:
     assert (first["nodes_total"], first["sum_us"], first["wall_us"], first["idle_us"]) == (5, 18, 10.0, 1.7)
 
 
+def test_the_rows_of_a_prompt() -> None:
+    """The run of median length counts, and its last product is the head's."""
+    rows = profile_decode.rows_of_prompts([slower(steps(1), by) for by in (3.0, 1.0, 2.0)])
+    found = {row["role"]: (row["nodes"], row["us"]) for row in rows}
+    assert found == {"norm": (1, 2), "product": (1, 3), "other": (1, 4), "head": (1, 5)}
+    first = rows[0]
+    assert (first["phase"], first["nodes_total"], first["sum_us"]) == ("prompt", 4, 14)
+    assert (first["wall_us"], first["idle_us"]) == (65, 51)
+    with pytest.raises(ValueError, match="saw no kernel"):
+        profile_decode.rows_of_prompts([steps(1), [], steps(1)])
+
+
+def slower(kernels: list[Kernel], by: float) -> list[Kernel]:
+    return [dataclasses.replace(kernel, start=kernel.start * by) for kernel in kernels]
+
+
 def test_a_head_of_two_kernels() -> None:
     parts = ("nvjet_tst_64x8_splitK", "void cublasLt::splitKreduce_kernel<X>(Y)")
     names = (parts[0], "void hf_fastpath::rms_norm_kernel<X>(Y)", LINEAR, *parts)
@@ -137,16 +154,24 @@ def test_table_csv_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[st
     rows = profile_rows()
     console = Console(width=200, record=True)
     profile_decode.show(rows, console)
-    assert "10.0 us a token, of which 1.7 us no kernel runs" in console.export_text()
+    printed = console.export_text()
+    assert "One token of m, v, 1 row(s), greedy:" in printed
+    assert "10.0 us a token, of which 1.7 us no kernel runs; kernels that are launched early overlap" in printed
+    prompt = [rows[0] | row for row in profile_decode.rows_of_prompts([steps(1)])]
+    profile_decode.show(prompt, console)
+    printed = console.export_text()
+    assert "The first token, 512 of prompt, of m, v, 1 row(s), greedy:" in printed
+    assert "35.0 us a prompt, of which 21.0 us no kernel runs." in printed
     path = tmp_path / "new" / "profile.csv"
-    profile_decode.write(rows, path)
+    profile_decode.write([*rows, *prompt], path)
     with path.open(newline="") as file:
         assert tuple(csv.DictReader(file).fieldnames or ()) == profile_decode.COLUMNS
     capsys.readouterr()
     generate_tables.main([str(path)])
     printed = capsys.readouterr().out
-    assert "| head | 1, 5.0 |" in printed
-    assert "| time of a token | 10 us |" in printed
+    assert "| nodes, us | m, v, 1 row(s), greedy | m, v, 1 row(s), a prompt of 512 |" in printed
+    assert "| head | 1, 5.0 | 1, 5.0 |" in printed
+    assert "| time | 10 us | 35 us |" in printed
     path.write_text("a\n1\n")
     with pytest.raises(ValueError, match="not a CSV of"):
         generate_tables.main([str(path)])

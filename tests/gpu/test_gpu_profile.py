@@ -43,6 +43,9 @@ def test_replayed_and_profiled(make: Any, padding: tuple[int, ...], how: dict[st
     assert rows[0]["wall_us"] > rows[0]["idle_us"] >= 0
     assert replay.rate(len(padding), at_most=8) > 0
     del replay
+    prompt = profile_decode.profile_prompt(lambda: model.generate(**inputs, **how, max_new_tokens=1))
+    assert {"product", "append", "head"} <= set(profile_decode.roles(prompt))
+    assert prompt[0]["wall_us"] > prompt[0]["idle_us"] >= 0
     torch.manual_seed(1)
     got = model.generate(**inputs, **how, max_new_tokens=40)
     torch.manual_seed(1)
