@@ -8,7 +8,21 @@ from typing import Any
 
 from torch.nn.modules import module as torch_module
 
+# transformers leaves hooks behind for hidden states and attention weights, which do nothing otherwise.
 OUTPUT_HOOKS = "transformers.utils.output_capturing"
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether anybody wants to see or change what goes into a module or comes out of it, hooks of all modules aside."""
+    return bool(module._forward_pre_hooks) or _changes_forward(module)
+
+
+def _changes_forward(module: Any) -> bool:
+    """The same of all but what is called before."""
+    if "forward" in module.__dict__:
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and any(getattr(hook, "__module__", "") != OUTPUT_HOOKS for hook in hooks.values())
 
 
 class ModelWatch:
@@ -34,7 +48,7 @@ class ModelWatch:
         modules = self._unchanged(model)
         if modules is None:
             return "modules were added, wrapped or replaced after patch_model()"
-        hooked = next((module for module in modules if self._is_hooked(module, module is model)), None)
+        hooked = model if self._root_is_hooked(model) else next(filter(is_hooked, modules[1:]), None)
         if hooked is None and not torch_module._has_any_global_hook():
             return ""
         name = next((name for name, module in model.named_modules() if module is hooked), "")
@@ -53,15 +67,8 @@ class ModelWatch:
                     return None
         return modules
 
-    def _is_hooked(self, module: Any, root: bool) -> bool:
-        before = module._forward_pre_hooks
-        if (tuple(before) != self._root_hooks) if root else before:
-            return True
-        if "forward" in module.__dict__:
-            return True
-        # transformers leaves hooks behind for hidden states and attention weights, which do nothing otherwise.
-        after = module._forward_hooks
-        return bool(after) and any(getattr(hook, "__module__", "") != OUTPUT_HOOKS for hook in after.values())
+    def _root_is_hooked(self, model: Any) -> bool:
+        return tuple(model._forward_pre_hooks) != self._root_hooks or _changes_forward(model)
 
     @property
     def tensors_moved(self) -> bool:

@@ -15,12 +15,12 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.utils import output_capturing
 
 from hf_fastpath import heuristics
 from hf_fastpath.caches import CompressedLayer, FastCache
 from hf_fastpath.caches.attention import ATTENTION_NAME, fastpath_attention, why_not_ours
 from hf_fastpath.caches.static import StaticKVLayer
+from hf_fastpath.model_watch import is_hooked
 from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts, StepCache
 from hf_fastpath.modules.merged import Norm
 
@@ -54,14 +54,7 @@ class _Watched:
     def hooked(self) -> bool:
         """Whether anybody wants to see or change what goes on inside the layer. transformers' own hooks, for
         ``output_attentions``, do not: they find nothing where attention is ours."""
-        if torch_module._has_any_global_hook():
-            return True
-        for module in self.modules:
-            if module._forward_pre_hooks or "forward" in module.__dict__:
-                return True
-            if any(hook.__module__ != output_capturing.__name__ for hook in module._forward_hooks.values()):
-                return True
-        return False
+        return torch_module._has_any_global_hook() or any(map(is_hooked, self.modules))
 
 
 class FusedLayer(nn.Module):
