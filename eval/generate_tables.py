@@ -101,14 +101,23 @@ def _side_by_side(found: dict[int, Row], batches: list[int], column: str) -> str
     return " / ".join(shapes[column].format(float(value)) if value not in ("", None) else "-" for value in values)
 
 
+_PROFILE = ("model", "variant", "choice", "batch", "prompt", "phase")  # what one profile's rows have in common
+
+
+def _head(row: Row) -> str:
+    what = row["choice"]
+    if row["phase"] == profile_decode.PROMPT:
+        what = f"a prompt of {row['prompt']}" + ("" if what == "greedy" else f", {what}")
+    return f"{row['model']}, {row['variant']}, {row['batch']} row(s), {what}"
+
+
 def profile_markdown(rows: list[Row]) -> str:
     """Of the CSV rows of profiles, as strings: a line a role, a column a profile: nodes and microseconds a token,
     or a prompt."""
     profiles: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        what = row["choice"] if row["phase"] == profile_decode.TOKEN else f"a prompt of {row['prompt']}"
-        profiles.setdefault((row["model"], row["variant"], row["batch"], what), []).append(row)
-    heads = [f"{model}, {variant}, {batch} row(s), {what}" for model, variant, batch, what in profiles]
+        profiles.setdefault(tuple(row[name] for name in _PROFILE), []).append(row)
+    heads = [_head(each[0]) for each in profiles.values()]
     found = [profile_decode.roles(each) for each in profiles.values()]
     lines = [f"| nodes, us | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for role in dict.fromkeys(role for each in found for role in each):

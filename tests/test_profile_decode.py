@@ -163,6 +163,7 @@ def test_table_csv_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "The first token, 512 of prompt, of m, v, 1 row(s), greedy:" in printed
     assert "35.0 us a prompt, of which 21.0 us no kernel runs." in printed
     path = tmp_path / "new" / "profile.csv"
+    sampled = [row | {"choice": "top-p"} for row in prompt]
     profile_decode.write([*rows, *prompt], path)
     with path.open(newline="") as file:
         assert tuple(csv.DictReader(file).fieldnames or ()) == profile_decode.COLUMNS
@@ -172,6 +173,11 @@ def test_table_csv_and_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "| nodes, us | m, v, 1 row(s), greedy | m, v, 1 row(s), a prompt of 512 |" in printed
     assert "| head | 1, 5.0 | 1, 5.0 |" in printed
     assert "| time | 10 us | 35 us |" in printed
+    profile_decode.write([*prompt, *sampled], path)
+    generate_tables.main([str(path)])
+    printed = capsys.readouterr().out
+    assert "| nodes, us | m, v, 1 row(s), a prompt of 512 | m, v, 1 row(s), a prompt of 512, top-p |" in printed
+    assert "| head | 1, 5.0 | 1, 5.0 |" in printed
     path.write_text("a\n1\n")
     with pytest.raises(ValueError, match="not a CSV of"):
         generate_tables.main([str(path)])
