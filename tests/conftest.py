@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from graph_cases import with_graphs
 from tiny_models import make_llama
 from transformers import LlamaForCausalLM
+
+from hf_fastpath import patch_model
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # several processes share the cores
 
@@ -56,3 +59,10 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], list[tu
         return calls
 
     return wrap
+
+
+@pytest.fixture
+def patched() -> Any:
+    """A patched model with graphs, which only models on a GPU use by themselves. Of the caches int4 is the one where
+    most hangs on how many tokens there were."""
+    return with_graphs(patch_model(make_llama(), weights=None, kv_cache="int4"))
