@@ -6,7 +6,9 @@ Tokens, scores and the state of the random numbers afterwards are those of trans
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -107,13 +109,24 @@ class _Random:
             self._set(self._before[-draws])
 
 
+def _forward_in_form(model: Any, **inputs: Any) -> Any:
+    """A model's ``forward``, in the form that :class:`_Steps` is about."""
+    with model._optimize_model_for_decode():
+        return model.forward(**inputs)
+
+
 class _Steps:
-    """The model's steps behind a prompt: by the graphs of a slot as long as the cache is in one."""
+    """The model's steps behind a prompt: by the graphs of a slot as long as the cache is in one.
+
+    Where the model itself is called it is in transformers' form for single tokens, in which experts take more memory
+    with more tokens; that form is put on and off by a walk through the model, for which no graph has to wait.
+    """
 
     def __init__(self, model: Any, slot: Slot | None, cache: Any, positions: torch.Tensor, mask: Any) -> None:
         """positions: int64 ``(B, 1)``, of the first tokens. mask: ``(B, T)`` of the prompt; None: no padding."""
         self.model, self.slot, self.cache, self.positions, self.mask = model, slot, cache, positions, mask
         self.count = 0
+        self._form, self._form_is_off = contextlib.ExitStack(), True
         if slot is not None:
             slot.begin(positions, mask)
 
@@ -122,13 +135,17 @@ class _Steps:
         slot, count = self.slot, self.count
         self.count += 1
         if slot is not None and self.cache.get_seq_length() < slot.capacity:
+            forward = functools.partial(_forward_in_form, self.model)  # which the slot calls for its first two steps
             if isinstance(choice, InGraph):
-                choice.step(self.model.forward)
+                choice.step(forward)
             else:
                 slot.put(choice.latest)
-                slot.step(self.model.forward)
+                slot.step(forward)
             return _logits(slot)
         mask = self.mask
+        if self._form_is_off:
+            self._form.enter_context(self.model._optimize_model_for_decode())
+            self._form_is_off = False
         out = self.model(
             input_ids=choice.latest[:, None].clone(),
             position_ids=self.positions + count,
@@ -139,6 +156,10 @@ class _Steps:
             return_dict=True,
         )
         return self.first(out.logits)
+
+    def close(self) -> None:
+        """There are no more steps."""
+        self._form.close()
 
     def first(self, logits: torch.Tensor) -> torch.Tensor:
         """The model's logits ``(B, T, V)`` of the last token, as :meth:`__call__` gives them."""
@@ -184,7 +205,7 @@ def decode(
     del out  # the logits of a whole prompt may be large
     choice, watch = _choice(rule, prompt, slot), StopWatch(lag, batch, device, streamer)
     random, length = _Random(device, lag), prompt.shape[1]
-    with model._optimize_model_for_decode():  # which has experts run in a form whose memory grows with the tokens
+    with contextlib.closing(steps):
         while True:
             if rule.do_sample:
                 random.note()

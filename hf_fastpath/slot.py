@@ -73,6 +73,11 @@ class Slot:
         """Makes ``cache``, which holds nothing yet, store into this slot from its first token on."""
         self._order_streams()
         self.owner = weakref.ref(cache)
+        used = [layer for layer in self.cache.layers if layer.has_storage]
+        with torch.inference_mode(False):
+            empty_rows(used, slice(None))  # all layers at once: one by one takes the host as long as some of a prompt
+        for layer in used:
+            layer.emptied = True
         for own, theirs in zip(self.cache.layers, cache.layers, strict=True):
             own.lent_rows = self.rows
             theirs.lender = own

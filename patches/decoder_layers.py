@@ -3,7 +3,7 @@ as transformers does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from hf_fastpath import heuristics
 from hf_fastpath.caches import CompressedLayer, FastCache
 from hf_fastpath.caches.attention import ATTENTION_NAME, fastpath_attention, why_not_ours
 from hf_fastpath.caches.static import StaticKVLayer
-from hf_fastpath.model_watch import is_hooked
+from hf_fastpath.model_watch import first_hooked, identities
 from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts, StepCache
 from hf_fastpath.modules.merged import Norm
 
@@ -36,25 +36,23 @@ class _Watched:
         self.norm_weight = layer.first_norm.weight
         self.dtype = self.norm_weight.dtype
         self.modules = [module for module in layer.modules() if module is not layer]
-        tables: list[Mapping[str, Any]] = [layer._modules]
+        self.tables: list[dict[str, Any]] = [layer._modules]
         for module in self.modules:
-            tables += [module._modules, module._parameters, module._buffers]
-        self.content = [(table, name, value) for table in tables for name, value in table.items()]
+            self.tables += [module._modules, module._parameters, module._buffers]
+        self.content = [value for table in self.tables for value in table.values()]  # which keeps it alive
+        self.identities = identities(self.tables)
 
     @property
     def unchanged(self) -> bool:
         if self.norm_weight.dtype is not self.dtype or (self.step is not None and self.step.moved):
             return False  # .to() changes parameters in place
-        for table, name, value in self.content:  # noqa: SIM110  # every layer, every token: all() takes twice as long
-            if table.get(name) is not value:
-                return False
-        return True
+        return identities(self.tables) == self.identities
 
     @property
     def hooked(self) -> bool:
         """Whether anybody wants to see or change what goes on inside the layer. transformers' own hooks, for
         ``output_attentions``, do not: they find nothing where attention is ours."""
-        return torch_module._has_any_global_hook() or any(map(is_hooked, self.modules))
+        return torch_module._has_any_global_hook() or first_hooked(self.modules) is not None
 
 
 class FusedLayer(nn.Module):

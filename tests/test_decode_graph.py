@@ -29,6 +29,7 @@ from hf_fastpath import heuristics, patch_model
 from hf_fastpath.generation import filters_of
 from hf_fastpath.modules import decode_head
 from hf_fastpath.ops import sampling_weights
+from hf_fastpath.slot import Slot
 from hf_fastpath.token_choice import Filters
 
 
@@ -182,7 +183,8 @@ def test_what_a_user_adds_is_called_as_often(patched: Any) -> None:
 
 
 def test_the_prompt_is_not_run_as_steps_are(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers switches experts to an implementation for few tokens meanwhile, whose memory grows with them."""
+    """transformers switches experts to an implementation for few tokens, whose memory grows with them. What is replayed
+    needs no switch, which takes long; here it is called again."""
     seen: list[Any] = []
 
     @contextlib.contextmanager
@@ -200,7 +202,24 @@ def test_the_prompt_is_not_run_as_steps_are(patched: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(type(patched.model), "forward", noting)
     patched.generate(**long_batch((0,)), do_sample=False, max_new_tokens=4)
-    assert seen == [70, "steps", 1, 1, 1, "end"]
+    assert seen == [70, *3 * ["steps", 1, "end"]]
+    patched.generate(**long_batch((0,)), do_sample=False, max_new_tokens=1)
+    assert seen[10:] == [70]
+
+
+def test_steps_without_a_graph_are_all_run_as_single_tokens(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def for_steps(model: Any) -> Iterator[None]:
+        seen.append("steps")
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr(type(patched), "_optimize_model_for_decode", for_steps)
+    monkeypatch.setattr(Slot, "holds", lambda slot, cache: False)
+    patched.generate(**long_batch((0,)), do_sample=False, max_new_tokens=4)
+    assert seen == ["steps", "end"]
 
 
 def test_in_inference_mode_and_out_of_it(patched: Any) -> None:

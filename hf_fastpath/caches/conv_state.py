@@ -50,9 +50,10 @@ class ConvStateLayer(LinearAttentionLayer):
     inference mode that it was made in.
     """
 
-    # As in hf_fastpath.caches.layer.FastLayer: whose first rows are the state, and for how many a lender makes room.
+    # As in hf_fastpath.caches.layer.FastLayer: whose first rows are the state; of a lender, for how many it makes room,
+    # and whether they are zeros.
     lender: ConvStateLayer | None = None
-    lent_rows = 0
+    lent_rows, emptied = 0, False
 
     def __init__(self, padding: LeftPadding) -> None:
         super().__init__()
@@ -68,8 +69,7 @@ class ConvStateLayer(LinearAttentionLayer):
         state = self.conv_states[0]
         if not self.has_previous_state[0]:
             if state is None or state.shape != shape or (state.dtype, state.device) != (like.dtype, like.device):
-                self.lazy_initialization(conv_states=like.new_empty(shape))
-                self._borrow()
+                self._begin(shape, like)
             self.has_previous_state[0] = True
             state = self.conv_states[0]
         assert state is not None
@@ -90,23 +90,34 @@ class ConvStateLayer(LinearAttentionLayer):
         dtypes = (torch.float16, torch.bfloat16, torch.float32)
         return state.dtype in dtypes and short_conv_supports(state.shape[-1]) and not why_no_kernels(state.device)
 
-    def _borrow(self) -> None:
-        state = self.conv_states[0]
-        assert state is not None
-        if self.lender is not None and (lent := self.lender.lend(state)) is not None:
-            self.conv_states[0] = lent
+    def _begin(self, shape: tuple[int, ...], like: torch.Tensor) -> None:
+        """Makes an empty state, in the lender's first rows if there is a lender, and room."""
+        lender = self.lender
+        lent = None if lender is None else lender.lend(shape, like)
+        if lender is None or lent is None:
+            self.lazy_initialization(conv_states=like.new_empty(shape))
+            return
+        # What transformers notes with a state of the layer's own.
+        self.dtype, self.device, self.in_kernel = lent.dtype, lent.device, lender.in_kernel
+        self.conv_kernel_size[0], self.is_conv_states_initialized[0] = shape[-1], True
+        self.conv_states[0] = lent
 
     @torch.inference_mode(False)
-    def lend(self, state: torch.Tensor) -> torch.Tensor | None:
-        """This layer's first rows, zeros, for another layer's state; None when it is not like ``state``."""
+    def lend(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+        """This layer's first rows, zeros, for another layer's state of this shape, and of the dtype and device of
+        ``like``; None when it has no such."""
         if self.conv_states[0] is None:
-            rows = max(self.lent_rows, state.shape[0])
-            self.lazy_initialization(conv_states=state.new_empty((rows, *state.shape[1:])))
+            count = max(self.lent_rows, shape[0])
+            self.lazy_initialization(conv_states=like.new_empty((count, *shape[1:])))
+            self.emptied = True
         self.has_previous_state[0], self.record_past = True, False  # what steps of all its rows go by
-        own = self.conv_states[0]
+        own, emptied = self.conv_states[0], self.emptied
         assert own is not None
-        same = (state.shape[1:], state.dtype, state.device) == (own.shape[1:], own.dtype, own.device)
-        return own[: state.shape[0]].zero_() if same and state.shape[0] <= own.shape[0] else None
+        if (shape[1:], like.dtype, like.device) != (own.shape[1:], own.dtype, own.device) or shape[0] > own.shape[0]:
+            return None
+        self.emptied = False
+        rows = own[: shape[0]]
+        return rows if emptied else rows.zero_()
 
     def stores_into(self, lender: ConvStateLayer) -> bool:
         """Whether the state is in that of ``lender``, where a graph finds it."""

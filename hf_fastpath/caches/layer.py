@@ -39,9 +39,10 @@ class FastLayer(CacheLayerMixin):
     attends_in_kernel = False
 
     # The layer in whose storage this one keeps its tokens, if it finds room there when it gets the first ones; None: in
-    # storage of its own. And of such a lender, for how many rows it makes room.
+    # storage of its own. And of such a lender, for how many rows it makes room, and whether it has been told already
+    # that they hold nothing.
     lender: FastLayer | None = None
-    lent_rows = 0
+    lent_rows, emptied = 0, False
 
     def __init__(self, initial_tokens: int = 0) -> None:
         # Not super().__init__(): it assigns `keys` and `values`, which are computed here.
@@ -126,7 +127,8 @@ class FastLayer(CacheLayerMixin):
         if not same or key.shape[0] > self.batch_size or not self.has_room(tokens):
             return None
         self.reset()
-        return [tensor[: key.shape[0]] for tensor in self.storage]
+        rows = key.shape[0]
+        return [tensor if rows == self.batch_size else tensor[:rows] for tensor in self.storage]
 
     def stores_into(self, lender: FastLayer) -> bool:
         """Whether what this layer stores is in the storage of ``lender``, where a graph finds it."""
@@ -173,7 +175,8 @@ class FastLayer(CacheLayerMixin):
         if key.shape[0] != self.batch_size:
             raise ValueError(f"the cache holds a batch of {self.batch_size}, but got keys of {key.shape[0]}")
         start, self.length = self.length, self.length + key.shape[2]
-        self._reserve(start)
+        if self.length > self.capacity:
+            self._reserve(start)
 
     def _fits(self, key: torch.Tensor) -> bool:
         return (key.shape[0], key.dtype, key.device) == (self.batch_size, self.dtype, self.device)
@@ -182,8 +185,6 @@ class FastLayer(CacheLayerMixin):
     def _reserve(self, used: int) -> None:
         """Makes room for ``length`` tokens, keeping the first ``used``. Growing by half keeps the copying per token
         constant however long the cache gets."""
-        if self.length <= self.capacity:
-            return
         wanted = max(self.length, self.capacity + self.capacity // 2)
         capacity = ceil_div(wanted, BLOCK_TOKENS) * BLOCK_TOKENS
         for i, (old, tokens) in enumerate(zip(self.storage, self.tokens_per_entry, strict=True)):
@@ -222,7 +223,8 @@ class FastLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def _count(self) -> None:
         """Tells the kernels the length."""
-        if self.is_initialized:
+        known, self.emptied = self.emptied and self.length == 0, False
+        if self.is_initialized and not known:
             self.storage[-1].fill_(self.length)
 
     def crop(self, tokens_to_remove: int) -> None:
