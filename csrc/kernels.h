@@ -160,7 +160,9 @@ struct KvNewTokens {
   float rotation;                           // rotation_factor(dim) to rotate queries and keys; 0: not
   int batch, heads, kv_heads, tokens, dim;  // dim: a multiple of 8 up to kMaxKvDim
   int64_t capacity;                         // entries of the storage
-  int32_t* lengths;                         // (batch, kv_heads): tokens stored, to which the launch adds `tokens`
+  // (batch, kv_heads): tokens stored, to which the launch adds `tokens`; nullptr, of launch_kv_static_append() alone:
+  // there are none, and nobody counts.
+  int32_t* lengths;
 };
 // Keys or values as they are stored.
 struct KvQuantizedSide {

@@ -13,7 +13,9 @@ __global__ void __launch_bounds__(kChunkThreads)
   const int64_t kv_head = blockIdx.y, batch = blockIdx.z;
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  if (blockIdx.x == 0 && threadIdx.x == 0) p.lengths[(batch * p.kv_heads + kv_head) * count_stride] += p.tokens;
+  if (p.lengths && blockIdx.x == 0 && threadIdx.x == 0) {
+    p.lengths[(batch * p.kv_heads + kv_head) * count_stride] += p.tokens;
+  }
   if (p.query.data == nullptr) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kSlots * kChunkRows) + slot;
   const int64_t ratio = p.heads / p.kv_heads, first_head = kv_head * ratio;

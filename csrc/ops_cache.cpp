@@ -16,13 +16,14 @@ void kv_static_append(const std::optional<Tensor>& query, const Tensor& key, con
                       const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
                       const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, bool rotate,
                       const std::optional<Tensor>& query_out, const Tensor& keys, const Tensor& values,
-                      const Tensor& lengths) {
+                      const std::optional<Tensor>& lengths) {
   const NewTokens n{{"kv_static_append"}, query, key, value, q_norm, k_norm, eps, cos, sin, rotate, query_out};
   const Dtype dtype = n.checked();
   const int64_t capacity = entries(n.check, keys, "keys");
   n.stored_floats(keys, {capacity, n.dim()}, "keys", "(B, H_kv, capacity, D)");
   n.stored_floats(values, {capacity, n.dim()}, "values", "(B, H_kv, capacity, D)");
-  n.stored(lengths, ScalarType::Int, "int32", {}, "lengths", "(B, H_kv)");
+  if (lengths) n.stored(*lengths, ScalarType::Int, "int32", {}, "lengths", "(B, H_kv)");
+  n.check(lengths || n.tokens() <= capacity, "there is room for ", capacity, " tokens, got ", n.tokens());
   if (n.empty()) return;
   const Launch launch(key);
   const KvStaticStorage storage{keys.data_ptr(), values.data_ptr()};

@@ -126,7 +126,7 @@ struct NewTokens {
     return {data(*t), t->size(0) == 1 ? 0 : t->stride(0), t->stride(1)};
   }
 
-  KvNewTokens args(int64_t capacity, const Tensor& lengths) const {
+  KvNewTokens args(int64_t capacity, const std::optional<Tensor>& lengths) const {
     const int size = static_cast<int>(dim());
     return {query ? rows(*query) : KvRows{},
             rows(key),
@@ -145,7 +145,7 @@ struct NewTokens {
             static_cast<int>(tokens()),
             size,
             capacity,
-            static_cast<int32_t*>(lengths.data_ptr())};
+            lengths ? static_cast<int32_t*>(lengths->data_ptr()) : nullptr};
   }
 };
 

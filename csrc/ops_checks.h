@@ -72,7 +72,7 @@ struct Check {
     return type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
   }
   void launched(cudaError_t error) const {
-    (*this)(error == cudaSuccess, "CUDA launch failed: ", cudaGetErrorString(error));
+    if (error != cudaSuccess) (*this)(false, "CUDA launch failed: ", cudaGetErrorString(error));
   }
 };
 

@@ -14,6 +14,7 @@ from hf_fastpath.ops.w4a16_linear import MAX_ROWS
 from hf_fastpath.packing import ceil_div
 
 MOE_FEW_ROWS = 64  # of a mixture's rows, the most that its kernel for a few rows is taken for
+SHORT_PROMPT_TOKENS = 1024  # of a row
 
 
 class W4A16Variant(enum.Enum):
@@ -236,6 +237,13 @@ def short_conv_supports(taps: int) -> bool:
 def attn_decode_supports(head_dim: int) -> bool:
     """Whether the CUDA kernels of decode attention take this head size (the CPU implementation takes any)."""
     return head_dim % 16 == 0 and 16 <= head_dim <= 256
+
+
+def is_short_prompt(device_type: str, dtype: torch.dtype, tokens: int, head_dim: int) -> bool:
+    """Whether rows of a prompt have so few ``tokens`` that flash attention is called by itself, which takes the host
+    less time than cuDNN's, if the GPU more: of a layer of Llama-3.1-8B with 1024 tokens attention is 2% of the work."""
+    fits = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+    return device_type == "cuda" and fits and 1 < tokens <= SHORT_PROMPT_TOKENS
 
 
 def attn_decode_int4_supports(head_dim: int) -> bool:

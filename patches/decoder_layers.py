@@ -18,7 +18,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from hf_fastpath import heuristics
 from hf_fastpath.caches import CompressedLayer, FastCache
-from hf_fastpath.caches.attention import ATTENTION_NAME, fastpath_attention, why_not_ours
+from hf_fastpath.caches.attention import ATTENTION_NAME, attend_short_prompt, fastpath_attention, why_not_ours
 from hf_fastpath.caches.static import StaticKVLayer
 from hf_fastpath.model_watch import first_hooked, identities
 from hf_fastpath.modules.decoder_step import DecoderParts, DecoderStep, FeedForwardParts, StepCache
@@ -33,6 +33,7 @@ class _Watched:
 
     def __init__(self, layer: FusedLayer) -> None:
         self.step = None if layer.why_not(layer) else layer.make_step()
+        self.experts = layer.make_experts_step()
         self.norm_weight = layer.first_norm.weight
         self.dtype = self.norm_weight.dtype
         self.modules = [module for module in layer.modules() if module is not layer]
@@ -120,11 +121,14 @@ class FusedLayer(nn.Module):
             return None
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.update(key, value, attention.layer_idx)
+            index, scaling = attention.layer_idx, attention.scaling
+            keys, values = cache.update(key, value, index)
+            if implementation == ATTENTION_NAME:
+                short = attend_short_prompt(cache.layers[index], query, keys, values, mask, scaling, kwargs)
+                if short is not None:
+                    return short
             function = ATTENTION[implementation]
-            return cast(
-                torch.Tensor, function(attention, query, keys, values, mask, scaling=attention.scaling, **kwargs)[0]
-            )
+            return cast(torch.Tensor, function(attention, query, keys, values, mask, scaling=scaling, **kwargs)[0])
 
         return cast(torch.Tensor, step.prompt(hidden, *position_embeddings, attend))
 
@@ -165,6 +169,10 @@ class FusedLayer(nn.Module):
     def make_step(self) -> Any:
         """The step, of a layer that :meth:`why_not` has nothing against."""
         return DecoderStep(self.parts_of())
+
+    def make_experts_step(self) -> Any:
+        """The step of the layer's mixture of experts; None: it has none, or they run themselves."""
+        return None
 
     def parts_of(self) -> DecoderParts:
         """What the layer consists of."""

@@ -65,11 +65,14 @@ class FusedLfm2Layer(FusedLayer):
                 **kwargs,
             )
             return out
-        has_experts = self.__dict__["_watched"].step.parts.feed_forward is None
-        return self._add_experts(out) if has_experts else out
+        watched = self.__dict__["_watched"]
+        if watched.step.parts.feed_forward is not None:
+            return out
+        if watched.experts is None:
+            return out + cast(torch.Tensor, self.feed_forward(self.ffn_norm(out)))
+        return cast(torch.Tensor, watched.experts(out.reshape(-1, out.shape[-1])).view(out.shape))
 
-    def _experts_step(self) -> MoEStep | None:
-        """The step of the layer's experts; None where they run themselves."""
+    def make_experts_step(self) -> MoEStep | None:
         block: Any = self.feed_forward
         ours = type(block) is self.lfm2_kinds.sparse and isinstance(block.gate, MoERouter)
         if not ours or not isinstance(block.experts, (PackedExperts, Experts16)):
@@ -77,20 +80,13 @@ class FusedLfm2Layer(FusedLayer):
         bias = block.expert_bias if block.use_expert_bias else None
         return MoEStep(MoEParts(block.gate, bias, block.experts, norm_of(self.ffn_norm)))
 
-    def _add_experts(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual stream ``(batch, T, hidden_size)`` behind the layer's experts."""
-        step = self._experts_step()
-        if step is None:
-            return x + cast(torch.Tensor, self.feed_forward(self.ffn_norm(x)))
-        return step(x.reshape(-1, x.shape[-1])).view(x.shape)
-
     def keeps_row_bits(self, rows: int) -> bool:
         if not super().keeps_row_bits(rows):
             return False
-        if self.__dict__["_watched"].step.parts.feed_forward is not None:
+        watched = self.__dict__["_watched"]
+        if watched.step.parts.feed_forward is not None:
             return True
-        experts = self._experts_step()
-        return experts is not None and experts.keeps_row_bits(rows)
+        return watched.experts is not None and bool(watched.experts.keeps_row_bits(rows))
 
     def _convolution_step(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, kwargs: dict[str, Any]
@@ -100,17 +96,15 @@ class FusedLfm2Layer(FusedLayer):
         layer = cache.layers[self.conv.layer_idx]
         if kwargs.get("seq_idx") is not None or not isinstance(layer, ConvStateLayer) or layer.record_past:
             return None
-        step = self._ready_step(hidden.dtype)
+        # Under autocast what a projection puts out has another dtype than what the state is made for.
+        step = None if torch.is_autocast_enabled(hidden.device.type) else self._ready_step(hidden.dtype)
         if step is None:
             return None
+        state = layer.ready((hidden.shape[0], *step.state_shape), hidden)
         if hidden.shape[1] == 1:
-            state = layer.ready((hidden.shape[0], *step.state_shape), hidden)
             return cast(torch.Tensor, step(hidden[:, 0].contiguous(), state, layer.padding.mask).unsqueeze(1))
-
-        def convolve(x: torch.Tensor) -> torch.Tensor:
-            return cast(torch.Tensor, self.conv(x, past_key_values=cache, attention_mask=mask, **kwargs))
-
-        return cast(torch.Tensor, step.prompt(hidden, convolve))
+        padding = None if mask is None else mask.bool()
+        return cast(torch.Tensor, step.prompt(hidden, state, padding, layer.in_kernel))
 
     @property
     def first_norm(self) -> Any:

@@ -1,14 +1,32 @@
-// What is known of a kernel on a GPU. The runtime takes microseconds to answer or to obey, and a token takes hundreds
-// of launches, so it is asked once.
+// What is known of a GPU, and of a kernel on it. The runtime takes up to microseconds to answer or to obey, and a token
+// takes hundreds of launches, so it is asked once.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
 
 namespace hf_fastpath {
+
+// An attribute of the current GPU, none of which is negative; -1 where the runtime does not say.
+template <cudaDeviceAttr kAttribute>
+int gpu_attribute() {
+  static std::array<std::atomic<int>, 64> known{};  // by device, one more than the value; 0: not asked yet
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return -1;
+  std::atomic<int>& note = known[device % known.size()];
+  if (const int noted = note.load(std::memory_order_relaxed)) return noted - 1;
+  if (cudaDeviceGetAttribute(&value, kAttribute, device) != cudaSuccess) {
+    cudaGetLastError();  // else the next launch's error would be this one
+    return -1;
+  }
+  note.store(value + 1, std::memory_order_relaxed);
+  return value;
+}
 
 struct KernelNotes {
   int shared_bytes = 0;  // that it was granted, more than what every kernel may have

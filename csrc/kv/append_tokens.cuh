@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(512)
   const int ratio = p.query.data ? p.heads / p.kv_heads : 0, rows = (2 + ratio) * p.tokens;
   wait_for_previous_kernel();
   let_next_kernel_begin();
-  int32_t* count = p.lengths + pair * F::kCountStride;
-  const int stored = *count;
+  int32_t* count = p.lengths ? p.lengths + pair * F::kCountStride : nullptr;
+  const int stored = count ? *count : 0;
   RowBits bits = FewRow(min(slot, rows - 1), blockIdx.x, ratio).load<T, kVector>(p, batch, lane);
   const int64_t entry = F::place(s, p, pair, stored);
   for (int first = 0; first < rows; first += slots) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(512)
   }
   __syncthreads();  // everybody has read the count
   if (threadIdx.x == 0) {
-    *count = stored + p.tokens;
+    if (count) *count = stored + p.tokens;
     F::finish(s, pair * p.capacity + entry, stored);
   }
 }
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     load_transform<T, kVector>(keys[i], p, p.k_norm, batch, token, lane);
     values[i] = load_row<T, kVector>(p.value, batch, head, token, lane, p.dim);
   }
-  const int64_t stored = p.lengths[pair * F::kCountStride];
+  const int64_t stored = p.lengths ? p.lengths[pair * F::kCountStride] : 0;
   require_room(stored + p.tokens, p.capacity);
 #pragma unroll
   for (int i = 0; i < kChunkRows; ++i) {

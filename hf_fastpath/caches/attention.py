@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_fastpath import heuristics
 from hf_fastpath.caches.compressed import CompressedLayer
 from hf_fastpath.caches.lazy import LazyKV
 from hf_fastpath.caches.static import StaticKVLayer
@@ -74,6 +75,32 @@ def fastpath_attention(
             raise Unsupported("a CUDA graph cannot hold a KV cache that is expanded: it would have the length of now")
         key, value = key.expand_now(), value.expand_now()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def attend_short_prompt(
+    layer: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """What :func:`fastpath_attention` computes for a compressed cache's first tokens, ``(B, T, H, D)``, by the kernel
+    that takes the host least; None where there are many, or a mask, or others before them, or a compiler is to see it.
+
+    The rest of a short prompt waits for the host, and through sdpa a layer's attention takes that as long as all four
+    of its products. Without gradients and dropout.
+    """
+    if attention_mask is not None or type(key) is not torch.Tensor or not isinstance(layer, CompressedLayer):
+        return None
+    tokens, size = query.shape[2:]
+    if key.shape[2] != tokens or not heuristics.is_short_prompt(query.device.type, query.dtype, tokens, size):
+        return None
+    if torch.compiler.is_compiling() or why_not_ours((query.shape[0], tokens), None, kwargs):
+        return None
+    attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scaling)
+    return cast(torch.Tensor, attended[0].transpose(1, 2))  # its own layout
 
 
 def _why_not_ours(

@@ -10,7 +10,6 @@ Each is a kernel; with more than four rows a norm is one of its own. Otherwise a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from hf_fastpath.heuristics import short_conv_supports
 from hf_fastpath.modules.decoder_step import FeedForwardParts, LayerStep, why_not_feed_forward
 from hf_fastpath.modules.merged import Int4Weight, Norm, merge
-from hf_fastpath.ops import rms_norm, short_conv_step, w4a16_short_conv
+from hf_fastpath.ops import short_conv_prefill, short_conv_step, w4a16_short_conv
 
 
 class ConvParts(NamedTuple):
@@ -72,12 +71,17 @@ class ConvStep(LayerStep):
             return self.finish(x, w4a16_short_conv(x, *packed, p.norm.weight, p.norm.eps, *conv, w.group_size))
         return self.finish(x, short_conv_step(w.product(x, p.norm, None), *conv))
 
-    def prompt(self, x: torch.Tensor, convolve: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def prompt(
+        self, x: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None, in_kernel: bool
+    ) -> torch.Tensor:
         """The layer's output for some new tokens a row, x ``(B, T, hidden_size)``, alike.
 
         Args:
-            convolve: the short convolution with both of its projections, ``(B, T, hidden_size)`` to the same.
+            state: ``(B, H, L)`` in x's dtype, moved on by the tokens in place.
+            mask: bool ``(B, T)``, False for padding; None: there is none.
+            in_kernel: whether our ops take the state; else their references run.
         """
-        rows = x.reshape(-1, x.shape[2])
-        convolved = convolve(rms_norm(rows, *self.parts.norm).view(x.shape))
-        return self.add(rows, convolved.reshape(rows.shape)).view(x.shape)
+        p, rows = self.parts, x.reshape(-1, x.shape[2])
+        bcx = self.in_proj.product(rows, p.norm, None).view(*x.shape[:2], -1)
+        convolved = short_conv_prefill(bcx, state, p.weight.squeeze(1), p.bias, mask, reference=not in_kernel)
+        return self.finish(rows, convolved.view(rows.shape)).view(x.shape)

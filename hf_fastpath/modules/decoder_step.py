@@ -200,9 +200,8 @@ class DecoderStep(LayerStep):
         x = x.contiguous()
         q, k, v = self._heads(x)
         keys, values = (torch.empty(part.shape, dtype=x.dtype, device=x.device) for part in (k, v))
-        counts = torch.zeros(k.shape[:2], dtype=torch.int32, device=x.device)
         transform = self._transform(cos, sin, False)
-        turned = kv_static_append(k, v, (keys, values, counts), transform, q)
+        turned = kv_static_append(k, v, (keys, values, None), transform, q)
         assert turned is not None
         rows = x.view(-1, x.shape[2])
         return self.finish(rows, attend(turned, keys, values).reshape(rows.shape[0], -1)).view(x.shape)

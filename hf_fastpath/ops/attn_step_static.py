@@ -9,7 +9,9 @@ import torch
 from hf_fastpath.ops import _step
 from hf_fastpath.ops._append import NOTHING, QKTransform
 from hf_fastpath.ops.attn_decode_static import attn_decode_static_reference
-from hf_fastpath.ops.kv_static_append import STORAGE, kv_static_append_reference
+from hf_fastpath.ops.kv_static_append import kv_static_append_reference
+
+STORAGE = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths"
 
 _op, attn_step_static_reference = _step.define(
     "attn_step_static", STORAGE, kv_static_append_reference, attn_decode_static_reference

@@ -8,13 +8,16 @@ import torch
 
 from hf_fastpath.ops import _append
 
-STORAGE = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths"
+STORAGE = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? lengths"
 
 
 def _store(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None
 ) -> None:
     """Where the tokens go is never on the host: this serves GPUs too where the kernels cannot run."""
+    if lengths is None:
+        keys[:, :, : key.shape[2]], values[:, :, : key.shape[2]] = key, value
+        return
     where = lengths[0, 0] + torch.arange(key.shape[2], device=key.device)
     keys.index_copy_(2, where, key)
     values.index_copy_(2, where, value)
@@ -27,7 +30,7 @@ _op, kv_static_append_reference = _append.define("kv_static_append", STORAGE, _s
 def kv_static_append(
     key: torch.Tensor,
     value: torch.Tensor,
-    storage: Sequence[torch.Tensor],
+    storage: Sequence[torch.Tensor | None],
     transform: _append.QKTransform = _append.NOTHING,
     query: torch.Tensor | None = None,
     *,
@@ -38,7 +41,8 @@ def kv_static_append(
     Args:
         key: ``(B, H_kv, q, D)``, any strides with a contiguous last dimension, and value, whose last dimension may be
             another. On CUDA the kernel takes fp16 and bf16, values of the keys' shape, D a multiple of 8 up to 256.
-        storage: that of :class:`hf_fastpath.caches.static.StaticKVLayer`, which describes it, with room for the tokens.
+        storage: that of :class:`hf_fastpath.caches.static.StaticKVLayer`, which describes it, with room for the tokens;
+            in the place of ``lengths`` None: there are no tokens yet, and these are not counted.
         transform: what is done to the keys before, and to the query.
         query: ``(B, H, q, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.

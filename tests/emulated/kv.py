@@ -37,7 +37,7 @@ class EmulatedKV(EmulatedKernels):
         names = ("k_data", "k_scale", "v_data", "v_scale", "scores", "positions", "counts")
         self._append("emulated_kv_h2o_append", args[:10], dict(zip(names, args[10:17], strict=True)), *args[17:])
 
-    def _append(self, entry: str, new: Sequence[Any], storage: dict[str, torch.Tensor], *options: int) -> None:
+    def _append(self, entry: str, new: Sequence[Any], storage: dict[str, torch.Tensor | None], *options: int) -> None:
         """new: the arguments that the schemas of all appending ops begin with; storage: in the launcher's order, the
         count last, whatever its name."""
         *tensors, lengths = storage.values()
@@ -46,7 +46,7 @@ class EmulatedKV(EmulatedKernels):
             *(*new_tokens(new, tensors[0].shape[2], lengths), *tensors, *options, new[1].dtype is torch.bfloat16),
             **new_inputs(new),
             query_out=(new[9], OUTPUT),
-            **{name: (tensor, IN_OUT) for name, tensor in storage.items()},
+            **{name: (tensor, IN_OUT) for name, tensor in storage.items() if tensor is not None},
         )
 
     def kv_int8_dequantize(self, data: torch.Tensor, scale: torch.Tensor, start: int, out: torch.Tensor) -> None:
