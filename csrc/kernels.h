@@ -151,7 +151,7 @@ struct KvAngles {  // cosines or sines (batch or 1, tokens, rotary_dim), alike
 constexpr int kMaxKvDim = 256;
 struct KvNewTokens {
   KvRows query, key, value;  // query.data: nullptr when there is none
-  void* query_out;           // (batch, heads, tokens, dim) contiguous, 16-byte aligned
+  void* query_out;           // (batch, heads, tokens, dim) contiguous, 16-byte aligned; or as query_by_token says
   const void* q_norm;        // (dim,), or nullptr; with a query both norms or none
   const void* k_norm;
   float eps;
@@ -163,6 +163,7 @@ struct KvNewTokens {
   // (batch, kv_heads): tokens stored, to which the launch adds `tokens`; nullptr, of launch_kv_static_append() alone:
   // there are none, and nobody counts.
   int32_t* lengths;
+  bool query_by_token;  // query_out lies as (batch, tokens, heads, dim)
 };
 // Keys or values as they are stored.
 struct KvQuantizedSide {

@@ -111,12 +111,12 @@ struct Operands {
   __device__ __forceinline__ uint4 raw_x(int first, int step) const {
     return load_early16(p.x + static_cast<int64_t>(min(first + g, p.rows - 1)) * p.hidden + column + step * kStepCols);
   }
-  // What becomes of raw_x(). inverse: Memory's. store: whether this is the first time.
-  __device__ __forceinline__ uint4 x(const uint4& value, int first, int step, const uint4& norm, const float* inverse,
+  // What becomes of raw_x(). inverse: 1 / rms of row g. store: whether this is the first time.
+  __device__ __forceinline__ uint4 x(const uint4& value, int first, int step, const uint4& norm, float inverse,
                                      bool store) const {
     if (!p.norm_weight) return value;
     const int at = column + step * kStepCols;
-    const uint4 result = linear::normalized<T>(value, inverse[g], norm);
+    const uint4 result = linear::normalized<T>(value, inverse, norm);
     if (store && first + g < p.rows) {
       *reinterpret_cast<uint4*>(p.normalized + static_cast<int64_t>(first + g) * p.hidden + at) = result;
     }
@@ -141,10 +141,11 @@ struct Early {
   }
 };
 
-// This warp's part of the sums of x's rows first .. first + 8. raw_x: that of the share's first step.
+// This warp's part of the sums of x's rows first .. first + 8. inverse: of the lane's row; raw_x: that of the share's
+// first step.
 template <typename T>
 __device__ __forceinline__ void multiply(const Params<T>& p, const Memory& memory, const Share& share, int first,
-                                         const Early& early, const uint4& raw_x) {
+                                         const Early& early, float inverse, const uint4& raw_x) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Operands<T> operands(p);
   float* const parts = reinterpret_cast<float*>(memory.parts + warp * p.padded_experts() * kRows / 4);
@@ -158,14 +159,14 @@ __device__ __forceinline__ void multiply(const Params<T>& p, const Memory& memor
     for (int step = from; step < share.end; ++step) {
       const Fragment a = operands.weights(tile, step);
       const uint4 value = operands.raw_x(first, step);
-      add_step(acc, a, operands.x(value, first, step, operands.norm(step), memory.inverse, store));
+      add_step(acc, a, operands.x(value, first, step, operands.norm(step), inverse, store));
     }
     *reinterpret_cast<float2*>(parts + (tile + g) * kRows + 2 * t) = make_float2(acc[0], acc[1]);
     *reinterpret_cast<float2*>(parts + (tile + g + 8) * kRows + 2 * t) = make_float2(acc[2], acc[3]);
   };
   const bool any = share.first < share.end;
   uint4 b = make_uint4(0, 0, 0, 0);
-  if (any) b = operands.x(raw_x, first, share.first, early.norm, memory.inverse, true);
+  if (any) b = operands.x(raw_x, first, share.first, early.norm, inverse, true);
 #pragma unroll
   for (int i = 0; i < kEarlyTiles; ++i) {
     if (16 * i >= p.padded_experts()) break;
@@ -197,6 +198,23 @@ __device__ __forceinline__ float inverse_rms_of(const Params<T>& p, int row) {
 #pragma unroll
   for (int w = 0; w < linear::kWarpsOfRow; ++w) squares[w] = warp_sum(squares[w]);
   return linear::inverse_rms(squares, p.hidden, p.norm_eps);
+}
+
+// The same of the only row, by the CTA: a warp takes what one of decode_norm.cuh's warps does.
+template <typename T>
+__device__ __forceinline__ float inverse_rms_of_one(const Params<T>& p, float* squares) {
+  static_assert(kWarps == linear::kWarpsOfRow);
+  float sum = 0.0f;
+  for (int column = 8 * static_cast<int>(threadIdx.x); column < p.hidden; column += linear::kColsAtOnce) {
+    sum = linear::add_squares<T>(sum, load_early16(p.x + column));
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = sum;
+  __syncthreads();
+  float all[kWarps];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) all[w] = squares[w];
+  return linear::inverse_rms(all, p.hidden, p.norm_eps);
 }
 
 __device__ __forceinline__ void add(float4& sum, const float4& part) {
@@ -303,12 +321,16 @@ __device__ __forceinline__ void route(const Params<T>& p) {
   for (int first = blockIdx.x / kCtas * kRows; first < p.rows; first += clusters * kRows) {
     uint4 raw_x = make_uint4(0, 0, 0, 0);
     if (share.first < share.end) raw_x = Operands<T>(p).raw_x(first, share.first);
-    if (p.norm_weight) {
+    float inverse = 0.0f;
+    if (p.norm_weight && p.rows == 1) {
+      inverse = inverse_rms_of_one(p, memory.inverse);
+    } else if (p.norm_weight) {
       const float value = inverse_rms_of(p, first + warp);
       if (lane == 0) memory.inverse[warp] = value;
       __syncthreads();
+      inverse = memory.inverse[lane / 4];
     }
-    multiply(p, memory, share, first, early, raw_x);
+    multiply(p, memory, share, first, early, inverse, raw_x);
     __syncthreads();
     if constexpr (kCtas > 1) cluster_wait();  // the first CTA has begun, and has read the last rows' sums
     send_sums<kCtas>(memory, quads, rank);

@@ -92,9 +92,15 @@ struct NewTokens {
   void check_query_out() const {
     check(query_out->scalar_type() == key.scalar_type(), "query_out and key must have the same dtype");
     check.shape(*query_out, {batch(), query->size(1), tokens(), dim()}, "query_out", "of query");
-    check.contiguous(*query_out, "query_out");
+    check(query_out->is_contiguous() || query_by_token(), "query_out must be contiguous, or as (B, q, H, D) in memory");
     check.aligned(*query_out, 16, "query_out");
     check.same_device(key, *query_out, "query_out");
+  }
+
+  bool query_by_token() const {
+    return query_out && query_out->stride(3) == 1 && query_out->stride(1) == dim() &&
+           query_out->stride(2) == query_out->size(1) * dim() &&
+           query_out->stride(0) == tokens() * query_out->stride(2);
   }
 
   void check_transform() const {
@@ -145,7 +151,8 @@ struct NewTokens {
             static_cast<int>(tokens()),
             size,
             capacity,
-            lengths ? static_cast<int32_t*>(lengths->data_ptr()) : nullptr};
+            lengths ? static_cast<int32_t*>(lengths->data_ptr()) : nullptr,
+            query_by_token()};
   }
 };
 

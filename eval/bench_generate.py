@@ -26,6 +26,7 @@ What a CPU cannot show is empty: memory, graphs, and the compiled step, which tr
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import gc
@@ -34,7 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -65,6 +66,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,32 +215,34 @@ def measure(
     }
 
 
-def measure_graphs(
-    subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str, profiled: bool
-) -> tuple[Row, list[list[Row]]]:
-    """The columns that a variant with CUDA graphs has, none for another one; and the profiles that are wanted."""
-    how = CHOICES[choice] | subject.options
-    profiles = []
-    if profiled:
-        profiles.append(
-            profile_decode.profile_prompt(lambda: subject.model.generate(**inputs, **how, max_new_tokens=1))
-        )
+def replay_rate(subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str) -> Row:
+    """The column that a variant with CUDA graphs has, none for another one."""
     try:
-        replay = replay_of(subject.model, inputs, new if profiled else 0, **how)
+        replay = replay_of(subject.model, inputs, 0, **CHOICES[choice] | subject.options)
     except Unsupported:
-        return {}, profiles
-    if profiled:
-        profiles.append(profile_decode.profile(replay))
-    return {"replay_tok_s": round(replay.rate(inputs["input_ids"].shape[0], new), 1)}, profiles
+        return {}
+    return {"replay_tok_s": round(replay.rate(inputs["input_ids"].shape[0], new), 1)}
 
 
-def rows(
-    source: Source, variants: tuple[str, ...], sizes: Sizes, say: Callable[[str], None], profiled: bool = False
-) -> Iterator[tuple[Row, list[list[Row]]]]:
-    """One row of the CSV after the other, each with those of its profiles. ``say`` is told what cannot be measured."""
+def profiles_of(subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str) -> list[list[Row]]:
+    """What runs for a prompt, and for a token where that is a CUDA graph."""
+    how, model = CHOICES[choice] | subject.options, subject.model
+    found = [profile_decode.profile_prompt(lambda: model.generate(**inputs, **how, max_new_tokens=1))]
+    with contextlib.suppress(Unsupported):
+        found.append(profile_decode.profile(replay_of(model, inputs, new, **how)))
+    return found
+
+
+def each_call(
+    source: Source,
+    variants: tuple[str, ...],
+    sizes: Sizes,
+    say: Callable[[str], None],
+    look: Callable[[Subject, dict[str, torch.Tensor], int, str], T],
+) -> Iterator[T]:
+    """What ``look`` finds out about each variant and call of generate(): a model, its inputs, how many new tokens and
+    how they are chosen. ``say`` is told what cannot be measured."""
     device = torch.device(source.device)
-    copy_gb_s = bench_gemm.copy_rate(device)
-    where = machine(device, sizes.commit)
     for variant in variants:
         if reason := why_not(variant, device):
             say(f"Not measured: {reason}")
@@ -247,16 +251,41 @@ def rows(
         for batch, prompt, new, choice in sizes.of(variant) if subject else ():
             assert subject is not None
             check_length(subject.model, prompt, new)
-            inputs = prompt_of(subject, batch, prompt)
             try:
-                row = subject.facts | measure(subject, inputs, new, choice, sizes.runs, copy_gb_s)
-                graphs, found = measure_graphs(subject, inputs, new, choice, profiled)
+                found = look(subject, prompt_of(subject, batch, prompt), new, choice)
             except torch.OutOfMemoryError:
                 say(f"Not measured: {variant}, {batch} rows of {prompt} + {new} tokens: out of memory")
                 continue
-            yield row | graphs | where, [[row | each | where for each in profile] for profile in found]
+            yield found
         del subject
         free(device)
+
+
+def rows(source: Source, variants: tuple[str, ...], sizes: Sizes, say: Callable[[str], None]) -> Iterator[Row]:
+    """One row of the CSV after the other; see :func:`each_call`."""
+    device = torch.device(source.device)
+    copy_gb_s, where = bench_gemm.copy_rate(device), machine(device, sizes.commit)
+
+    def look(subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str) -> Row:
+        row = subject.facts | measure(subject, inputs, new, choice, sizes.runs, copy_gb_s)
+        return row | replay_rate(subject, inputs, new, choice) | where
+
+    return each_call(source, variants, sizes, say, look)
+
+
+def profiles(
+    source: Source, variants: tuple[str, ...], sizes: Sizes, say: Callable[[str], None]
+) -> Iterator[list[list[Row]]]:
+    """The profiles of one row of the CSV after the other. Not in the same process before anything is measured: once a
+    profiler was on, each launch takes the host longer."""
+    where = machine(torch.device(source.device), sizes.commit)
+
+    def look(subject: Subject, inputs: dict[str, torch.Tensor], new: int, choice: str) -> list[list[Row]]:
+        batch, prompt = inputs["input_ids"].shape
+        facts = subject.facts | {"choice": choice, "batch": batch, "prompt": prompt} | where
+        return [[facts | kernel for kernel in found] for found in profiles_of(subject, inputs, new, choice)]
+
+    return each_call(source, variants, sizes, say, look)
 
 
 def machine(device: torch.device, commit: str | None) -> Row:
@@ -308,27 +337,36 @@ def run(
         require_device(torch.device(source.device))
     torch.manual_seed(0)
     found: list[Row] = []
-    profiles: list[Row] = []
     device = torch.device(source.device)
     total = sum(len(sizes.of(variant)) for variant in variants if not why_not(variant, device))
     with Progress(console=console) as progress, Writer(out, append) as writer:
         task = progress.add_task("Measuring", total=total)
-        for row, of_row in rows(source, variants, sizes, progress.console.print, profile is not None):
+        for row in rows(source, variants, sizes, progress.console.print):
             found.append(row)
             writer.write(row)
             progress.advance(task)
-            for kernels in of_row:
-                profiles += kernels
-                profile_decode.show(kernels, progress.console)
     if not found:
         raise Unsupported("none of the variants could be measured here")
     console.print(summary(found))
     console.print(caption(found), highlight=False)
-    if profile:
-        profile_decode.write(profiles, profile)
     if plot:
         console.print("Plots:", *generate_plots.draw(found, plot))
+    if profile:
+        write_profiles(source, tuple(dict.fromkeys(row["variant"] for row in found)), sizes, console, profile)
     return found
+
+
+def write_profiles(source: Source, variants: tuple[str, ...], sizes: Sizes, console: Console, out: Path) -> None:
+    """Profiles what :func:`run` measured, prints it and writes it to a CSV file."""
+    found: list[Row] = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("Profiling", total=sum(len(sizes.of(variant)) for variant in variants))
+        for each in profiles(source, variants, sizes, progress.console.print):
+            for kernels in each:
+                found += kernels
+                profile_decode.show(kernels, progress.console)
+            progress.advance(task)
+    profile_decode.write(found, out)
 
 
 class Writer:

@@ -4,8 +4,9 @@ A graph replays fixed addresses. So what changes from token to token is in devic
 tokens, their positions and the padding mask in a :class:`Slot`, and what the caches hold in the tensors that the slot
 lends them. A slot serves batches up to its rows and any length up to its capacity, one cache at a time; its graphs
 outlive the cache. A step's graph is of all rows, where a row's bits do not hang on how many there are
-(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size, as the graphs are that choose tokens. One graph may be of
-a step and of the choice behind it: between two graphs a GPU does nothing for some microseconds.
+(:mod:`hf_fastpath.spare_rows`), otherwise of one batch size. One graph may be of a step and of the choice behind it,
+for all of its rows: between two graphs a GPU does nothing for some microseconds. Choices that draw are of one batch
+size, as the random numbers are.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Slot:
         ids, positions: int64 ``(rows, 1)``, the tokens that the next step gets, and their positions; before the first
             are chosen, the positions before.
         logits: ``(rows, V)`` in the model's dtype, of the latest step; None before the first.
-        unfinished: int64 ``(rows,)``, 1 until a row has its end token. tokens: int64 ``(rows, capacity)``, those that
-            were chosen, ``count`` ``(1, 1)`` of them. done, and what reports it and the count to the host,
-            ``progress``: see :class:`~hf_fastpath.ops.TokenState`.
+        unfinished: int64 ``(rows,)``, 1 until a row has its end token, and 0 of a spare row of its own. tokens: int64
+            ``(rows, capacity)``, those that were chosen, ``count`` ``(1, 1)`` of them. done, and what reports it and
+            the count to the host, ``progress``: see :class:`~hf_fastpath.ops.TokenState`.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Slot:
             return
         if self.spare is SpareRows.EMPTY:
             self._inputs[:, rows].zero_()
+            self.unfinished[rows].zero_()  # nobody waits for their end
             empty_rows(self.cache.layers, rows)
         else:
             self.mask[rows] = self.mask[: self.rows - self.batch]
@@ -133,10 +135,9 @@ class Slot:
         if self.spare is SpareRows.REPEATED and self.batch < self.rows:
             self._inputs[:, self.batch :] = self._inputs[:, : self.rows - self.batch]
 
-    @property
-    def state(self) -> TokenState:
-        """What is noted of the rows of the batch as tokens are chosen."""
-        rows = slice(0, self.batch)
+    def state(self, count: int) -> TokenState:
+        """What is noted of the first ``count`` rows as tokens are chosen."""
+        rows = slice(0, count)
         return TokenState(
             *(self.ids[rows], self.positions[rows], self.unfinished[rows], self.done, self.tokens[rows], self.count),
             self.progress.report,
@@ -159,8 +160,8 @@ class Slot:
         """One token a row, from ``ids`` to ``logits``; ``forward`` is the model's, for the first two times.
 
         Args:
-            choose: chooses the next tokens by the logits, in the same graph, for the rows of the step, which are those
-                of the batch. key, keep: what tells it from others, and what has to live as long as the graph.
+            choose: chooses the next tokens by the logits, in the same graph, for all rows of the step. key, keep: what
+                tells it from others, and what has to live as long as the graph.
         """
         forward = self._offering_logits(forward)
         cache = self._cache()
@@ -219,7 +220,10 @@ class Slot:
             self.logits = logits.new_empty((self.rows, logits.shape[2]))
         elif logits.data_ptr() == self.logits.data_ptr():
             return  # the head has put them there
-        self.logits[: logits.shape[0]].copy_(logits[:, -1].detach())
+        rows = logits.shape[0]
+        self.logits[:rows].copy_(logits[:, -1].detach())
+        if rows == self.batch and self.spare is SpareRows.REPEATED and rows < self.rows:  # of a prompt
+            self.logits[rows:].copy_(self.logits[: self.rows - rows])
 
     def _order_streams(self) -> None:
         """Makes the current stream wait for what was queued on another one, by another thread say."""

@@ -126,8 +126,9 @@ class InGraph:
         self.rule, self.prompt, self.slot, self.count = rule, prompt, slot, 0
         self.scores = self.logits = None
         self.latest, self.done = slot.ids[: slot.batch, 0], None
-        # Of more rows a step's graph serves several batch sizes, that of a choice only one.
-        self._chooses_in_step, self._has_chosen = slot.batch == 1 and not rule.do_sample, False
+        # As many random numbers as the batch has rows are drawn, and between two steps.
+        self._rows = slot.batch if rule.do_sample else slot.step_rows
+        self._has_chosen = False
 
     latest: torch.Tensor
     done: torch.Tensor | None
@@ -136,19 +137,19 @@ class InGraph:
         rule, slot = self.rule, self.slot
         if not self._has_chosen:
             # Only the rule is kept with the graph, whose tensors it reads: not the prompt, not the slot itself.
-            slot.run(("choice", slot.batch, rule.key), lambda: _choose(rule, slot), keep=rule)
+            slot.run(("choice", self._rows, rule.key), lambda: _choose(rule, slot, self._rows), keep=rule)
         self._has_chosen = False
         self.count += 1
 
     def step(self, forward: Callable[..., Any]) -> None:
         """The slot's step with the model's ``forward``. If one graph is of that and of the choice by its logits, the
         next call, which is for these logits, finds the tokens chosen."""
-        rule, slot = self.rule, self.slot
-        if self._chooses_in_step:
-            slot.step(forward, lambda: _choose(rule, slot), rule.key, keep=rule)
-        else:
+        rule, slot, rows = self.rule, self.slot, self._rows
+        if rule.do_sample:
             slot.step(forward)
-        self._has_chosen = self._chooses_in_step
+        else:
+            slot.step(forward, lambda: _choose(rule, slot, rows), rule.key, keep=rule)
+        self._has_chosen = not rule.do_sample
 
     def finished_by(self, count: int) -> int:
         return 0 if self.rule.end is None else self.slot.progress.finished_by(count)
@@ -160,10 +161,11 @@ class InGraph:
         return torch.cat([self.prompt, self.slot.tokens[: self.slot.batch, : self.count]], dim=-1)
 
 
-def _choose(rule: Rule, slot: Slot) -> None:
-    """From ``slot.logits`` to ``slot.ids``, without waiting for the GPU."""
+def _choose(rule: Rule, slot: Slot, rows: int) -> None:
+    """From ``slot.logits`` to ``slot.ids`` of the first rows, without waiting for the GPU. Spare rows that are others
+    once more are chosen for as those are, or get their tokens."""
     assert slot.logits is not None
-    state, scores = slot.state, slot.logits[: slot.batch]
+    state, scores = slot.state(rows), slot.logits[:rows]
     filters = rule.filters if rule.do_sample and scores.shape[1] <= MAX_VOCABULARY else None
     if filters is None and rule.processors:
         scores = rule.processors(state.tokens[:, :1], scores.to(torch.float32, copy=True))
@@ -176,7 +178,8 @@ def _choose(rule: Rule, slot: Slot) -> None:
         # torch.multinomial does this with the same random numbers, but for a check that a graph cannot hold.
         noise = torch.empty_like(scores).exponential_(1)
     choose_tokens(scores, noise, rule.end, rule.pad, state)
-    slot.put_spare()
+    if rows == slot.batch:
+        slot.put_spare()
 
 
 def settings_of(processors: Sequence[Any], stateless: tuple[type, ...]) -> Any:

@@ -100,6 +100,21 @@ class Case:
                 check_transformed(got, query, transform.q_norm, transform)
 
 
+def check_uncounted(target: Target, tokens: int) -> None:
+    """Tokens that nobody counts go where the first ones of an empty cache do."""
+    case = Case("static", torch.bfloat16, norm=True, rotary=64, steps=(tokens,))
+    counted, uncounted = case.new_store(target.device), case.new_store(target.device)
+    key, value, query, transform = case.inputs(0, target.device)
+    append = target.ops.kv_static_append
+    want = call(append, key, value, counted.views, transform, query)
+    got = call(append, key, value, (*uncounted.views[:2], None), transform, query)
+    assert got is not None
+    assert want is not None
+    assert torch.equal(got, want)
+    assert int(counted.views[2].min()) == tokens
+    uncounted.check([*(view.cpu() for view in counted.views[:2]), torch.zeros_like(counted.views[2]).cpu()])
+
+
 @dataclass
 class Store:
     """The storage of one layer inside larger buffers."""
@@ -141,7 +156,7 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor, what: str = "") -> N
 
 def check_transformed(got: torch.Tensor, x: torch.Tensor, norm: torch.Tensor | None, transform: QKTransform) -> None:
     """Queries or keys: the reference's bits after RoPE alone, else within the roundings of float64."""
-    assert got.is_contiguous()
+    assert got.transpose(1, 2).is_contiguous()
     assert got.shape == x.shape
     turned = transform.cos is not None and transform.sin is not None
     if norm is None and not transform.rotate:

@@ -153,7 +153,7 @@ def test_memory_that_runs_out_is_a_row_less(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bench_generate, "measure", measure)
     sizes = Sizes((1, 2, 3), (4,), 5, runs=1)
     found = bench_generate.rows(Source("tiny-llama"), ("w4a16+int8",), sizes, said.append)
-    assert [row["batch"] for row, _ in found] == [1, 3]
+    assert [row["batch"] for row in found] == [1, 3]
     assert said == ["Not measured: w4a16+int8, 2 rows of 4 + 5 tokens: out of memory"]
 
 
@@ -166,12 +166,12 @@ def test_a_prompt_is_profiled_of_each_variant(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(profile_decode, "record", record)
     sizes = Sizes((2,), (4,), 5, runs=1)
-    found = list(bench_generate.rows(Source("tiny-llama"), ("stock", "w4a16+int8"), sizes, print, profiled=True))
-    for (row, profiles), variant in zip(found, ("stock", "w4a16+int8"), strict=True):
+    found = list(bench_generate.profiles(Source("tiny-llama"), ("stock", "w4a16+int8"), sizes, print))
+    for profiles, variant in zip(found, ("stock", "w4a16+int8"), strict=True):
         ((kernel,),) = profiles
-        assert (row["variant"], kernel["variant"], kernel["phase"], kernel["batch"]) == (variant, variant, "prompt", 2)
+        assert (kernel["variant"], kernel["phase"], kernel["batch"]) == (variant, "prompt", 2)
         assert (kernel["role"], kernel["nodes"], kernel["us"]) == ("norm", 4, 6)
-        assert (kernel["wall_us"], kernel["idle_us"], kernel["commit"]) == (7.5, 1.5, row["commit"])
+        assert (kernel["wall_us"], kernel["idle_us"], kernel["choice"]) == (7.5, 1.5, "greedy")
 
 
 class Clockwork:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from append_cases import Case
+from append_cases import Case, check_uncounted
 from emulated import EmulatedOps
 from emulator import needs_emulator
 from kernel_cases import DTYPES, Target
@@ -43,6 +43,11 @@ def test_fused_appends(cache: str, change: dict[str, Any], target: Target) -> No
 def test_int4_groups_and_sinks(options: dict[str, Any], target: Target) -> None:
     steps = (2, 90, 5, 33, 1)
     Case("int4", torch.float16, 64, steps=steps, rotary=64, options=tuple(options.items())).check(target)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 70])
+def test_tokens_that_nobody_counts(tokens: int, target: Target) -> None:
+    check_uncounted(target, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -163,13 +163,12 @@ def test_another_format_by_its_name_has_a_slot_of_its_own(patched: Any) -> None:
 
 def test_weights_that_were_moved_are_captured_anew(patched: Any) -> None:
     inputs = long_batch((0, 0))
-    check_alike(patched, **inputs, **GREEDY)
-    captures = log_of(patched).count("capture")
-    check_alike(patched, **inputs, **GREEDY)
-    assert log_of(patched).count("capture") == captures
+    for call in range(3):
+        check_alike(patched, **inputs, **GREEDY)
+        assert log_of(patched).count("capture") == min(call + 1, 2)  # tokens, and what chooses the first ones
     patched.model.norm.weight.data = patched.model.norm.weight.data.clone()
     check_alike(patched, **inputs, **GREEDY)
-    assert log_of(patched).count("capture") == 2 * captures
+    assert log_of(patched).count("capture") == 3
 
 
 def test_a_cache_that_outgrows_its_slot_goes_on_without(patched: Any) -> None:

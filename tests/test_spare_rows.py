@@ -58,14 +58,41 @@ def test_batches_of_a_slot_share_a_step(spare: SpareRows) -> None:
     for batch in (6, 5, 8, 7, 6):
         check_alike(model, **long_batch((0,) * batch), **GREEDY)
         gc.collect()
-    assert sorted(captured(model)) == ["choice"] * 4 + ["step"]
+    assert sorted(captured(model)) == ["choice", "token"]
     check_alike(model, **long_batch((0, 0, 0)), **GREEDY)
     gc.collect()
     check_alike(model, **long_batch((0, 0, 0, 0)), **GREEDY)
     gc.collect()
-    assert captured(model).count("step") == 2
+    assert captured(model).count("token") == 2
     check_alike(model, **long_batch((0, 9, 0)), **GREEDY)  # with padding
-    assert captured(model).count("step") == 3
+    assert captured(model).count("token") == 3
+
+
+@pytest.mark.parametrize("spare", SHARED)
+def test_draws_are_of_one_batch_size(spare: SpareRows) -> None:
+    model = sharing(spare)
+    for batch in (6, 5, 8, 7, 6):
+        check_alike(model, **long_batch((0,) * batch), **SAMPLE)
+        gc.collect()
+    assert sorted(captured(model)) == ["choice"] * 4 + ["step"]
+    check_alike(model, **long_batch((0,) * 5), **GREEDY)
+    check_alike(model, **long_batch((0,) * 5), **SAMPLE)
+    assert sorted(captured(model)) == ["choice"] * 4 + ["step", "token"]
+
+
+@pytest.mark.parametrize("spare", SHARED)
+@pytest.mark.parametrize("batch", [3, 5, 7, 8])
+@pytest.mark.parametrize(("family", "kv_cache"), [("llama", "int8"), ("lfm2_moe", "int4")])
+def test_rows_end_one_by_one(family: str, kv_cache: str, batch: int, spare: SpareRows) -> None:
+    """A row that nobody has does not keep the others from being finished, nor ends for them."""
+    model, inputs = sharing(spare, kv_cache, family), long_batch(PADDING[:batch])
+    tokens = plain(model, **inputs, **GREEDY)[:, 70:]
+    for place in (0, 4, 9):
+        ends = sorted({int(tokens[row, max(place - row, 0)]) for row in range(batch)})
+        for end in (ends, ends[:1]):
+            got = check_alike(model, **inputs, **GREEDY, eos_token_id=end)
+            assert end is not ends or got.shape[1] < 70 + 12
+            gc.collect()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +118,8 @@ def test_every_batch_gets_the_tokens_of_a_step_of_its_own(
         check_alike(model, **long_batch(padding, 70 - batch), **(how | {"max_new_tokens": 6}))
         check_spare_rows(model, batch, 70 - batch, 5)
         gc.collect()
-    assert captured(model).count("step") <= 9  # one row has no padding
+    # One row has no padding.
+    assert captured(model).count("token" if how is GREEDY else "step") <= 9
 
 
 @pytest.mark.parametrize("batch", [3, 5, 8])
@@ -191,7 +219,7 @@ def test_more_rows_have_graphs_of_their_own_number() -> None:
     for batch in (17, 20):
         check_alike(model, **long_batch((0,) * batch), **GREEDY)
         gc.collect()
-    assert captured(model).count("step") == 2
+    assert captured(model).count("token") == 2
     assert [slot.spare for slot in model._fastpath.graphs.slots] == [SpareRows.NONE]
 
 

@@ -4,29 +4,11 @@
 
 #include <cuda_runtime.h>
 
-#include <array>
-#include <atomic>
 #include <map>
 #include <mutex>
 #include <utility>
 
 namespace hf_fastpath {
-
-// An attribute of the current GPU, none of which is negative; -1 where the runtime does not say.
-template <cudaDeviceAttr kAttribute>
-int gpu_attribute() {
-  static std::array<std::atomic<int>, 64> known{};  // by device, one more than the value; 0: not asked yet
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return -1;
-  std::atomic<int>& note = known[device % known.size()];
-  if (const int noted = note.load(std::memory_order_relaxed)) return noted - 1;
-  if (cudaDeviceGetAttribute(&value, kAttribute, device) != cudaSuccess) {
-    cudaGetLastError();  // else the next launch's error would be this one
-    return -1;
-  }
-  note.store(value + 1, std::memory_order_relaxed);
-  return value;
-}
 
 struct KernelNotes {
   int shared_bytes = 0;  // that it was granted, more than what every kernel may have
@@ -36,6 +18,21 @@ struct KernelNotes {
 
 inline std::mutex kernel_notes_lock;
 inline std::map<std::pair<const void*, int>, KernelNotes> kernel_notes;
+inline std::map<std::pair<int, cudaDeviceAttr>, int> gpu_notes;  // attributes of devices
+
+// An attribute of the current GPU, none of which is negative; -1 where the runtime does not say.
+inline int gpu_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return -1;
+  const std::lock_guard<std::mutex> guard(kernel_notes_lock);
+  const std::pair<int, cudaDeviceAttr> key(device, attribute);
+  if (const auto noted = gpu_notes.find(key); noted != gpu_notes.end()) return noted->second;
+  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) {
+    cudaGetLastError();  // else the next launch's error would be this one
+    return -1;
+  }
+  return gpu_notes[key] = value;
+}
 
 // Those of a kernel on the current GPU, to be used while kernel_notes_lock is held.
 template <typename Kernel>

@@ -21,12 +21,12 @@ inline int max_shared_bytes() {
 
 // The shared memory of a multiprocessor of the current GPU.
 inline int shared_bytes_of_multiprocessor() {
-  return std::max(gpu_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(), 48 * 1024);
+  return std::max(gpu_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), 48 * 1024);
 }
 
 // Whether the current GPU has programmatic dependent launch (launch_kernel_early()).
 inline bool has_early_launch() {
-  return gpu_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9;
+  return gpu_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
 // Queues kernel(args...) on a stream, with dynamic shared memory and launch attributes; returns the launch's error.
@@ -92,8 +92,8 @@ cudaError_t launch_kernel_early_if_possible(void (*kernel)(Params...), dim3 grid
 // Whether this GPU's code of the kernel is the one with wgmma: compiled for sm_90a, not PTX of another architecture.
 template <typename Kernel>
 bool is_for_this_gpu(Kernel* kernel) {
-  return gpu_attribute<cudaDevAttrComputeCapabilityMajor>() == 9 &&
-         gpu_attribute<cudaDevAttrComputeCapabilityMinor>() == 0 && ptx_version_of(kernel) == 90;
+  return gpu_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         gpu_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && ptx_version_of(kernel) == 90;
 }
 
 }  // namespace hf_fastpath

@@ -190,7 +190,8 @@ __device__ __forceinline__ uint4 transform(const RowBits& bits, const KvNewToken
 __device__ __forceinline__ void store_query(const KvNewTokens& p, int64_t batch, int64_t head, int64_t token, int lane,
                                             const uint4& x) {
   if (kPerLane * lane >= p.dim) return;
-  const int64_t row = (batch * p.heads + head) * p.tokens + token;
+  const int64_t row =
+      p.query_by_token ? (batch * p.tokens + token) * p.heads + head : (batch * p.heads + head) * p.tokens + token;
   reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.query_out) + row * p.dim)[lane] = x;
 }
 

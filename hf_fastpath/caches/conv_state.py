@@ -97,8 +97,9 @@ class ConvStateLayer(LinearAttentionLayer):
         if lender is None or lent is None:
             self.lazy_initialization(conv_states=like.new_empty(shape))
             return
-        # What transformers notes with a state of the layer's own.
-        self.dtype, self.device, self.in_kernel = lent.dtype, lent.device, lender.in_kernel
+        # What transformers notes with a state of the layer's own, in attributes that it declares None.
+        noted: Any = self
+        noted.dtype, noted.device, self.in_kernel = lent.dtype, lent.device, lender.in_kernel
         self.conv_kernel_size[0], self.is_conv_states_initialized[0] = shape[-1], True
         self.conv_states[0] = lent
 

@@ -71,9 +71,7 @@ class ConvStep(LayerStep):
             return self.finish(x, w4a16_short_conv(x, *packed, p.norm.weight, p.norm.eps, *conv, w.group_size))
         return self.finish(x, short_conv_step(w.product(x, p.norm, None), *conv))
 
-    def prompt(
-        self, x: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None, in_kernel: bool
-    ) -> torch.Tensor:
+    def prompt(self, x: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None, in_kernel: bool) -> torch.Tensor:
         """The layer's output for some new tokens a row, x ``(B, T, hidden_size)``, alike.
 
         Args:

@@ -102,8 +102,12 @@ def call(
     transform: QKTransform,
     query: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Calls an op that :func:`define` made, or its reference; returns the transformed query, contiguous."""
-    out = None if query is None else torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    """Calls an op that :func:`define` made, or its reference; returns the transformed query, ``(B, H, q, D)``, in
+    memory token by token: attention kernels put out what they get, and that is the order that comes next."""
+    out = None
+    if query is not None:
+        batch, heads, tokens, size = query.shape
+        out = torch.empty((batch, tokens, heads, size), dtype=query.dtype, device=query.device).transpose(1, 2)
     t = transform
     append(query, key, value, t.q_norm, t.k_norm, t.eps, t.cos, t.sin, t.rotate, out, *storage)
     return out

@@ -86,7 +86,7 @@ def kv_fp8_append(
         query: ``(B, H, q, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
 
-    Returns the query transformed, ``(B, H, q, D)`` contiguous.
+    Returns the query transformed, ``(B, H, q, D)``, in memory as ``(B, q, H, D)``.
     """
     append = kv_fp8_append_reference if reference else _op
     return _append.call(append, key, value, storage, transform, query)

@@ -69,7 +69,7 @@ def kv_h2o_append(
         query: ``(B, H, 1, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
 
-    Returns the query transformed, ``(B, H, 1, D)`` contiguous.
+    Returns the query transformed, ``(B, H, 1, D)``, in memory as ``(B, 1, H, D)``.
     """
     append = kv_h2o_append_reference if reference else _op
     return _append.call(append, key, value, (*storage, window, sinks), transform, query)

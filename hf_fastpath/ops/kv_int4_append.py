@@ -110,7 +110,7 @@ def kv_int4_append(
         query: ``(B, H, q, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
 
-    Returns the query transformed, ``(B, H, q, D)`` contiguous.
+    Returns the query transformed, ``(B, H, q, D)``, in memory as ``(B, q, H, D)``.
     """
     append = kv_int4_append_reference if reference else _op
     return _append.call(append, key, value, storage, transform, query)

@@ -47,8 +47,8 @@ def kv_static_append(
         query: ``(B, H, q, D)``, strides alike; None: nothing is returned.
         reference: run the reference implementation, on any device.
 
-    Returns the query transformed, ``(B, H, q, D)`` contiguous. What is computed is bit-identical to transformers but
-    for RMSNorm on CUDA, whose sum of squares is added in another order.
+    Returns the query transformed, ``(B, H, q, D)``, in memory as ``(B, q, H, D)``. What is computed is bit-identical to
+    transformers but for RMSNorm on CUDA, whose sum of squares is added in another order.
     """
     append = kv_static_append_reference if reference else _op
     return _append.call(append, key, value, storage, transform, query)

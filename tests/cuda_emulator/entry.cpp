@@ -85,14 +85,28 @@ EXPORT int emulated_w4a16_dequantize(const void* qweight, const void* scales, co
       int64_t key_head, int64_t key_token, const void *value, int64_t value_batch, int64_t value_head,                 \
       int64_t value_token, void *query_out, const void *q_norm, const void *k_norm, float eps, const void *cos,        \
       int64_t cos_batch, int64_t cos_token, const void *sin, int64_t sin_batch, int64_t sin_token, int rotary_dim,     \
-      int rotate, int batch, int heads, int kv_heads, int tokens, int dim, int64_t capacity, int32_t *lengths
-#define NEW_TOKENS_ARGS                                                                                                \
-  KvNewTokens {                                                                                                        \
-    {query, query_batch, query_head, query_token}, {key, key_batch, key_head, key_token},                              \
-        {value, value_batch, value_head, value_token}, query_out, q_norm, k_norm, eps, {cos, cos_batch, cos_token},    \
-        {sin, sin_batch, sin_token}, rotary_dim, rotate ? rotation_factor(dim) : 0.0f, batch, heads, kv_heads, tokens, \
-        dim, capacity, lengths                                                                                         \
-  }
+      int rotate, int batch, int heads, int kv_heads, int tokens, int dim, int64_t capacity, int32_t *lengths,         \
+      int query_by_token
+#define NEW_TOKENS_ARGS                                      \
+  KvNewTokens{{query, query_batch, query_head, query_token}, \
+              {key, key_batch, key_head, key_token},         \
+              {value, value_batch, value_head, value_token}, \
+              query_out,                                     \
+              q_norm,                                        \
+              k_norm,                                        \
+              eps,                                           \
+              {cos, cos_batch, cos_token},                   \
+              {sin, sin_batch, sin_token},                   \
+              rotary_dim,                                    \
+              rotate ? rotation_factor(dim) : 0.0f,          \
+              batch,                                         \
+              heads,                                         \
+              kv_heads,                                      \
+              tokens,                                        \
+              dim,                                           \
+              capacity,                                      \
+              lengths,                                       \
+              query_by_token != 0}
 
 EXPORT int emulated_kv_static_append(NEW_TOKENS, void* keys, void* values, int bfloat16) {
   return launch_kv_static_append(NEW_TOKENS_ARGS, {keys, values}, dtype_of(bfloat16), nullptr);

@@ -35,7 +35,7 @@ class EmulatedKernels:
         return int(entry(*map(ctypes.c_int64, sizes)))
 
 
-def new_tokens(new: Sequence[Any], capacity: int, lengths: torch.Tensor) -> list[Any]:
+def new_tokens(new: Sequence[Any], capacity: int, lengths: torch.Tensor | None) -> list[Any]:
     """The arguments of an entry that are NEW_TOKENS, of what an appending op begins with."""
     query, key, value, q_norm, k_norm, eps, cos, sin, rotate, query_out = new
     batch, kv_heads, tokens, dim = key.shape
@@ -50,6 +50,7 @@ def new_tokens(new: Sequence[Any], capacity: int, lengths: torch.Tensor) -> list
         *(None if query is None else query, *((0, 0, 0) if query is None else query.stride()[:3])),
         *(key, *key.stride()[:3], value, *value.stride()[:3], query_out, q_norm, k_norm, float(eps), *angles),
         *(cos.shape[-1] if turned else 0, rotate, batch, heads, kv_heads, tokens, dim, capacity, lengths),
+        query_out is not None and query_out.transpose(1, 2).is_contiguous(),
     ]
 
 

@@ -184,8 +184,8 @@ def test_lengths_of_a_batch_share_one_capture() -> None:
     assert captured(model) == 2  # the step, and how a token is chosen
 
 
-def steps_captured(model: Any) -> int:
-    return sum(name == "step" for slot in model._fastpath.graphs.slots for name, _ in slot.captured)
+def steps_captured(model: Any, kind: str = "step") -> int:
+    return sum(name == kind for slot in model._fastpath.graphs.slots for name, _ in slot.captured)
 
 
 def tokens_and_logits(model: Any, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,8 +231,22 @@ def test_batches_share_a_step_where_all_products_are_ours(kind: str, batches: tu
             got = tokens_and_logits(model, **inputs, **GREEDY)
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
         check_alike(model, **inputs, **SAMPLE)
+        check_alike(model, **inputs, **GREEDY)
         gc.collect()
-    assert steps_captured(model) == steps
+    assert steps_captured(model) == steps_captured(model, "token") == steps
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2_moe"])
+@pytest.mark.parametrize("batch", [3, 5, 11, 16, 20])
+def test_rows_end_one_by_one(family: str, batch: int) -> None:
+    """A row that nobody has does not keep the others from being finished, nor ends for them."""
+    model, inputs = patched("int8", family), on_gpu(long_batch((0,) * batch))
+    tokens = model.generate(**inputs, **GREEDY, disable_compile=True)[:, 70:]
+    for place in (0, 9):
+        ends = sorted({int(tokens[row, max(place - row, 0)]) for row in range(batch)})
+        for end in (ends, ends[:1]):
+            check_alike(model, **inputs, **GREEDY, eos_token_id=end)
+            gc.collect()
 
 
 def test_batches_of_an_h2o_cache_share_a_step() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from append_cases import FORMATS, Case, Store
+from append_cases import FORMATS, Case, Store, check_uncounted
 from gpu_common import DEVICE, randn
 from kernel_cases import DTYPES, Target, generator
 
@@ -36,6 +36,15 @@ def test_plain_appends(cache: str, dtype: Any, dim: int) -> None:
 ], ids=str)  # fmt: skip
 def test_fused_appends(cache: str, dtype: Any, change: dict[str, Any]) -> None:
     Case(cache, dtype, **{"steps": (1, 2, 65, 1, 300)} | change).check(RAW)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 600])
+def test_tokens_that_nobody_counts(tokens: int) -> None:
+    check_uncounted(RAW, tokens)
+    key = torch.zeros(1, 2, 17, 64, dtype=torch.float16, device=DEVICE)
+    small = torch.zeros(1, 2, 16, 64, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="there is room for 16 tokens, got 17"):
+        ops.kv_static_append(key, key, (small, small, None))
 
 
 @pytest.mark.parametrize("cache", PER_HEAD)
