@@ -75,6 +75,16 @@ cudaError_t launch_add_rms_norm(const RmsNormArgs& args, const void* residual, v
 // 8.
 cudaError_t launch_swiglu(const void* x, void* y, int rows, int columns, Dtype dtype, cudaStream_t stream);
 
+// ---- embedding_rows.cu ----------------------------------------------------------------------------------------------
+struct EmbeddingRowsArgs {
+  const int64_t* ids;  // (rows,), each in 0 .. vocabulary - 1
+  const void* weight;  // (vocabulary, row_vectors * 16 bytes), 16-byte aligned
+  void* y;             // (rows, row_vectors * 16 bytes)
+  int64_t vocabulary;
+  int rows, row_vectors;
+};
+cudaError_t launch_embedding_rows(const EmbeddingRowsArgs& args, cudaStream_t stream);
+
 // ---- rope_angles.cu -------------------------------------------------------------------------------------------------
 // positions (rows,), inv_freq (half,), cos and sin (rows, 2 * half), rows and half at least 1; all contiguous.
 cudaError_t launch_rope_angles(const int64_t* positions, const float* inv_freq, float scaling, void* cos, void* sin,

@@ -82,6 +82,28 @@ Tensor swiglu(const Tensor& x) {
   return y;
 }
 
+Tensor embedding_rows(const Tensor& ids, const Tensor& weight) {
+  constexpr Check check{"embedding_rows"};
+  check.dtype(ids, ScalarType::Long, "ids", "int64");
+  check.shape(ids, {-1}, "ids", "(M,)");
+  check.contiguous(ids, "ids");
+  check.float_dtype(weight, "weight");
+  check.shape(weight, {-1, -1}, "weight", "(V, D)");
+  check.contiguous(weight, "weight");
+  check.aligned(weight, 16, "weight");
+  check.same_device(weight, ids, "ids");
+  const int64_t rows = ids.size(0), columns = weight.size(1);
+  check(columns >= 8 && columns % 8 == 0 && columns <= kMaxInt, "D must be a positive multiple of 8, got ", columns);
+  check(rows <= 65535, "takes up to 65535 ids, got ", rows);
+  const Launch launch(weight);
+  Tensor y = launch.empty({rows, columns}, weight.scalar_type());
+  if (rows == 0) return y;
+  check.launched(launch_embedding_rows({data<int64_t>(ids), data(weight), y.data_ptr(), weight.size(0),
+                                        static_cast<int>(rows), static_cast<int>(columns / 8)},
+                                       launch.stream()));
+  return y;
+}
+
 std::tuple<Tensor, Tensor> rope_angles(const Tensor& positions, const Tensor& inv_freq, double scaling,
                                        const Tensor& like) {
   constexpr Check check{"rope_angles"};
@@ -114,5 +136,6 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fastpath, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&hf_fastpath::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&hf_fastpath::add_rms_norm));
   m.impl("swiglu", TORCH_BOX(&hf_fastpath::swiglu));
+  m.impl("embedding_rows", TORCH_BOX(&hf_fastpath::embedding_rows));
   m.impl("rope_angles", TORCH_BOX(&hf_fastpath::rope_angles));
 }

@@ -57,6 +57,7 @@ _OURS = (
     ("attention", r"attn|h2o_count"),
     ("append", r"append|finish_chunk|::kv"),
     ("angles", r"rope_angles"),
+    ("embedding", r"embedding"),
     ("experts", r"moe|expert|gate_up|down_kernel|grouped|sort_kernel|gather|combine"),
     (CHOICE, r"best_of_parts|note_tokens|sampling"),
     ("activation", r"swiglu|gelu|silu"),
@@ -84,8 +85,8 @@ class Kernel:
 
 
 def role_of(name: str) -> str:
-    """attention, append, angles, norm, product, router, experts, activation, convolution, choice; else other, which is
-    what torch does."""
+    """attention, append, angles, embedding, norm, product, router, experts, activation, convolution, choice; else other,
+    which is what torch does."""
     ours = "hf_fastpath" in name
     text = re.split(r"[<(](?!anonymous)", name)[0] if ours else name
     for role, pattern in _OURS if ours else _TORCHS:

@@ -114,10 +114,11 @@ def rms_norm_supports(device_type: str, dtype: torch.dtype, columns: int) -> boo
     return device_type == "cuda" and dtype in (torch.float16, torch.bfloat16) and columns > 0 and columns % 8 == 0
 
 
-def embedding_gathers(device_type: str, rows: int) -> bool:
-    """Whether torch.gather takes rows of a matrix faster than torch.index_select, which has a kernel of its own for up
-    to 16. One row is gathered in no fast way."""
-    return device_type == "cuda" and 2 <= rows <= 16
+def embedding_rows_supports(device_type: str, dtype: torch.dtype, rows: int, columns: int) -> bool:
+    """Whether the kernel of embedding_rows takes such a table, and its few rows are worth it: PyTorch looks up many as
+    fast."""
+    fits = dtype in (torch.float16, torch.bfloat16) and columns > 0 and columns % 8 == 0
+    return device_type == "cuda" and fits and 1 <= rows <= MAX_ROWS
 
 
 def rope_angles_supports(device_type: str, dtype: torch.dtype) -> bool:

@@ -42,6 +42,17 @@ def test_rope_angles(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         check_angles(positions, inv_freq, scaling, found, dtype)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 1032), (16, 1024)])
+def test_embedding_rows(rows: int, columns: int) -> None:
+    weight = torch.randn(50, columns).bfloat16()
+    ids = torch.randint(0, 50, (rows,), generator=generator(rows, columns))
+    assert torch.equal(EmulatedOps().embedding_rows(ids, weight), weight[ids])
+    for beyond in (-1, 50):
+        ids[-1] = beyond
+        with pytest.raises(KernelFault):
+            EmulatedOps().embedding_rows(ids, weight)
+
+
 def test_the_check_of_the_norm_sees_a_fault() -> None:
     target = Target("cpu", EmulatedOps())
     x, _, weight = norm_inputs(target, generator(5), 3, 96, torch.bfloat16)

@@ -324,6 +324,7 @@ def op_inputs() -> list[tuple[str, tuple[Any, ...]]]:
         ("rms_norm", (x, norm_weight, 1e-5)),
         ("add_rms_norm", (x, x + 1, norm_weight, 1e-5)),
         ("swiglu", (x,)),
+        ("embedding_rows", (torch.tensor([2, 0]), plain)),
         ("rope_angles", (torch.arange(6).view(2, 3), torch.rand(8), 1.25, x)),
         ("linear_16bit", (x, plain, plain[:, 0], norm_weight, 1e-5, None, False)),
         ("linear_16bit", (x, plain, None, None, 0.0, torch.randn(3, 32).bfloat16(), False)),

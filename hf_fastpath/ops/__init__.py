@@ -13,6 +13,7 @@ from hf_fastpath.ops.attn_received import attn_received
 from hf_fastpath.ops.attn_step_int8 import attn_step_int8
 from hf_fastpath.ops.attn_step_static import attn_step_static
 from hf_fastpath.ops.choose_tokens import TokenState, choose_tokens
+from hf_fastpath.ops.embedding_rows import embedding_rows
 from hf_fastpath.ops.kv_fp8_append import kv_fp8_append
 from hf_fastpath.ops.kv_fp8_dequantize import kv_fp8_dequantize
 from hf_fastpath.ops.kv_h2o_append import kv_h2o_append
@@ -59,6 +60,7 @@ __all__ = [
     "attn_step_int8",
     "attn_step_static",
     "choose_tokens",
+    "embedding_rows",
     "kv_fp8_append",
     "kv_fp8_dequantize",
     "kv_h2o_append",

@@ -38,6 +38,11 @@ EXPORT int emulated_swiglu(const void* x, void* y, int rows, int columns, int bf
   return launch_swiglu(x, y, rows, columns, dtype_of(bfloat16), nullptr);
 }
 
+EXPORT int emulated_embedding_rows(const int64_t* ids, const void* weight, void* y, int64_t vocabulary, int rows,
+                                   int row_vectors) {
+  return launch_embedding_rows({ids, weight, y, vocabulary, rows, row_vectors}, nullptr);
+}
+
 EXPORT int emulated_rope_angles(const int64_t* positions, const float* inv_freq, float scaling, void* cos, void* sin,
                                 int rows, int half, int bytes, int bfloat16) {
   const Dtype dtype = bytes == 4 ? Dtype::kFloat32 : dtype_of(bfloat16);

@@ -39,6 +39,16 @@ class EmulatedLayer(EmulatedKernels):
         )
         return y
 
+    def embedding_rows(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = weight.new_empty(ids.shape[0], weight.shape[1])
+        self._library.call(
+            "emulated_embedding_rows",
+            *(ids, weight, y, weight.shape[0], ids.shape[0], weight.shape[1] // 8),
+            **inputs_of(ids=ids, weight=weight),
+            y=(y, OUTPUT),
+        )
+        return y
+
     def rope_angles(
         self, positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The embeddings of a few tokens on the GPU: the rows of nn.Embedding, by the kernel that it takes for more."""
+"""The embeddings of a few tokens on the GPU: the rows of nn.Embedding."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from gpu_common import graph_nodes
-from kernel_cases import generator
+from gpu_common import graph_nodes, poison
+from kernel_cases import DTYPES, generator
 from torch import nn
 
 from hf_fastpath.modules import DecodeEmbedding
+from hf_fastpath.ops import embedding_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -26,8 +27,24 @@ def test_the_same_rows_in_one_kernel(columns: int, dtype: torch.dtype) -> None:
             ids = torch.randint(0, 1000, shape, generator=generator(*shape)).cuda()
             assert torch.equal(fast(ids), plain(ids))
             assert graph_nodes(lambda ids=ids: fast(ids)) == 1
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            fast(torch.randint(0, 1000, (16, 1)).cuda())
-            torch.cuda.synchronize()
-    if columns != 100:  # rows of whole 16 bytes
-        assert any("vectorized_gather" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (1, 2048), (3, 1032), (16, 4096), (300, 24)])
+def test_the_op(rows: int, columns: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(50, columns, device="cuda").to(dtype)
+    weight[3] = float("nan")
+    ids = torch.randint(0, 50, (rows,), generator=generator(rows, columns)).cuda()
+    ids[-1] = 3
+    poison(rows, columns, dtype=dtype)
+    got = embedding_rows(ids, weight)
+    assert torch.equal(got.view(torch.int16), weight[ids].view(torch.int16))
+    for message, bad_ids, bad_weight in (
+        ("ids must be int64", ids.int(), weight),
+        ("ids must be contiguous", ids.repeat(2, 1).T[:, 0], weight),
+        ("weight must be contiguous", ids, weight.T),
+        ("D must be a positive multiple of 8, got 4", ids, weight[:, :4].contiguous()),
+        ("weight must be float16 or bfloat16", ids, weight.float()),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            embedding_rows(bad_ids, bad_weight)
