@@ -85,8 +85,8 @@ class Kernel:
 
 
 def role_of(name: str) -> str:
-    """attention, append, angles, embedding, norm, product, router, experts, activation, convolution, choice; else other,
-    which is what torch does."""
+    """attention, append, angles, embedding, norm, product, router, experts, activation, convolution, choice; else
+    other, which is what torch does."""
     ours = "hf_fastpath" in name
     text = re.split(r"[<(](?!anonymous)", name)[0] if ours else name
     for role, pattern in _OURS if ours else _TORCHS:
