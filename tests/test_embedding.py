@@ -63,7 +63,9 @@ def test_the_same_rows(lookups: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
         for count, shape in enumerate(((1, 1), (), (2, 1), (16, 1), (1, 16), (5,), (2, 2, 3)), 1):
             both(ids(*shape))
             assert len(lookups) == count
-        both(ids(3, 4).T)
+        for strided in (ids(3, 4).T, ids(4, 3)[:, -1:]):
+            both(strided)
+            assert lookups[-1][0].is_contiguous()
         both(torch.full((2, 1), 3))  # padding
         with pytest.raises(IndexError):
             fast(torch.tensor([[-1], [2]]))

@@ -19,7 +19,7 @@ class DecodeEmbedding(nn.Embedding):
         if not self._takes(input):
             return super().forward(input)
         require_device(input.device)
-        rows = embedding_rows(input.reshape(-1), self.weight)
+        rows = embedding_rows(input.reshape(-1).contiguous(), self.weight)
         return rows.view(*input.shape, self.embedding_dim)
 
     def _takes(self, input: torch.Tensor) -> bool:

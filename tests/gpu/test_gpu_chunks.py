@@ -50,8 +50,7 @@ def test_short_prompts_against_float64(
     batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(tokens + dim)
-    # As a layer hands them on: a chunk of a wider tensor would do, too.
-    query = torch.randn(batch, heads, tokens, dim, device="cuda").to(dtype)
+    query = torch.randn(batch, tokens, heads, dim, device="cuda").to(dtype).transpose(1, 2)  # as a layer hands it on
     keys, values = torch.randn(2, batch, kv_heads, tokens, dim, device="cuda").to(dtype)
     got = attend_short_prompt(Int8KVLayer(), query, keys, values, None, 0.1, {"position_ids": None})
     assert got is not None

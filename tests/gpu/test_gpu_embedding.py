@@ -26,6 +26,7 @@ def test_the_same_rows_in_one_kernel(columns: int, dtype: torch.dtype) -> None:
         for shape in ((1, 1), (2, 1), (3, 1), (16, 1), (2, 7), (17, 1), (64, 1)):
             ids = torch.randint(0, 1000, shape, generator=generator(*shape)).cuda()
             assert torch.equal(fast(ids), plain(ids))
+            assert torch.equal(fast(ids[:, -1:]), plain(ids[:, -1:]))
             assert graph_nodes(lambda ids=ids: fast(ids)) == 1
 
 
@@ -39,9 +40,14 @@ def test_the_op(rows: int, columns: int, dtype: torch.dtype) -> None:
     poison(rows, columns, dtype=dtype)
     got = embedding_rows(ids, weight)
     assert torch.equal(got.view(torch.int16), weight[ids].view(torch.int16))
+
+
+def test_bad_arguments_are_refused_in_words() -> None:
+    weight, ids = torch.zeros(50, 16, device="cuda").half(), torch.zeros(3, dtype=torch.long, device="cuda")
     for message, bad_ids, bad_weight in (
         ("ids must be int64", ids.int(), weight),
-        ("ids must be contiguous", ids.repeat(2, 1).T[:, 0], weight),
+        ("ids must be contiguous", torch.stack((ids, ids), 1)[:, 0], weight),
+        ("ids must be on cuda:0", ids.cpu(), weight),
         ("weight must be contiguous", ids, weight.T),
         ("D must be a positive multiple of 8, got 4", ids, weight[:, :4].contiguous()),
         ("weight must be float16 or bfloat16", ids, weight.float()),
