@@ -27,7 +27,6 @@ What a CPU cannot show is empty: memory, graphs, and the compiled step, which tr
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import gc
 import statistics
@@ -51,6 +50,7 @@ from hf_fastpath.eval.generate_models import COMPILED, VARIANTS, Source
 from hf_fastpath.eval.generate_tables import caption, summary
 from hf_fastpath.eval.graph_replay import replay_of
 from hf_fastpath.eval.measure import weight_bytes
+from hf_fastpath.eval.row_writer import RowWriter
 from hf_fastpath.runtime import require_device
 
 COLUMNS = (
@@ -339,7 +339,7 @@ def run(
     found: list[Row] = []
     device = torch.device(source.device)
     total = sum(len(sizes.of(variant)) for variant in variants if not why_not(variant, device))
-    with Progress(console=console) as progress, Writer(out, append) as writer:
+    with Progress(console=console) as progress, RowWriter(out, COLUMNS, "hf-fastpath bench generate", append) as writer:
         task = progress.add_task("Measuring", total=total)
         for row in rows(source, variants, sizes, progress.console.print):
             found.append(row)
@@ -367,33 +367,3 @@ def write_profiles(source: Source, variants: tuple[str, ...], sizes: Sizes, cons
                 profile_decode.show(kernels, progress.console)
             progress.advance(task)
     profile_decode.write(found, out)
-
-
-class Writer:
-    """A CSV file that has every row as soon as it is measured; with ``path=None`` none."""
-
-    def __init__(self, path: Path | None, append: bool) -> None:
-        self.path, self.append = path, append and path is not None and path.is_file()
-
-    def __enter__(self) -> Writer:
-        if self.path is None:
-            return self
-        if self.append:
-            with self.path.open(newline="") as file:
-                if tuple(csv.DictReader(file).fieldnames or ()) != COLUMNS:
-                    raise ValueError(f"{self.path}: has other columns than `hf-fastpath bench generate` writes")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a" if self.append else "w", newline="")
-        self.csv = csv.DictWriter(self.file, COLUMNS)
-        if not self.append:
-            self.csv.writeheader()
-        return self
-
-    def write(self, row: Row) -> None:
-        if self.path is not None:
-            self.csv.writerow(row)
-            self.file.flush()
-
-    def __exit__(self, *error: object) -> None:
-        if self.path is not None:
-            self.file.close()

@@ -242,6 +242,9 @@ def test_h2o_reads_its_budget() -> None:
     assert 2 * short == full == longer
 
 
+GREEDY, SAMPLE = {"do_sample": False}, {"do_sample": True, "top_k": 20}
+
+
 class CalledAgain:
     def __init__(self, call: Any, log: list[Any]) -> None:
         self.call, self.log = call, log
@@ -251,15 +254,18 @@ class CalledAgain:
         self.call()
 
 
-@pytest.mark.parametrize(("rows", "graphs_of_a_token"), [(1, 1), (2, 2)])
-def test_the_graphs_of_a_token_are_replayed_as_far_as_there_is_room(rows: int, graphs_of_a_token: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("how", "graphs_of_a_token"), [(GREEDY, 1), (SAMPLE, 2)], ids=["greedy", "sample"])
+def test_the_graphs_of_a_token_are_replayed_as_far_as_there_is_room(
+    rows: int, how: dict[str, Any], graphs_of_a_token: int
+) -> None:
     log: list[Any] = []
     model = patch_model(make_llama(), weights=None, kv_cache="int8")
     model._fastpath.graphs = DecodeGraphs(lambda *_: lambda call: CalledAgain(call, log))
     model._fastpath.graphs.watch(model)
     ids = torch.randint(2, 199, (rows, 1000))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    replay = replay_of(model, inputs, 10, do_sample=False)
+    replay = replay_of(model, inputs, 10, **how)
     (slot,) = model._fastpath.graphs.slots
     assert replay.room == slot.capacity - 1003 - 1
     before, positions = int(slot.count), slot.positions.clone()
@@ -274,9 +280,11 @@ def test_the_graphs_of_a_token_are_replayed_as_far_as_there_is_room(rows: int, g
     with pytest.raises(ValueError, match="slot is full"):
         replay.token()
     for _ in range(2):  # what was replayed leaves nothing behind
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        torch.manual_seed(1)
+        out = model.generate(**inputs, **how, max_new_tokens=6)
     graphs, model._fastpath.graphs = model._fastpath.graphs, None
-    assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=6), out)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(**inputs, **how, max_new_tokens=6), out)
     model._fastpath.graphs = graphs
     with pytest.raises(Unsupported, match="how tokens are chosen"):
         replay_of(model, inputs, 10, do_sample=False, repetition_penalty=1.2)
