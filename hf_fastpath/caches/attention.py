@@ -87,7 +87,8 @@ def attend_short_prompt(
     kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
     """What :func:`fastpath_attention` computes for a compressed cache's first tokens, ``(B, T, H, D)``, by the kernel
-    that takes the host least; None where there are many, or a mask, or others before them, or a compiler is to see it.
+    that takes the host least; None where there are many, or a mask, or others before them, where a compiler is to see
+    it, and where flash attention was turned off (``torch.nn.attention.sdpa_kernel``).
 
     The rest of a short prompt waits for the host, and through sdpa a layer's attention takes that as long as all four
     of its products. Without gradients and dropout.
@@ -97,7 +98,9 @@ def attend_short_prompt(
     tokens, size = query.shape[2:]
     if key.shape[2] != tokens or not heuristics.is_short_prompt(query.device.type, query.dtype, tokens, size):
         return None
-    if torch.compiler.is_compiling() or why_not_ours((query.shape[0], tokens), None, kwargs):
+    if torch.compiler.is_compiling() or not torch.backends.cuda.flash_sdp_enabled():
+        return None
+    if why_not_ours((query.shape[0], tokens), None, kwargs):
         return None
     attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scaling)
     return cast(torch.Tensor, attended[0].transpose(1, 2))  # its own layout

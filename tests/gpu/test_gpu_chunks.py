@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_fastpath.caches import chunks
 from hf_fastpath.caches.attention import attend_short_prompt
@@ -76,3 +77,5 @@ def test_what_is_no_short_prompt_is_left_to_sdpa() -> None:
     assert attend_short_prompt(layer, q, k, k, None, 0.1, {"softcap": 30.0}) is None
     long = torch.zeros(1, 2, 1025, 64, device="cuda").half()
     assert attend_short_prompt(layer, long, long, long, None, 0.1, {}) is None
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attend_short_prompt(layer, q, k, k, None, 0.1, {}) is None
