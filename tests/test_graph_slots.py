@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import GREEDY, check_alike, log_of, plain, with_graphs
-from tiny_models import long_batch, make_llama
+from tiny_models import FAMILIES, long_batch, make_llama
 
 from hf_fastpath import Int4KIVICache, Int8KVCache, StaticKVCache, Unsupported, patch_model, unpatch_model
 from hf_fastpath.caches import attention
@@ -209,3 +209,18 @@ def test_buckets(batch: int, rows: int) -> None:
 @pytest.mark.parametrize(("rows", "tokens", "capacity"), [(1, 1, 2048), (1, 2049, 4096), (16, 600, 768), (4, 0, 512)])
 def test_capacities(rows: int, tokens: int, capacity: int) -> None:
     assert capacity_for(rows, tokens) == capacity
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_a_cache_that_was_reset_begins_anew(family: str) -> None:
+    """In its slot, for as many rows and for fewer, and so does the next cache there."""
+    model = with_graphs(patch_model(FAMILIES[family](), weights=None, kv_cache="int8"))
+    cache = Int8KVCache(model.config)
+    for padding in ((0, 0), (0, 3), (0,)):
+        got = model.generate(**long_batch(padding), past_key_values=cache, **GREEDY)
+        assert torch.equal(got, plain(model, **long_batch(padding), **GREEDY))
+        cache.reset()
+    del cache
+    gc.collect()
+    check_alike(model, **long_batch((0, 0)), **GREEDY)
+    assert len(model._fastpath.graphs.slots) == 1
