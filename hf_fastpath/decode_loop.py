@@ -126,7 +126,7 @@ class _Steps:
         """positions: int64 ``(B, 1)``, of the first tokens. mask: ``(B, T)`` of the prompt; None: no padding."""
         self.model, self.slot, self.cache, self.positions, self.mask = model, slot, cache, positions, mask
         self.count = 0
-        self._form, self._form_is_off = contextlib.ExitStack(), True
+        self._form: contextlib.ExitStack | None = None  # what takes the form off
         if slot is not None:
             slot.begin(positions, mask)
 
@@ -143,9 +143,9 @@ class _Steps:
                 slot.step(forward)
             return _logits(slot)
         mask = self.mask
-        if self._form_is_off:
+        if self._form is None:
+            self._form = contextlib.ExitStack()
             self._form.enter_context(self.model._optimize_model_for_decode())
-            self._form_is_off = False
         out = self.model(
             input_ids=choice.latest[:, None].clone(),
             position_ids=self.positions + count,
@@ -159,7 +159,8 @@ class _Steps:
 
     def close(self) -> None:
         """There are no more steps."""
-        self._form.close()
+        if self._form is not None:
+            self._form.close()
 
     def first(self, logits: torch.Tensor) -> torch.Tensor:
         """The model's logits ``(B, T, V)`` of the last token, as :meth:`__call__` gives them."""

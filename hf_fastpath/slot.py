@@ -126,14 +126,19 @@ class Slot:
             self.unfinished[rows].zero_()  # nobody waits for their end
             empty_rows(self.cache.layers, rows)
         else:
-            self.mask[rows] = self.mask[: self.rows - self.batch]
+            self._repeat(self.mask)
             repeat_rows(self.cache.layers, rows, length)
             self.put_spare()
 
     def put_spare(self) -> None:
-        """Makes spare rows that are other rows once more get their tokens. A batch has more than half of the rows."""
+        """Makes spare rows that are other rows once more get their tokens."""
+        self._repeat(self._inputs.transpose(0, 1))
+
+    def _repeat(self, tensor: torch.Tensor) -> None:
+        """Of a tensor, all of a slot's rows first, makes those that are other rows once more be that. A batch has more
+        than half of the rows."""
         if self.spare is SpareRows.REPEATED and self.batch < self.rows:
-            self._inputs[:, self.batch :] = self._inputs[:, : self.rows - self.batch]
+            tensor[self.batch :] = tensor[: self.rows - self.batch]
 
     def state(self, count: int) -> TokenState:
         """What is noted of the first ``count`` rows as tokens are chosen."""
@@ -222,8 +227,8 @@ class Slot:
             return  # the head has put them there
         rows = logits.shape[0]
         self.logits[:rows].copy_(logits[:, -1].detach())
-        if rows == self.batch and self.spare is SpareRows.REPEATED and rows < self.rows:  # of a prompt
-            self.logits[rows:].copy_(self.logits[: self.rows - rows])
+        if rows == self.batch:  # of a prompt, or there are no spare rows
+            self._repeat(self.logits)
 
     def _order_streams(self) -> None:
         """Makes the current stream wait for what was queued on another one, by another thread say."""

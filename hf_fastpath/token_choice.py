@@ -162,8 +162,8 @@ class InGraph:
 
 
 def _choose(rule: Rule, slot: Slot, rows: int) -> None:
-    """From ``slot.logits`` to ``slot.ids`` of the first rows, without waiting for the GPU. Spare rows that are others
-    once more are chosen for as those are, or get their tokens."""
+    """From ``slot.logits`` to ``slot.ids`` of the first rows, without waiting for the GPU. Spare rows are among them,
+    or, where it draws, get the tokens of the rows that they are once more."""
     assert slot.logits is not None
     state, scores = slot.state(rows), slot.logits[:rows]
     filters = rule.filters if rule.do_sample and scores.shape[1] <= MAX_VOCABULARY else None
@@ -178,7 +178,7 @@ def _choose(rule: Rule, slot: Slot, rows: int) -> None:
         # torch.multinomial does this with the same random numbers, but for a check that a graph cannot hold.
         noise = torch.empty_like(scores).exponential_(1)
     choose_tokens(scores, noise, rule.end, rule.pad, state)
-    if rows == slot.batch:
+    if rule.do_sample:
         slot.put_spare()
 
 

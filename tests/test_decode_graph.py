@@ -181,9 +181,9 @@ def test_what_a_user_adds_is_called_as_often(patched: Any) -> None:
     assert calls == 2 * list(range(71, 76))
 
 
-def test_the_prompt_is_not_run_as_steps_are(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers switches experts to an implementation for few tokens, whose memory grows with them. What is replayed
-    needs no switch, which takes long; here it is called again."""
+@pytest.fixture
+def single_token_form(patched: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """When the model is put into transformers' form for single tokens, "steps", and out of it, "end"."""
     seen: list[Any] = []
 
     @contextlib.contextmanager
@@ -193,6 +193,15 @@ def test_the_prompt_is_not_run_as_steps_are(patched: Any, monkeypatch: pytest.Mo
         seen.append("end")
 
     monkeypatch.setattr(type(patched), "_optimize_model_for_decode", for_steps)
+    return seen
+
+
+def test_the_prompt_is_not_run_as_steps_are(
+    patched: Any, single_token_form: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers switches experts to an implementation for few tokens, whose memory grows with them. What is replayed
+    needs no switch, which takes long; here it is called again."""
+    seen = single_token_form
     forward = type(patched.model).forward
 
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -206,19 +215,12 @@ def test_the_prompt_is_not_run_as_steps_are(patched: Any, monkeypatch: pytest.Mo
     assert seen[10:] == [70]
 
 
-def test_steps_without_a_graph_are_all_run_as_single_tokens(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    @contextlib.contextmanager
-    def for_steps(model: Any) -> Iterator[None]:
-        seen.append("steps")
-        yield
-        seen.append("end")
-
-    monkeypatch.setattr(type(patched), "_optimize_model_for_decode", for_steps)
+def test_steps_without_a_graph_are_all_run_as_single_tokens(
+    patched: Any, single_token_form: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Slot, "holds", lambda slot, cache: False)
     patched.generate(**long_batch((0,)), do_sample=False, max_new_tokens=4)
-    assert seen == ["steps", "end"]
+    assert single_token_form == ["steps", "end"]
 
 
 def test_in_inference_mode_and_out_of_it(patched: Any) -> None:

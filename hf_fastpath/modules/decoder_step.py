@@ -150,9 +150,8 @@ class LayerStep:
         return self.down.add_to(x, self.gate_up.swiglu(x, self.norm))
 
     def add(self, x: torch.Tensor, first_half: torch.Tensor) -> torch.Tensor:
-        """The same where the first half's product is there."""
-        if self.norm is None:
-            return x + first_half
+        """The same of a layer with a feed-forward, where the first half's product is there."""
+        assert self.norm is not None
         x, normalized = add_rms_norm(first_half, x, *self.norm)
         return self.down.add_to(x, self.gate_up.swiglu(normalized, None))
 
